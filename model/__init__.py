@@ -1,0 +1,9 @@
+"""Qwen2-VL in plain PyTorch: `load_model`, `save_model`, and the model itself."""
+
+from .config import Qwen2VLConfig, VisionConfig, read_config
+from .errors import InputError
+from .logprobs import token_logprobs
+from .qwen2vl import Qwen2VL
+from .weights import load_model, save_model
+
+__all__ = ["InputError", "Qwen2VL", "Qwen2VLConfig", "VisionConfig", "load_model", "read_config", "save_model", "token_logprobs"]

@@ -1,0 +1,69 @@
+"""The vision tower: patches in, one language-model token per 2x2 patches out (arXiv 2409.12191, section 2.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Qwen2VLConfig, VisionConfig
+from .rope import rotate, vision_rotary
+
+_NORM_EPS = 1e-6
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block: full attention within each image, then an MLP with quick-GELU."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.num_heads = config.num_heads
+        self.norm1 = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.fc1 = nn.Linear(width, config.mlp_ratio * width)
+        self.fc2 = nn.Linear(config.mlp_ratio * width, width)
+
+    def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
+        S, E = x_SE.shape
+        q, k, v = self.qkv(self.norm1(x_SE)).view(S, 3, self.num_heads, -1).permute(1, 2, 0, 3)  # each (heads, S, d)
+        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
+        x_SE = x_SE + self.proj(_attend_within_images(q, k, v, sizes).transpose(0, 1).reshape(S, E))
+        hidden = self.fc1(self.norm2(x_SE))
+        return x_SE + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # quick-GELU
+
+
+def _attend_within_images(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
+    """(heads, S, d) -> (heads, S, d); images of one size go as a batch, others one by one."""
+    if len(set(sizes)) == 1:
+        q, k, v = (x.unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1, 2)
+    parts = zip(*(x.split(sizes, dim=1) for x in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts], dim=1)
+
+
+class VisionTower(nn.Module):
+    """ViT and merger. The patch embedding is one matmul: a convolution whose stride equals its kernel is no more."""
+
+    def __init__(self, config: Qwen2VLConfig) -> None:
+        super().__init__()
+        self.config = vision = config.vision
+        merged = vision.embed_dim * vision.spatial_merge_size**2
+        self.patch_embed = nn.Linear(vision.patch_values, vision.embed_dim, bias=False)
+        self.blocks = nn.ModuleList(VisionBlock(vision) for _ in range(vision.depth))
+        self.merger_norm = nn.LayerNorm(vision.embed_dim, eps=_NORM_EPS)
+        self.merger_fc1 = nn.Linear(merged, merged)
+        self.merger_fc2 = nn.Linear(merged, config.hidden_size)
+
+    def forward(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
+        """Patches of all images in reading order (S, C) and their grids (I, 3) -> (S / merge^2, hidden)."""
+        x = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
+        head_dim = self.config.embed_dim // self.config.num_heads
+        cos, sin = vision_rotary(grids_I3.cpu(), head_dim, self.config.spatial_merge_size)
+        cos, sin = cos.to(x.device), sin.to(x.device)
+        # A video's frames attend within themselves only, hence t images of h * w patches.
+        sizes = [h * w for t, h, w in grids_I3.tolist() for _ in range(t)]
+        for block in self.blocks:
+            x = block(x, cos, sin, sizes)
+        merged = self.merger_norm(x).view(-1, self.merger_fc1.in_features)
+        return self.merger_fc2(F.gelu(self.merger_fc1(merged)))

@@ -1,0 +1,209 @@
+"""Checkpoints in and out: a folder in Hugging Face layout, strictly checked, one tensor in memory at a time."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import Qwen2VLConfig, config_json, read_config
+from .errors import InputError
+from .qwen2vl import Qwen2VL
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+"""What a model folder holds beside weights and config.json; carried over unchanged when a trained model is saved."""
+
+
+class Slot(NamedTuple):
+    """Where a checkpoint tensor lives in our model: rows [start, stop) of a parameter; `shape` as in the checkpoint."""
+
+    parameter: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+def checkpoint_layout(config: Qwen2VLConfig) -> dict[str, Slot]:
+    """Published tensor name (`model.*`, `visual.*`, `lm_head.weight`) -> Slot, for every tensor of the model.
+
+    Fused parameters (`qkv`, `gate_up`) have one slot per published tensor; the patch embedding is a convolution there
+    and a matrix here.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Qwen2VL(config).named_parameters()}
+    q, kv, mlp = config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size
+    fused = {
+        "qkv": (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
+        "gate_up": (("mlp.gate_proj", mlp), ("mlp.up_proj", mlp)),
+    }
+    layout = {}
+    for name, shape in shapes.items():
+        owner, _, kind = name.rpartition(".")
+        stem, _, leaf = owner.rpartition(".")
+        if name.startswith("layers.") and leaf in fused:
+            start = 0
+            for part, rows in fused[leaf]:
+                layout[f"model.{stem}.{part}.{kind}"] = Slot(name, start, start + rows, (rows, *shape[1:]))
+                start += rows
+        else:
+            published = f"{_published_name(owner)}.{kind}"
+            vision = config.vision
+            if owner == "visual.patch_embed":
+                shape = (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+            layout[published] = Slot(name, 0, shape[0], shape)
+    return layout
+
+
+_RENAMED = {
+    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "out": "self_attn.o_proj", "down": "mlp.down_proj"
+}  # fmt: skip
+_RENAMED_VISION = {
+    "patch_embed": "patch_embed.proj", "merger_norm": "merger.ln_q", "merger_fc1": "merger.mlp.0", "merger_fc2": "merger.mlp.2",
+    "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+}  # fmt: skip
+
+
+def _published_name(owner: str) -> str:
+    stem, _, leaf = owner.rpartition(".")
+    if owner.startswith("visual."):
+        return f"{stem}.{_RENAMED_VISION.get(leaf, leaf)}"
+    if owner.startswith("layers."):
+        return f"model.{stem}.{_RENAMED[leaf]}"
+    return {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}[owner]
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32) -> Qwen2VL:
+    """Load a checkpoint folder: config.json and one or several safetensors files, in any published naming.
+
+    Raises InputError for a missing file, a torn one, and a missing, unexpected or misshapen tensor. Every tensor is read
+    from disk straight into its place, so that memory holds one copy of the model and one tensor.
+    """
+    folder = Path(folder)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    config = read_config(folder)
+    layout = checkpoint_layout(config)
+    with torch.device("meta"):
+        model = Qwen2VL(config)
+    model = model.to(dtype).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    missing = dict(layout)
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    _read_tensor(file, key, tensors, config, layout, parameters)
+                    missing.pop(_canonical(key), None)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise InputError(f"{folder}: {len(missing)} tensors are missing ({names}{', ...' if len(missing) > 3 else ''})")
+    model.source = folder
+    return model.requires_grad_(True)
+
+
+@torch.no_grad()
+def _read_tensor(
+    file: Path, key: str, tensors: safe_open, config: Qwen2VLConfig, layout: dict[str, Slot], parameters: dict[str, Tensor]
+) -> None:
+    name = _canonical(key)
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return  # some savers write the tied head out; by the config it is the embedding
+    if name not in layout:
+        raise InputError(f"{file}: unexpected tensor {key}; is config.json of the same model?")
+    slot, shape = layout[name], tuple(tensors.get_slice(key).get_shape())
+    if shape != slot.shape:
+        raise InputError(f"{file}: {key} has shape {list(shape)}, but config.json asks for {list(slot.shape)}")
+    tensor = tensors.get_tensor(key)
+    if not tensor.is_floating_point():
+        raise InputError(f"{file}: {key} is {tensor.dtype}; quantised checkpoints can't be trained, take the bf16 one")
+    rows = parameters[slot.parameter][slot.start : slot.stop]
+    rows.copy_(tensor.reshape(rows.shape))
+
+
+def _canonical(key: str) -> str:
+    """transformers 5 nests both halves below `model.`; the published files do not."""
+    if key.startswith("model.visual."):
+        return key.removeprefix("model.")
+    return key.replace("model.language_model.", "model.", 1) if key.startswith("model.language_model.") else key
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index if it has one. InputError if any is missing."""
+    index = folder / INDEX
+    if not index.exists():
+        names = ["model.safetensors"]
+    else:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            raise InputError(f"{index}: not a safetensors index ({error!r}); copy or download it again") from None
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{index}: names a file outside the folder ({name!r}); this checkpoint can't be trusted")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; the checkpoint is not complete, copy or download it again")
+    return [folder / name for name in names]
+
+
+@torch.no_grad()
+def save_model(model: Qwen2VL, folder: str | Path) -> None:
+    """Write a folder that `load_model` and transformers load: config, weights in the published naming, tokenizer files.
+
+    Files appear under their names only when they are whole; config.json comes last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        if model.source and (model.source / name).exists() and model.source.resolve() != folder.resolve():
+            shutil.copyfile(model.source / name, folder / name)
+    parameters = dict(model.named_parameters())
+    shards = _shards(checkpoint_layout(model.config), next(model.parameters()).element_size())
+    weight_map, total = {}, 0
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _published_tensor(parameters, slot) for name, slot in names.items()}
+        save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
+        os.replace(folder / f"{file}.partial", folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    raw = json.loads((model.source / "config.json").read_text(encoding="utf-8")) if model.source else config_json(model.config)
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", raw)
+
+
+def _shards(layout: dict[str, Slot], element_size: int) -> list[dict[str, Slot]]:
+    shards, size = [{}], 0
+    for name, slot in layout.items():
+        nbytes = torch.Size(slot.shape).numel() * element_size
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = slot
+        size += nbytes
+    return shards
+
+
+def _published_tensor(parameters: dict[str, Tensor], slot: Slot) -> Tensor:
+    return parameters[slot.parameter][slot.start : slot.stop].reshape(slot.shape).to("cpu", copy=True).contiguous()
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
