@@ -101,9 +101,12 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
+                keys = list(tensors.keys())
+            for key in keys:
+                # Opened anew each time: whatever was read through one mapping stays resident until it is closed.
+                with safe_open(file, framework="pt") as tensors:
                     _read_tensor(file, key, tensors, config, layout, parameters)
-                    missing.pop(_canonical(key), None)
+                missing.pop(_canonical(key), None)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
     if missing:
@@ -150,8 +153,8 @@ def weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise InputError(f"{index}: not a safetensors index ({error!r}); copy or download it again") from None
     for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{index}: names a file outside the folder ({name!r}); this checkpoint can't be trusted")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is no file name in this folder; this checkpoint can't be trusted")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; the checkpoint is not complete, copy or download it again")
     return [folder / name for name in names]
@@ -180,8 +183,8 @@ def save_model(model: Qwen2VL, folder: str | Path) -> None:
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
+    # What an earlier save left in the other form would be read in place of this one.
+    (folder / ("model.safetensors" if len(shards) > 1 else INDEX)).unlink(missing_ok=True)
     raw = json.loads((model.source / "config.json").read_text(encoding="utf-8")) if model.source else config_json(model.config)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", raw)

@@ -1,0 +1,224 @@
+"""From a question to what the model reads, and from what it writes back to text.
+
+The question's words are tokenised apart from the chat template, with control tokens switched off: "<|im_end|>" or
+"<|image_pad|>" in a question file stays text. Because Qwen's template has a control token on either side of the words,
+harmless ones give the very tokens of transformers' `Qwen2VLProcessor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from model.rope import mrope_positions
+
+from .images import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, fitted_size, image_size, load_image, preprocess
+from .prompt import prompt_text
+from .question import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACEHOLDER = "(the words)"  # holds their place while the template is rendered
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model reads it; never truncated.
+
+    Attributes:
+        question: what it was made from.
+        tokens_P: int64 (P,), with every image expanded to its image tokens.
+        patches_SC: float32 (S, C), the patches of all images in reading order.
+        grids_I3: int64 (I, 3), each image's patches as (1, rows, columns).
+        positions_3P: int64 (3, P), each token's temporal, height and width position.
+    """
+
+    question: Question
+    tokens_P: Tensor
+    patches_SC: Tensor
+    grids_I3: Tensor
+    positions_3P: Tensor
+
+
+class PromptEncoder:
+    """Turns questions into prompts for one checkpoint.
+
+    Args:
+        tokenizer: the checkpoint's, of transformers, with its chat template.
+        image_token_id: id of `<|image_pad|>`.
+        min_pixels, max_pixels: limits of a resized image's area.
+        max_prompt_tokens: the longest prompt allowed, image tokens included.
+        too_long: what `select` does about a longer one.
+        patch_size, merge_size, temporal_patch_size: of the checkpoint's vision tower.
+
+    Raises:
+        InputError: the tokenizer's chat template is missing or has no place for an image and the words.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image_token_id: int,
+        min_pixels: int,
+        max_pixels: int,
+        max_prompt_tokens: int,
+        too_long: Literal["error", "skip"] = "error",
+        patch_size: int = PATCH_SIZE,
+        merge_size: int = MERGE_SIZE,
+        temporal_patch_size: int = TEMPORAL_PATCH_SIZE,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.max_prompt_tokens = max_prompt_tokens
+        self.too_long = too_long
+        self.patch_size = patch_size
+        self.merge_size = merge_size
+        self.temporal_patch_size = temporal_patch_size
+        self._template(image_count=1)
+
+    def encode(self, question: Question) -> Prompt:
+        """The whole prompt.
+
+        Raises:
+            InputError: the prompt is too long (whatever `too_long` says), or an image can't be used.
+        """
+        patches, grids = [torch.empty(0, self._patch_values())], []
+        for path in question.images:
+            image = load_image(path)
+            with _naming(question, path):
+                image_patches_SC, grid = preprocess(
+                    image, self.min_pixels, self.max_pixels, self.patch_size, self.merge_size, self.temporal_patch_size
+                )
+            patches.append(image_patches_SC)
+            grids.append(grid)
+        tokens_P = torch.tensor(self._tokens(question, [self._image_tokens(grid) for grid in grids]))
+        if len(tokens_P) > self.max_prompt_tokens:
+            raise self._too_long_error(question, len(tokens_P))
+        grids_I3 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+        positions_3P = mrope_positions(tokens_P, grids_I3, self.image_token_id, self.merge_size)
+        return Prompt(question, tokens_P, torch.cat(patches), grids_I3, positions_3P)
+
+    def count_tokens(self, question: Question) -> int:
+        """Length of the prompt, from the headers of the image files: no pixel is decoded. Raises InputError."""
+        counts = []
+        for path in question.images:
+            width, height = image_size(path)
+            factor = self.patch_size * self.merge_size
+            with _naming(question, path):
+                height, width = fitted_size(height, width, factor, self.min_pixels, self.max_pixels)
+            counts.append(height // factor * (width // factor))
+        return len(self._tokens(question, counts))
+
+    def select(self, questions: Sequence[Question]) -> tuple[list[Question], int]:
+        """The questions whose prompts fit, and how many were left out.
+
+        Raises:
+            InputError: one is too long and `too_long` is "error"; none fits; or an image can't be used.
+        """
+        fitting = []
+        for question in questions:
+            length = self.count_tokens(question)
+            if length <= self.max_prompt_tokens:
+                fitting.append(question)
+            elif self.too_long == "error":
+                raise self._too_long_error(question, length)
+        if questions and not fitting:
+            raise InputError(
+                f"none of the {len(questions)} prompts fits into max_prompt_tokens = {self.max_prompt_tokens}: "
+                f"raise it or lower max_pixels"
+            )
+        return fitting, len(questions) - len(fitting)
+
+    def _too_long_error(self, question: Question, length: int) -> InputError:
+        return InputError(
+            f"{question.source}: the prompt has {length} tokens, more than max_prompt_tokens = "
+            f"{self.max_prompt_tokens}: raise it, lower max_pixels, or skip such questions (too_long = \"skip\")"
+        )
+
+    def _patch_values(self) -> int:
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def _image_tokens(self, grid: tuple[int, int, int]) -> int:
+        frames, rows, columns = grid
+        return frames * rows * columns // self.merge_size**2
+
+    def _tokens(self, question: Question, image_tokens: list[int]) -> list[int]:
+        head, tail = self._template(len(image_tokens))
+        counts = iter(image_tokens)
+        expanded = [token for token in head for _ in range(next(counts) if token == self.image_token_id else 1)]
+        words = self.tokenizer(prompt_text(question), add_special_tokens=False, split_special_tokens=True)
+        return [*expanded, *words.input_ids, *tail]
+
+    def _template(self, image_count: int) -> tuple[list[int], list[int]]:
+        """Tokens before and after the words, with one image token for each image."""
+        if self.tokenizer.chat_template is None:
+            raise InputError("the checkpoint's tokenizer has no chat template: add chat_template.jinja to its folder")
+        content = [{"type": "image"}] * image_count + [{"type": "text", "text": _PLACEHOLDER}]
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        parts = [self.tokenizer(part, add_special_tokens=False).input_ids for part in chat.split(_PLACEHOLDER)]
+        if len(parts) != 2 or parts[0].count(self.image_token_id) != image_count:
+            raise InputError(
+                "the tokenizer's chat template does not render one image token for each image and then the words: "
+                "use the template of Qwen2-VL"
+            )
+        return parts[0], parts[1]
+
+
+@contextmanager
+def _naming(question: Question, path: Path) -> Iterator[None]:
+    """Lets an error about pixels say whose they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{question.source}: {path}: {error}") from None
+
+
+def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], end_ids: Iterable[int]) -> str:
+    """The text of a completion up to, and without, the first end-of-turn token.
+
+    Other control tokens are shown, not hidden: a reward must see what was really written.
+    """
+    ends, kept = set(end_ids), []
+    for token in map(int, tokens):
+        if token in ends:
+            break
+        kept.append(token)
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def allowed_tokens_V(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()
+) -> Tensor:
+    """bool (V,): which ids may be sampled.
+
+    Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video tokens), and not rows of
+    the embedding that no token uses.
+
+    Raises:
+        InputError: the tokenizer has more ids than the checkpoint's embedding has rows.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= vocab_size:
+        raise InputError(
+            f"the tokenizer's ids go up to {max(vocabulary.values())}, but the checkpoint has {vocab_size} rows of "
+            "embedding: use the tokenizer that belongs to it"
+        )
+    allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed_V[list(vocabulary.values())] = True
+    allowed_V[[vocabulary[token] for token in _VISION_TOKENS if token in vocabulary]] = False
+    allowed_V[list(forbidden_ids)] = False
+    return allowed_V

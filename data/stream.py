@@ -1,0 +1,40 @@
+"""Which questions a step trains on: a pure function of (seed, step), so that a resume has nothing to restore."""
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+from model.errors import InputError
+
+from .question import Question
+
+
+@lru_cache(maxsize=4)
+def permutation(length: int, seed: str) -> tuple[int, ...]:
+    """A permutation of range(length), the same on every machine.
+
+    It sorts by draws of `random.random`, whose sequence for a seed Python guarantees between versions; `shuffle`,
+    NumPy and torch give no such promise.
+    """
+    draw = random.Random(seed)
+    keys = [draw.random() for _ in range(length)]
+    return tuple(sorted(range(length), key=keys.__getitem__))
+
+
+def questions_of_step(
+    questions: Sequence[Question], step: int, prompts_per_step: int, seed: int
+) -> list[Question]:
+    """The `prompts_per_step` questions of a step (counted from 0).
+
+    Every epoch is a permutation of all questions, drawn from (seed, epoch); steps walk through the epochs one after
+    the other. A step may begin in one epoch and end in the next: no question is dropped, and none is shown twice
+    within an epoch.
+
+    Raises:
+        InputError: there are no questions.
+    """
+    if not questions:
+        raise InputError("there are no questions to train on: check the question file and the subset that is chosen")
+    total = len(questions)
+    places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    return [questions[permutation(total, f"epoch {seed} {at // total}")[at % total]] for at in places]

@@ -1,0 +1,92 @@
+"""What a step works on: prompts side by side, the rollout of their groups, and its division into micro-batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import Prompt
+from model import Qwen2VL, token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """N prompts, right-padded to P tokens; the patches of all their images in reading order."""
+
+    tokens_NP: Tensor
+    positions_3NP: Tensor
+    lengths_N: Tensor
+    patches_SC: Tensor | None
+    grids_I3: Tensor | None
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """In the order in which the model's methods take them."""
+        return self.tokens_NP, self.positions_3NP, self.lengths_N, self.patches_SC, self.grids_I3
+
+
+def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> PromptBatch:
+    """Pad prompts to one length and move them to the device. Grids stay on the CPU: they only decide shapes."""
+    lengths = [len(prompt.tokens_P) for prompt in prompts]
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    positions = torch.zeros(3, len(prompts), max(lengths), dtype=torch.int64)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths)):
+        tokens[row, :length] = prompt.tokens_P
+        positions[:, row, :length] = prompt.positions_3P
+    with_images = [prompt for prompt in prompts if len(prompt.grids_I3)]
+    return PromptBatch(
+        tokens_NP=tokens.to(device),
+        positions_3NP=positions.to(device),
+        lengths_N=torch.tensor(lengths, device=device),
+        patches_SC=torch.cat([prompt.patches_SC for prompt in with_images]).to(device) if with_images else None,
+        grids_I3=torch.cat([prompt.grids_I3 for prompt in with_images]) if with_images else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """G completions of each of N prompts, as sampled.
+
+    `mask_NGT` is true up to and including the first end-of-turn; `logp_NGT` is the log-probability under the policy that
+    sampled; `texts` are the completions without their end-of-turn.
+    """
+
+    prompts: Sequence[Prompt]
+    tokens_NGT: Tensor
+    mask_NGT: Tensor
+    logp_NGT: Tensor
+    texts: list[list[str]]
+
+    def micro_batches(self, prompts_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
+        """Whole groups, `prompts_each` at a time: which of the N they are, their prompts, tokens and mask.
+
+        T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
+        """
+        for start in range(0, len(self.prompts), prompts_each):
+            groups = slice(start, start + prompts_each)
+            mask = self.mask_NGT[groups]
+            longest = int(mask.sum(-1).max())
+            prompts = collate(self.prompts[groups], self.tokens_NGT.device)
+            yield groups, prompts, self.tokens_NGT[groups, :, :longest], mask[..., :longest]
+
+
+def completion_logprobs(
+    model: Qwen2VL, prompts: PromptBatch, tokens_NGT: Tensor, mask_NGT: Tensor, allowed_V: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log pi of every completion token (N, G, T), and the entropy there; both 0 outside the mask.
+
+    Image and prompt run once per group; only real tokens meet the head. Policy and reference share this function.
+    """
+    hidden = model.completion_hidden(*prompts.parts(), tokens_NGT)
+    logp, entropy = token_logprobs(hidden[mask_NGT], model.head_weight, tokens_NGT[mask_NGT], allowed_V, temperature)
+    empty = torch.zeros(mask_NGT.shape, device=logp.device)
+    return empty.masked_scatter(mask_NGT, logp), empty.masked_scatter(mask_NGT, entropy)
+
+
+@torch.no_grad()
+def rollout_logprobs(model: Qwen2VL, rollout: Rollout, allowed_V: Tensor, temperature: float, prompts_each: int) -> Tensor:
+    """log pi (N, G, T) of a whole rollout under a model that is not being trained, 0 outside the mask."""
+    logp_NGT = torch.zeros_like(rollout.logp_NGT)
+    for groups, prompts, tokens, mask in rollout.micro_batches(prompts_each):
+        logp_NGT[groups, :, : mask.shape[-1]] = completion_logprobs(model, prompts, tokens, mask, allowed_V, temperature)[0]
+    return logp_NGT

@@ -1,0 +1,98 @@
+"""A run on disk: the resolved config, checkpoints to resume from, and the request to stop.
+
+A checkpoint is a folder `checkpoints/step-000100/` with the model in Hugging Face layout, the optimiser's tensors and a
+small JSON: safetensors and text only. It is written beside its place and renamed, so that a half-written one never counts.
+"""
+
+import json
+import os
+import shutil
+import signal
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model import InputError, Qwen2VL, load_model, save_model
+
+from .config import Config, config_toml
+from .optimizer import MasterAdamW
+
+KEPT = 2
+"""Newest checkpoints that are kept: one to resume from, and the one before it in case that is damaged."""
+
+
+def open_run(config: Config) -> Path | None:
+    """Claim `run_dir` for this config; returns the newest checkpoint to resume from, or None for a fresh start.
+
+    InputError if the folder holds a run with another config: mixing two runs would make both worthless.
+    """
+    folder = Path(config.run_dir)
+    file = folder / "config.toml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(config_toml(config), encoding="utf-8")
+            return None
+        theirs = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: can't hold a run ({error}); choose another --run_dir") from None
+    ours = tomllib.loads(config_toml(config))
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing:
+        raise InputError(f"{folder} holds a run with other values of {', '.join(differing)}; choose another --run_dir or delete it")
+    saved = sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return saved[-1] if saved else None
+
+
+def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-NNNNNN`; `progress` holds the finished steps ("step") and what else a resumed run must know."""
+    folder = Path(config.run_dir) / "checkpoints"
+    name = f"step-{progress['step']:06d}"
+    final, partial = folder / name, folder / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(model, partial)
+    save_file(optimizer.state(), partial / "optimizer.safetensors")
+    (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    for old in sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint_model(config: Config, checkpoint: Path) -> Qwen2VL:
+    """The policy as it was saved; its tokenizer files go on coming from the base model's folder."""
+    model = load_model(checkpoint, config.device, config.dtype)
+    model.source = Path(config.model)
+    return model
+
+
+def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> dict[str, Any]:
+    """Give the optimiser its state back; returns `progress` and the number of finished steps under "step"."""
+    try:
+        optimizer.load_state(load_file(checkpoint / "optimizer.safetensors"))
+        return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{checkpoint}: not a whole checkpoint ({error}); delete it to resume from the one before") from None
+
+
+class StopRequest:
+    """Ctrl-C (or SIGTERM) asks the run to stop after the step it is in; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> Self:
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,193 @@
+"""A run, in one frozen dataclass: read from a TOML file, overridden on the command line, written back as resolved.
+
+The docstring under a field is its help text. An unknown key or a value of the wrong type is an error, never ignored.
+"""
+
+import argparse
+import ast
+import inspect
+import json
+import textwrap
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run does. Paths are relative to the folder that the command is started in."""
+
+    model: str
+    """folder of the base model in Hugging Face layout (Qwen2-VL)"""
+    train_questions: str
+    """question file to train on (JSON or JSON lines; see data/readers.py for the dialects)"""
+    run_dir: str
+    """folder that receives metrics, completions, checkpoints and the trained model"""
+    test_questions: tuple[str, ...] = ()
+    """question files whose accuracy per modality is measured before and after; none skips that"""
+    image_dir: str = ""
+    """folder that image paths are relative to; empty means each question file's own folder"""
+    train_modality: str = ""
+    """train on this modality only, such as MRI; empty takes all"""
+    train_count: int = 0
+    """train on so many questions, drawn with the seed; 0 takes all"""
+    test_count: int = 0
+    """test on so many questions of each modality, drawn with the seed; 0 takes all"""
+    min_pixels: int = 3136
+    """smaller images are enlarged to at least so many pixels (paper's run: 56 x 56)"""
+    max_pixels: int = 401408
+    """larger images are shrunk to at most so many pixels (paper's run: 512 image tokens)"""
+    max_prompt_tokens: int = 1024
+    """longest prompt, image tokens included; prompts are never truncated"""
+    too_long: str = "error"
+    """what a longer prompt does: "error" stops the run before it starts, "skip" leaves it out and counts it"""
+    seed: int = 0
+    """decides the order of questions and every sampled token"""
+    steps: int = 300
+    """rollouts, each followed by `inner_updates` optimiser steps"""
+    prompts_per_step: int = 4
+    """N, questions in a step"""
+    group_size: int = 8
+    """G, completions sampled for each question"""
+    max_new_tokens: int = 512
+    """T, longest completion in tokens"""
+    temperature: float = 1.0
+    """divides the logits, in sampling and in the loss alike"""
+    inner_updates: int = 1
+    """mu, optimiser steps on one rollout; with 1 the ratio is exactly 1 and nothing is clipped"""
+    clip_low: float = 0.2
+    """the probability ratio is clipped below at 1 - clip_low"""
+    clip_high: float = 0.2
+    """the probability ratio is clipped above at 1 + clip_high"""
+    beta: float = 0.04
+    """weight of the KL term against the frozen base model; 0 leaves the reference out"""
+    advantage_scale: str = "std"
+    """"std" divides a group's centred rewards by their spread (GRPO), "none" does not (Dr. GRPO)"""
+    loss_average: str = "sequence"
+    """what the loss averages over: "sequence" (GRPO), "token" (DAPO), "constant" (Dr. GRPO)"""
+    format_weight: float = 1.0
+    """weight of the format reward in the sum"""
+    accuracy_weight: float = 1.0
+    """weight of the accuracy reward in the sum"""
+    learning_rate: float = 1e-6
+    """AdamW's peak learning rate"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
+    final_lr_ratio: float = 1.0
+    """learning rate of the last step over the peak, linear in between: 1 is constant, 0 decays to nothing"""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient"""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to at most this norm"""
+    micro_batch_prompts: int = 4
+    """groups in one forward and backward; changes memory and speed, never the gradient"""
+    eval_batch_prompts: int = 64
+    """questions decoded at once when accuracy is measured"""
+    save_every: int = 50
+    """steps between checkpoints"""
+    log_samples_every: int = 10
+    """steps between sample images and completions in TensorBoard"""
+    dtype: str = "float32"
+    """what the model computes in: float32 or bfloat16; the optimiser's weights are float32 in any case"""
+    device: str = "cpu"
+    """cpu, or cuda"""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "inner_updates", "micro_batch_prompts",
+                        "eval_batch_prompts", "save_every", "log_samples_every", "min_pixels", "max_prompt_tokens")  # fmt: skip
+        not_negative = ("train_count", "test_count", "seed", "clip_low", "clip_high", "beta", "warmup_steps", "weight_decay",
+                        "final_lr_ratio", "adam_beta1", "adam_beta2")  # fmt: skip
+        rules = [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one]
+        rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative]
+        rules += [(name, getattr(self, name) > 0, "must be above 0") for name in ("temperature", "learning_rate", "max_grad_norm")]
+        rules += [(name, getattr(self, name) in values, f"must be one of {', '.join(values)}") for name, values in _CHOICES.items()]
+        rules += [("clip_low", self.clip_low <= 1, "must be at most 1"), ("adam_beta1", self.adam_beta1 < 1, "must be below 1")]
+        rules += [("adam_beta2", self.adam_beta2 < 1, "must be below 1")]
+        rules += [("max_pixels", self.max_pixels >= self.min_pixels, "must not be below min_pixels")]
+        rules += [("device", self.device.split(":")[0] in ("cpu", "cuda"), "must be cpu or cuda")]
+        for name, holds, rule in rules:
+            if not holds:
+                raise InputError(f"config: {name} is {getattr(self, name)!r}; it {rule}")
+
+
+_CHOICES = {
+    "too_long": ("error", "skip"),
+    "advantage_scale": ("std", "none"),
+    "loss_average": ("sequence", "token", "constant"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a TOML file; `overrides` win over it. InputError names the file and the key that is wrong."""
+    try:
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: no such config ({error.strerror}); see configs/ for those that come along") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not TOML ({error})") from None
+    known = {field.name: field for field in fields(Config)}
+    for key in values:
+        if key not in known:
+            raise InputError(f"{file}: unknown key {key!r}; `python train.py --help` lists the known ones")
+    values = {key: _checked(f"{file}: {key}", known[key].type, value) for key, value in values.items()} | (overrides or {})
+    for field in known.values():
+        if field.default is MISSING and field.name not in values:
+            raise InputError(f"{file}: {field.name} is missing; add it, or give --{field.name}")
+    return Config(**values)
+
+
+def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> Config:
+    """The command line of train.py and evaluate.py: `--config FILE [--field value ...]`."""
+    parser = _OneLineParser(description=description)
+    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file with any of the fields below")
+    helps = _field_docstrings()
+    for field in fields(Config):
+        default = "required, here or in the file" if field.default is MISSING else field.default
+        extra = {"nargs": "*"} if field.type == tuple[str, ...] else {}
+        kind = str if extra else field.type
+        # The default shown is the dataclass's; the one parsed is "not given", so that the file's value stands.
+        text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text, default=argparse.SUPPRESS, **extra)
+    given = vars(parser.parse_args(arguments))
+    file = given.pop("config")
+    return load_config(file, {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def config_toml(config: Config) -> str:
+    """The resolved config, every field, as TOML."""
+    lines = (f"{key} = {json.dumps(list(value) if isinstance(value, tuple) else value)}" for key, value in asdict(config).items())
+    return "\n".join(lines) + "\n"
+
+
+def _checked(where: str, kind: Any, value: Any) -> Any:
+    if kind == tuple[str, ...]:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(item, str) for item in values):
+            return tuple(values)
+        raise InputError(f"{where} must be a string or a list of strings, not {value!r}")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where} must be {kind.__name__}, not {value!r}")
+    return value
+
+
+def _field_docstrings() -> dict[str, str]:
+    """The string under each field, read from the source: what explains a field to a reader explains it in --help."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(Config))).body[0].body
+    pairs = zip(body, body[1:])
+    return {a.target.id: b.value.value for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}

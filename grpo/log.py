@@ -1,0 +1,91 @@
+"""What a run tells: a progress bar, TensorBoard, `metrics.jsonl` and `completions.jsonl`, all from one call per step."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data import load_image
+
+from .batch import Rollout
+
+_BAR = {"reward": "reward", "rewards/format": "format", "rewards/accuracy": "accuracy", "kl": "KL", "tokens_per_second": "tok/s"}
+
+
+class RunLog:
+    """Writes a run's record. A resumed run's record loses what came after the checkpoint, and goes on from there."""
+
+    def __init__(self, run_dir: str | Path, first_step: int, steps: int) -> None:
+        folder = Path(run_dir)
+        self.metrics = _reopened(folder / "metrics.jsonl", first_step)
+        self.completions = _reopened(folder / "completions.jsonl", first_step)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        self.bar = tqdm(total=steps, initial=first_step, desc="GRPO", unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of numbers: to the file, the board and the bar."""
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        self.bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in _BAR.items()}, refresh=False)
+        self.bar.update()
+
+    def rollout(self, step: int, rollout: Rollout, verdicts: list[list[tuple[Any, ...]]], advantages: list[list[float]]) -> None:
+        """Every completion of a step with each rule's verdict (its `rule`, `score` and `why`) and its advantage."""
+        for n, prompt in enumerate(rollout.prompts):
+            question = {"question": prompt.question.source, "answer": prompt.question.answer}
+            for g, text in enumerate(rollout.texts[n]):
+                rewards = {verdict.rule: {"score": verdict.score, "why": verdict.why} for verdict in verdicts[n][g]}
+                row = {"step": step, **question, "completion": text, "rewards": rewards, "advantage": advantages[n][g]}
+                self.completions.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.completions.flush()
+
+    def sample(self, step: int, rollout: Rollout, rewards: list[float]) -> None:
+        """One group for the eye: its image, its question and all of its completions with their rewards."""
+        question = rollout.prompts[0].question
+        lines = [question.question, *(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", question.options))]
+        lines += [f"right: {question.answer}", ""]
+        lines += [f"[{reward:.2g}] {text}" for reward, text in zip(rewards, rollout.texts[0])]
+        # Four spaces make a code block: what the model wrote is shown as it is, never rendered.
+        self.board.add_text("samples", "\n".join(f"    {line}" for text in lines for line in text.split("\n")), step)
+        if question.images:
+            self.board.add_image("samples", np.asarray(load_image(question.images[0])), step, dataformats="HWC")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.board.close()
+        self.metrics.close()
+        self.completions.close()
+
+
+def step_metrics(rollout: Rollout, rewards_NGR: torch.Tensor, rewards_NG: torch.Tensor, rules: Iterable[str]) -> dict[str, float]:
+    """What a rollout's rewards and lengths say; means over all N x G completions unless named otherwise."""
+    lengths = rollout.mask_NGT.sum(-1).float()
+    no_spread = (rewards_NG.amax(-1) == rewards_NG.amin(-1)).float()
+    by_rule = {f"rewards/{rule}": rewards_NGR[..., r].mean().item() for r, rule in enumerate(rules)}
+    return {
+        "reward": rewards_NG.mean().item(),
+        "reward_spread": rewards_NG.std(-1, correction=0).mean().item(),
+        **by_rule,
+        "groups_without_spread": no_spread.mean().item(),
+        "completion_tokens": lengths.mean().item(),
+    }
+
+
+def _reopened(path: Path, first_step: int) -> Any:
+    rows: list[str] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would also split at U+2028 in a completion
+            rows = list(file)
+    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < first_step]
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,95 @@
+"""Configs: one file, overrides, and errors that name the key."""
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from grpo.config import Config, config_toml, load_config, parse_arguments
+from model import InputError
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = 'model = "m"\ntrain_questions = "q.json"\nrun_dir = "r"\n'
+
+
+def written(tmp_path, text):
+    (tmp_path / "c.toml").write_text(MINIMAL + text)
+    return tmp_path / "c.toml"
+
+
+def test_command_line_wins_over_file_and_file_over_default(tmp_path):
+    file = written(tmp_path, "steps = 7\nbeta = 1\ntest_questions = 'one.json'\n")
+    config = parse_arguments("", ["--config", str(file), "--beta", "0.5", "--test_questions", "a.json", "b.json"])
+    assert (config.steps, config.beta, config.group_size) == (7, 0.5, Config.group_size)
+    assert config.test_questions == ("a.json", "b.json")
+    assert load_config(file).test_questions == ("one.json",)
+    assert load_config(file).beta == 1.0 and isinstance(load_config(file).beta, float)
+
+
+def test_resolved_config_reads_back_equal(tmp_path):
+    config = load_config(written(tmp_path, 'run_dir2 = ""\n'.replace("run_dir2", "image_dir") + 'test_questions = ["a\\"b", "ü"]\n'))
+    (tmp_path / "again.toml").write_text(config_toml(config))
+    assert load_config(tmp_path / "again.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("stepz = 3", "stepz"),
+        ("steps = 'three'", "steps must be int"),
+        ("steps = 3.5", "steps must be int"),
+        ("steps = true", "steps must be int"),
+        ("beta = 'x'", "beta must be float"),
+        ("test_questions = [1]", "test_questions"),
+        ("steps = 0", "steps is 0"),
+        ("temperature = 0", "temperature"),
+        ("temperature = nan", "temperature"),
+        ("beta = -1", "beta"),
+        ("clip_low = 1.5", "clip_low"),
+        ("dtype = 'float16'", "float32, bfloat16"),
+        ("loss_average = 'mean'", "sequence, token, constant"),
+        ("max_pixels = 100", "min_pixels"),
+        ("device = 'tpu'", "cpu or cuda"),
+        ("steps = ", "not TOML"),
+    ],
+)
+def test_a_wrong_config_is_one_line_that_names_the_key(tmp_path, text, named):
+    with pytest.raises(InputError, match=re.escape(named)) as caught:
+        load_config(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere.toml: no such config"):
+        load_config(tmp_path / "nowhere.toml")
+    (tmp_path / "c.toml").write_text('model = "m"')
+    with pytest.raises(InputError, match="train_questions is missing"):
+        load_config(tmp_path / "c.toml")
+    file = written(tmp_path, "")
+    for flags, named in ((["--stepz", "3"], "stepz"), (["--steps", "three"], "steps"), (["--step"], "step")):
+        with pytest.raises(InputError, match=named):
+            parse_arguments("", ["--config", str(file), *flags])
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments("What it does.", ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for field in fields(Config):
+        assert re.search(rf"--{field.name} [^-]*\w", shown), field.name
+
+
+def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
+    read = set()
+    for file in [ROOT / "train.py", *(ROOT / "grpo").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+                read.add(node.attr)
+    assert {field.name for field in fields(Config)} <= read
+    configs = list((ROOT / "configs").glob("*.toml"))
+    assert configs
+    for file in configs:
+        load_config(file)

@@ -1,0 +1,96 @@
+"""AdamW on fp32 master weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from grpo.optimizer import MasterAdamW, scheduled_rate
+
+SETTINGS = dict(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
+
+
+def linear(dtype=torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).to(dtype)
+
+
+def backward(model: nn.Module, factor: float = 1.0) -> None:
+    x = torch.linspace(-1, 1, 8).view(2, 4).to(model.weight.dtype)
+    (factor * model(x).pow(2).sum()).backward()
+
+
+def test_step_is_adamw_written_out_by_hand():
+    model, optimizer = (m := linear()), MasterAdamW(m, **SETTINGS)
+    before = model.weight.detach().clone()
+    backward(model)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    gradient = model.weight.grad.clone() / norm.clamp(min=1)
+    assert norm > 1
+    torch.testing.assert_close(optimizer.step(1e-2), norm)
+    # First step: both bias-corrected moments are the gradient and its square, so each weight moves by the rate.
+    expected = before * (1 - 1e-2 * 0.1) - 1e-2 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(model.weight.detach(), expected)
+    assert model.weight.grad is None
+
+
+def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
+    model = linear(torch.bfloat16)
+    optimizer, start = MasterAdamW(model, **(SETTINGS | {"weight_decay": 0.0})), model.weight.detach().clone()
+    for _ in range(100):
+        backward(model)
+        optimizer.accumulate()
+        optimizer.step(1e-6)
+    moved = (optimizer.masters[0] - start.float()).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=0.2, atol=0)  # 100 steps of about the rate each
+    assert (model.weight == start).float().mean() > 0.5  # rounded, most weights have not even moved
+    assert torch.equal(model.weight, optimizer.masters[0].to(torch.bfloat16))
+
+
+def test_many_small_bf16_gradients_add_up_in_fp32():
+    model = linear(torch.bfloat16)
+    optimizer = MasterAdamW(model, **SETTINGS)
+    backward(model)
+    optimizer.accumulate()
+    one = optimizer.masters[0].grad.clone()
+    for _ in range(999):
+        backward(model)
+        optimizer.accumulate()
+    torch.testing.assert_close(optimizer.masters[0].grad, 1000 * one, rtol=1e-4, atol=0)  # in bf16 it would stick at 256
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm(bad):
+    model = linear()
+    optimizer, before = MasterAdamW(model, **SETTINGS), [p.detach().clone() for p in model.parameters()]
+    backward(model, bad)
+    assert not torch.isfinite(optimizer.step(1e-2))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    backward(model)
+    assert torch.isfinite(optimizer.step(1e-2))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_restores_a_run_bit_for_bit(dtype):
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            backward(model)
+            optimizer.accumulate()
+            optimizer.step(1e-2)
+
+    straight = linear(dtype)
+    steps(straight, optimizer := MasterAdamW(straight, **SETTINGS), 3)
+    saved = {name: value.clone() for name, value in optimizer.state().items()}
+    weights = {name: value.clone() for name, value in straight.state_dict().items()}
+    steps(straight, optimizer, 3)
+    resumed = linear(dtype)
+    resumed.load_state_dict(weights)
+    (again := MasterAdamW(resumed, **SETTINGS)).load_state(saved)
+    steps(resumed, again, 3)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_learning_rate_rises_over_the_warm_up_then_falls_to_the_final_ratio():
+    rates = [scheduled_rate(step, peak=1.0, warmup_steps=4, steps=9, final_ratio=0.0) for step in range(9)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert {scheduled_rate(step, peak=2.0, warmup_steps=0, steps=5, final_ratio=1.0) for step in range(5)} == {2.0}

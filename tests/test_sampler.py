@@ -1,0 +1,175 @@
+"""Grouped rollouts: the distribution, its log-probabilities, and what a completion may depend on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data import PromptEncoder, Question
+from data.encode import allowed_tokens_V, decode_completion
+from grpo.batch import completion_logprobs, rollout_logprobs
+from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
+from tiny import tiny_tokenizer
+from tiny_run import tiny_model
+
+END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """No image, one image, two images; prompts of different lengths."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = []
+    for i, size in enumerate([(60, 60), (90, 40), (56, 112)]):
+        paths.append(folder / f"{i}.png")
+        Image.effect_noise(size, 80).save(paths[-1])
+    tokenizer = tiny_tokenizer()
+    encoder = PromptEncoder(
+        tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"), min_pixels=3136, max_pixels=10000, max_prompt_tokens=2000
+    )
+    images: list[tuple[Path, ...]] = [(), (paths[0],), (paths[1], paths[2])]
+    words = ["Which?", "What is seen in this image?", "What?"]
+    return [encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w)) for i, w in zip(images, words)]
+
+
+def sampled(model, prompts, places=None, **changes):
+    allowed = allowed_tokens_V(tiny_tokenizer(), model.config.vocab_size, [model.config.image_token_id])
+    arguments = dict(group_size=5, max_new_tokens=7, end_ids=(END,), allowed_V=allowed, temperature=1.3,
+                     decode=lambda tokens: decode_completion(tiny_tokenizer(), tokens, (END,)))  # fmt: skip
+    arguments |= changes
+    if "noise_NGT" not in changes:
+        places = range(len(prompts)) if places is None else places
+        arguments["noise_NGT"] = sampling_noise(3, 11, places, arguments["group_size"], arguments["max_new_tokens"])
+    return sample_groups(model, prompts, **arguments), allowed
+
+
+def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
+    model = tiny_model()
+    rollout, allowed = sampled(model, prompts)
+    recomputed = rollout_logprobs(model, rollout, allowed, 1.3, prompts_each=2)
+    assert rollout.mask_NGT.sum() > 60
+    torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
+
+
+def test_sampled_logprobs_equal_a_plain_forward_over_prompt_and_completion(prompts):
+    model = tiny_model(tie_word_embeddings=False)
+    rollout, allowed = sampled(model, prompts)
+    for n, prompt in enumerate(prompts):
+        for g in range(5):
+            kept = rollout.mask_NGT[n, g]
+            tokens = rollout.tokens_NGT[n, g][kept]
+            whole = torch.cat([prompt.tokens_P, tokens])[None]
+            with torch.no_grad():
+                logits = model(whole, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+            logp = (logits / 1.3).masked_fill(~allowed, -torch.inf).log_softmax(-1)
+            torch.testing.assert_close(logp.gather(1, tokens[:, None])[:, 0], rollout.logp_NGT[n, g][kept], atol=1e-4, rtol=0)
+
+
+def test_greedy_decoding_picks_the_most_likely_token_of_a_plain_forward(prompts):
+    model = tiny_model()
+    rollout, allowed = sampled(model, prompts, group_size=1, noise_NGT=None, max_new_tokens=12)
+    for n, prompt in enumerate(prompts):
+        tokens = rollout.tokens_NGT[n, 0][rollout.mask_NGT[n, 0]]
+        whole = torch.cat([prompt.tokens_P, tokens])[None]
+        with torch.no_grad():
+            logits = model(whole, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+        assert torch.equal(logits.masked_fill(~allowed, -torch.inf).argmax(-1), tokens)
+
+
+def test_20000_samples_follow_the_softmax_they_were_drawn_from():
+    """Pearson's chi-square over 30 tokens: 29 degrees of freedom, 99.9 % quantile 58.3 (tables)."""
+    torch.manual_seed(0)
+    logp = torch.randn(30).log_softmax(-1)
+    noise = sampling_noise(0, 0, range(1), 20000, 1).flatten()
+    counts = inverse_cdf(logp.expand(20000, -1), noise).bincount(minlength=30)
+    expected = 20000 * logp.exp()
+    assert ((counts - expected) ** 2 / expected).sum() < 58.3
+    assert ((counts.roll(1) - expected) ** 2 / expected).sum() > 1000  # the statistic can tell
+
+
+def test_first_tokens_of_a_large_group_follow_the_models_softmax(prompts):
+    """The same, through prompt, cache and masking: all tokens expected 5 times or more, the rest in one bin."""
+    model = tiny_model()
+    model.embed.weight.data *= 0.4  # flatter, so that many tokens have a chance
+    rollout, allowed = sampled(model, prompts[1:2], group_size=20000, max_new_tokens=1)
+    with torch.no_grad():
+        logits = model(prompts[1].tokens_P[None], prompts[1].patches_SC, prompts[1].grids_I3)[0, -1]
+    expected = 20000 * (logits / 1.3).masked_fill(~allowed, -torch.inf).softmax(-1)
+    counts = rollout.tokens_NGT.flatten().bincount(minlength=len(expected)).float()
+    often = expected >= 5
+    counts, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (counts, expected))
+    freedom = len(expected) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3  # Wilson and Hilferty, 99.9 %
+    assert freedom > 20
+    assert ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum() < limit
+
+
+def test_a_completion_depends_neither_on_its_batch_nor_on_its_group_size(prompts):
+    model = tiny_model()
+    together, _ = sampled(model, prompts)
+    for n in range(3):
+        alone, _ = sampled(model, prompts[n : n + 1], places=[n])
+        assert alone.texts[0] == together.texts[n]
+        T = alone.tokens_NGT.shape[-1]
+        assert torch.equal(alone.mask_NGT[0], together.mask_NGT[n, :, :T])
+
+
+def test_other_seeds_steps_prompts_and_samples_get_other_noise():
+    noise = sampling_noise(1, 2, range(3), 4, 5)
+    assert torch.equal(noise, sampling_noise(1, 2, range(3), 4, 5))
+    assert torch.equal(noise[1:2], sampling_noise(1, 2, [1], 4, 5))
+    assert noise.unique().numel() == noise.numel()
+    assert not torch.equal(noise, sampling_noise(2, 2, range(3), 4, 5)) and not torch.equal(noise, sampling_noise(1, 3, range(3), 4, 5))
+
+
+def test_inverse_cdf_never_chooses_what_has_no_probability():
+    logp = torch.tensor([-torch.inf, 0.5, -torch.inf, 0.5, -torch.inf]).log_softmax(-1)
+    noise = torch.tensor([0.0, 0.49, 0.51, 1 - 2**-24])
+    assert inverse_cdf(logp.expand(4, -1), noise).tolist() == [1, 1, 3, 3]
+
+
+def test_forbidden_ids_are_never_sampled_even_when_the_model_wants_them(prompts):
+    model = tiny_model(tie_word_embeddings=False)
+    rollout, allowed = sampled(model, prompts, group_size=200)
+    assert not allowed.all()
+    with torch.no_grad():
+        wanted = model(prompts[0].tokens_P[None])[0, -1].softmax(-1)[~allowed].sum()
+    assert wanted > 0.01
+    assert allowed[rollout.tokens_NGT].all()
+
+
+def test_mask_reaches_to_the_first_end_of_turn_and_text_stops_before_it(prompts):
+    model = tiny_model()
+    ends = tuple(range(60))  # many ids that end a completion, so that lengths differ
+    rollout, _ = sampled(model, prompts, end_ids=ends, group_size=40, decode=lambda tokens: str(len(tokens)))
+    lengths = rollout.mask_NGT.sum(-1)
+    assert len(lengths.unique()) > 3
+    is_end = torch.isin(rollout.tokens_NGT, torch.tensor(ends)) & rollout.mask_NGT
+    for n in range(3):
+        for g in range(40):
+            length = int(lengths[n, g])
+            assert rollout.mask_NGT[n, g, :length].all() and not is_end[n, g, : length - 1].any()
+            assert is_end[n, g, length - 1] or length == 7
+            assert rollout.texts[n][g] == str(length)
+            assert (rollout.logp_NGT[n, g, length:] == 0).all()
+
+
+def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(prompts):
+    model = tiny_model()
+    rollout, allowed = sampled(model, prompts)
+    weights = torch.randn(rollout.mask_NGT.shape, generator=torch.Generator().manual_seed(0))
+    for groups, batch, tokens, mask in rollout.micro_batches(2):
+        logp, _ = completion_logprobs(model, batch, tokens, mask, allowed, 1.3)
+        (logp * weights[groups, :, : mask.shape[-1]]).sum().backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for n, prompt in enumerate(prompts):
+        for g in range(5):
+            kept = rollout.mask_NGT[n, g]
+            tokens = rollout.tokens_NGT[n, g][kept]
+            logits = model(torch.cat([prompt.tokens_P, tokens])[None], prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+            logp = (logits / 1.3).masked_fill(~allowed, -torch.inf).log_softmax(-1)
+            (logp.gather(1, tokens[:, None])[:, 0] * weights[n, g][kept]).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(fast[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,0 +1,176 @@
+"""train.py from end to end on a tiny base: what it leaves, resuming, stopping, and errors of one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from rewards import Verdict
+from tiny_run import write_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def vowel_score(completion: str, answer: str) -> tuple[Verdict, ...]:
+    """A rule that even a random model can please: the real ones give it 0 throughout, and nothing would be learned."""
+    share = sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
+    return Verdict("format", share, "vowels"), Verdict("accuracy", float("e" in completion), "an e")
+
+
+def run(monkeypatch, config: Path, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), *flags])
+    return train.main()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run, which the tests below only look at."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, config) == 0
+    return folder
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def test_a_run_leaves_metrics_completions_checkpoints_model_and_summary(finished):
+    metrics = rows(finished / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    assert {"reward", "rewards/format", "rewards/accuracy", "kl", "entropy", "grad_norm", "tokens_per_second"} <= metrics[0].keys()
+    assert all(row["logp_gap"] < 1e-4 for row in metrics)
+    completions = rows(finished / "run" / "completions.jsonl")
+    assert len(completions) == 4 * 3 * 4
+    assert completions[0]["rewards"]["accuracy"].keys() == {"score", "why"}
+    summary = json.loads((finished / "run" / "summary.json").read_text())
+    assert summary["questions"] == {"MRI": 8, "X-ray": 4} and summary["steps"] == 4
+    assert summary["before"].keys() == summary["after"].keys() == {"MRI", "X-ray"}
+    assert sorted(p.name for p in (finished / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert list((finished / "run" / "tensorboard").glob("events*"))
+
+
+def test_the_trained_model_loads_in_transformers_with_its_tokenizer(finished):
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    model, info = Qwen2VLForConditionalGeneration.from_pretrained(finished / "run" / "model", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(finished / "run" / "model")
+    assert tokenizer.decode(tokenizer("<think>mass</think>").input_ids) == "<think>mass</think>"
+    assert model.config.text_config.vocab_size == 340
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypatch, dtype):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    monkeypatch.setattr(train, "score", vowel_score)
+    fields = dict(dtype=dtype, test_questions=[], inner_updates=2, learning_rate=1e-2)
+    assert run(monkeypatch, write_run(whole, **fields)) == 0
+    config = write_run(broken, **fields)
+    with monkeypatch.context() as patch:
+        step, calls = train.sample_groups, []
+
+        def cut_off(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 4:  # in the fourth step, one after the checkpoint
+                raise RuntimeError("power cut")
+            return step(*args, **kwargs)
+
+        patch.setattr(train, "sample_groups", cut_off)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(patch, config)
+    assert [row["step"] for row in rows(broken / "run" / "metrics.jsonl")] == [0, 1, 2]
+    assert run(monkeypatch, config) == 0
+    assert [row["step"] for row in rows(broken / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert len(rows(broken / "run" / "completions.jsonl")) == 4 * 3 * 4
+    expected = weights(whole)
+    assert any(not torch.equal(value, load_file(whole / "base" / "model.safetensors")[name].to(value.dtype)) for name, value in expected.items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights(broken).items())
+    assert [row["reward"] for row in rows(whole / "run" / "metrics.jsonl")] == [row["reward"] for row in rows(broken / "run" / "metrics.jsonl")]
+
+
+def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score", vowel_score)
+    results = []
+    for size in (1, 3):
+        (folder := tmp_path / str(size)).mkdir()
+        assert run(monkeypatch, write_run(folder, micro_batch_prompts=size, test_questions=[], steps=1)) == 0
+        results.append(rows(folder / "run" / "metrics.jsonl")[0])
+    assert results[0]["grad_norm"] > 0
+    for name in ("loss", "kl", "entropy", "grad_norm"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-6)
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path, monkeypatch):
+    config = write_run(tmp_path, steps=100000, test_questions=[], save_every=100000)
+    process = subprocess.Popen([sys.executable, "train.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "goes on from there" in errors.splitlines()[-1]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    done = json.loads((saved / "progress.json").read_text())["step"]
+    assert done == len(rows(metrics)) >= 2
+
+
+def test_a_finished_run_is_not_trained_further_and_another_config_is_refused(finished, monkeypatch, capsys):
+    before = (finished / "run" / "metrics.jsonl").read_bytes()
+    assert run(monkeypatch, finished / "config.toml") == 0
+    assert (finished / "run" / "metrics.jsonl").read_bytes() == before
+    assert run(monkeypatch, finished / "config.toml", "--beta", "0.1") == 2
+    assert "other values of beta" in capsys.readouterr().err
+
+
+BAD_INPUTS = {
+    "no such config": (lambda f: (f / "config.toml").unlink(), "no such config"),
+    "unknown key": (lambda f: (f / "config.toml").open("a").write("stepz = 1\n"), "stepz"),
+    "wrong type": (lambda f: (f / "config.toml").open("a").write('temperature = "hot"\n'), "temperature must be float"),
+    "missing checkpoint file": (lambda f: (f / "base" / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    "missing config.json": (lambda f: (f / "base" / "config.json").unlink(), "config.json: no such file"),
+    "torn safetensors": (lambda f: os.truncate(f / "base" / "model.safetensors", 5000), "not a whole safetensors file"),
+    "missing tokenizer": (lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+    "questions not JSON": (lambda f: (f / "questions" / "all.json").write_text("hello, world"), "all.json"),
+    "empty question file": (lambda f: (f / "questions" / "all.json").write_text(""), "all.json"),
+    "no questions": (lambda f: (f / "questions" / "all.json").write_text("[]"), "all.json"),
+    "missing question file": (lambda f: (f / "questions" / "all.json").unlink(), "all.json"),
+    "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
+    "an image that is none": (lambda f: (f / "questions" / "0.png").write_text("hello"), "0.png"),
+    "a cut image": (lambda f: os.truncate(f / "questions" / "0.png", 3000), "0.png"),
+    "no such modality": (lambda f: (f / "config.toml").write_text((f / "config.toml").read_text().replace('"MRI"', '"Brain"')), "Brain"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(tmp_path, monkeypatch, capsys, case):
+    write_run(tmp_path)
+    spoil, named = BAD_INPUTS[case]
+    spoil(tmp_path)
+    capsys.readouterr()
+    assert run(monkeypatch, tmp_path / "config.toml") == 2
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and named in lines[0], lines
+
+
+def test_bad_input_ends_the_real_program_without_a_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "none.toml")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ") and "none.toml" in done.stderr
