@@ -144,7 +144,7 @@ class PromptEncoder:
     def _too_long_error(self, question: Question, length: int) -> InputError:
         return InputError(
             f"{question.source}: the prompt has {length} tokens, more than max_prompt_tokens = "
-            f"{self.max_prompt_tokens}: raise it, lower max_pixels, or skip such questions (too_long = \"skip\")"
+            f"{self.max_prompt_tokens}: raise it, lower max_pixels, or skip such questions (too_long = 'skip')"
         )
 
     def _patch_values(self) -> int:
@@ -200,9 +200,7 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int],
     return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def allowed_tokens_V(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()
-) -> Tensor:
+def allowed_tokens_V(tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()) -> Tensor:
     """bool (V,): which ids may be sampled.
 
     Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video tokens), and not rows of

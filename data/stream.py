@@ -21,9 +21,7 @@ def permutation(length: int, seed: str) -> tuple[int, ...]:
     return tuple(sorted(range(length), key=keys.__getitem__))
 
 
-def questions_of_step(
-    questions: Sequence[Question], step: int, prompts_per_step: int, seed: int
-) -> list[Question]:
+def questions_of_step(questions: Sequence[Question], step: int, prompts_per_step: int, seed: int) -> list[Question]:
     """The `prompts_per_step` questions of a step (counted from 0).
 
     Every epoch is a permutation of all questions, drawn from (seed, epoch); steps walk through the epochs one after

@@ -2,12 +2,11 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data import canonical_modality, choose_questions, read_questions, split_by_image
+from data import canonical_modality, read_questions
 from model.errors import InputError
 
 RADIOLOGY = Path(__file__).parents[2] / "shared" / "radiology"
@@ -98,10 +97,10 @@ def test_omnimedvqa_option_that_is_null_is_no_option(write):
 
 
 def test_med_r1_options_may_hold_commas_parentheses_and_full_stops(write):
-    problem = "If (as in A) unsure, what is seen? A)Good, clear., B)Type (B), e.g. C) small, D) none, C)IQA (D)."
+    problem = "If (as in A) unsure, what is seen? A)Good (A), clear., B)Type (B), e.g. C) small, D) none, C)IQA (D)."
     [question] = read_questions(write(med_r1_row(problem), name="X-Ray_test.json"))
     assert question.question == "If (as in A) unsure, what is seen?"
-    assert question.options == ("Good, clear.", "Type (B), e.g. C) small, D) none", "IQA (D).")
+    assert question.options == ("Good (A), clear.", "Type (B), e.g. C) small, D) none", "IQA (D).")
     assert (question.answer, question.modality) == ("B", "X-ray")
 
 
@@ -233,7 +232,9 @@ def test_image_folder_may_lie_elsewhere(write, tmp_path):
 
 
 @pytest.mark.parametrize("check_images", [True, False])
-@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "a/../../secret.png", "link.png", "linked/secret.png"])
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../secret.png", "../images/in.png", "link.png", "linked/secret.png"]
+)
 def test_path_that_leaves_the_image_folder_is_refused(write, tmp_path, name, check_images):
     (tmp_path / "secret.png").touch()
     images = tmp_path / "images"
@@ -263,53 +264,3 @@ def test_published_questions_are_read_whole(name, count, modalities):
         pytest.skip(f"needs {RADIOLOGY}, which is not shipped")
     questions = read_questions(RADIOLOGY / name, check_images=name.endswith("jsonl"))
     assert (len(questions), Counter(question.modality for question in questions)) == (count, modalities)
-
-
-@pytest.fixture
-def many(write):
-    names = {"MRI": 60, "CT": 30, "X-Ray": 10}
-    rows = [
-        medvlm_row(image=[f"{name}{index // 2}.png"], subset=name) for name, n in names.items() for index in range(n)
-    ]
-    return read_questions(write(*rows), check_images=False)
-
-
-def test_choice_is_seeded_by_modality_ordered_and_nested(many):
-    chosen = choose_questions(many, "CT(Computed Tomography)", 10, seed=1)
-    assert len(chosen) == 10 and {question.modality for question in chosen} == {"CT"}
-    assert chosen == choose_questions(many, "CT", 10, seed=1) != choose_questions(many, "CT", 10, seed=2)
-    assert chosen == [question for question in many if question in chosen]
-    larger = choose_questions(many, "CT", 20, seed=1)
-    assert all(question in larger for question in chosen)
-    assert choose_questions(many) == many
-
-
-def test_choice_of_more_than_there_are_names_what_is_there(many):
-    with pytest.raises(InputError, match=r"31 questions of modality CT .* only 30 \(available: CT 30, MRI 60, X-ray 10\)"):
-        choose_questions(many, "CT", 31)
-    with pytest.raises(InputError, match="some questions of modality PET"):
-        choose_questions(many, "PET")
-    with pytest.raises(InputError, match="0 questions"):
-        choose_questions(many, count=0)
-
-
-def test_train_and_test_never_share_an_image(many):
-    train, test = split_by_image(many, 0.2, seed=3)
-    images = [{image for question in part for image in question.images} for part in (train, test)]
-    assert not images[0] & images[1]
-    assert sorted(train + test, key=many.index) == many and len(test) == 20
-    assert (train, test) == split_by_image(many, 0.2, seed=3) != split_by_image(many, 0.2, seed=4)
-
-
-def test_questions_chained_through_several_images_stay_together(many):
-    shared = [
-        replace(question, images=(Path(f"{index}"), Path(f"{index + 1}"))) if index < 50 else question
-        for index, question in enumerate(many)
-    ]
-    train, test = split_by_image(shared, 0.3, seed=0)
-    chain = set(shared[:50])
-    assert chain <= set(train) and 0 < len(test) <= 30
-    with pytest.raises(InputError, match="can't be split"):
-        split_by_image(shared[:50], 0.3, seed=0)
-    with pytest.raises(InputError, match="between 0 and 1"):
-        split_by_image(many, 1.0, seed=0)

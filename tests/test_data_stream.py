@@ -1,8 +1,11 @@
-"""The stream of questions: what a step trains on depends on the seed and the step alone."""
+"""Which questions are trained on: subsets, splits, and the stream that depends on seed and step alone."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from data import Question, questions_of_step
+from data import Question, choose_questions, questions_of_step, split_by_image
 from data.stream import permutation
 from model.errors import InputError
 
@@ -55,3 +58,56 @@ def test_the_first_place_is_fair():
 def test_no_questions_is_an_input_error():
     with pytest.raises(InputError, match="no questions"):
         questions_of_step([], 0, 4, 0)
+
+
+@pytest.fixture
+def many():
+    """60 MRI, 30 CT and 10 X-ray questions, two to an image."""
+    names = ["MRI"] * 60 + ["CT"] * 30 + ["X-ray"] * 10
+    questions = zip(numbered(100), names, strict=True)
+    return [
+        replace(question, images=(Path(f"{index // 2}.png"),), modality=name)
+        for index, (question, name) in enumerate(questions)
+    ]
+
+
+def test_choice_is_seeded_by_modality_ordered_and_nested(many):
+    chosen = choose_questions(many, "CT(Computed Tomography)", 10, seed=1)
+    assert len(chosen) == 10 and {question.modality for question in chosen} == {"CT"}
+    assert chosen == choose_questions(many, "CT", 10, seed=1) != choose_questions(many, "CT", 10, seed=2)
+    assert chosen == [question for question in many if question in chosen]
+    larger = choose_questions(many, "CT", 20, seed=1)
+    assert all(question in larger for question in chosen)
+    assert choose_questions(many) == many
+
+
+def test_choice_of_more_than_there_are_names_what_is_there(many):
+    available = r"only 30 \(available: CT 30, MRI 60, X-ray 10\)"
+    with pytest.raises(InputError, match=f"31 questions of modality CT .* {available}"):
+        choose_questions(many, "CT", 31)
+    with pytest.raises(InputError, match="some questions of modality PET"):
+        choose_questions(many, "PET")
+    with pytest.raises(InputError, match="0 questions"):
+        choose_questions(many, count=0)
+
+
+def test_train_and_test_never_share_an_image(many):
+    train, test = split_by_image(many, 0.2, seed=3)
+    images = [{image for question in part for image in question.images} for part in (train, test)]
+    assert not images[0] & images[1]
+    assert sorted(train + test, key=many.index) == many and len(test) == 20
+    assert (train, test) == split_by_image(many, 0.2, seed=3) != split_by_image(many, 0.2, seed=4)
+
+
+def test_questions_chained_through_several_images_stay_together(many):
+    shared = [
+        replace(question, images=(Path(f"{index}"), Path(f"{index + 1}"))) if index < 50 else question
+        for index, question in enumerate(many)
+    ]
+    train, test = split_by_image(shared, 0.3, seed=0)
+    chain = set(shared[:50])
+    assert chain <= set(train) and 0 < len(test) <= 30
+    with pytest.raises(InputError, match="can't be split"):
+        split_by_image(shared[:50], 0.3, seed=0)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        split_by_image(many, 1.0, seed=0)
