@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data import PromptEncoder, Question, choose_questions, questions_of_step, read_questions
 from data.vocabulary import load_vocabulary
-from evaluation.accuracy import accuracy_by_modality, answer_greedily, comparison_table
+from evaluation.accuracy import accuracy_by_modality, answer_greedily, comparison_table, run_summary
 from grpo.advantages import group_advantages
 from grpo.batch import Rollout, completion_logprobs, rollout_logprobs
 from grpo.checkpoint import StopRequest, load_checkpoint_model, load_progress, open_run, save_checkpoint
@@ -60,6 +60,10 @@ def train(config: Config) -> None:
         answer_greedily, policy, test_questions, encoder, vocabulary,
         max_new_tokens=config.max_new_tokens, batch_prompts=config.eval_batch_prompts,
     )  # fmt: skip
+    size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+    print(f"Qwen2-VL of {size:.1f} M parameters, {config.dtype} on {config.device}; {len(train_questions)} questions to train on, "
+          f"{len(test_questions)} to test; {config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} samples"
+          + (f"; going on from {resume_from}" if resume_from else ""))  # fmt: skip
     if "answers_before" not in progress:
         progress["answers_before"] = answer(label="accuracy before")
 
@@ -150,23 +154,18 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     return train_questions, [question for part in chosen for question in part]
 
 
-def report(config: Config, test_questions: list[Question], progress: dict[str, Any], answers_after: list[str]) -> None:
-    """Print the table before / after, and write summary.json."""
-    before = accuracy_by_modality(test_questions, progress["answers_before"])
-    after = accuracy_by_modality(test_questions, answers_after)
-    summary = {
-        **{name: {m: a.rate for m, a in tally.items()} for name, tally in (("before", before), ("after", after))},
-        **{f"format_{name}": {m: a.formatted / a.total for m, a in tally.items()} for name, tally in (("before", before), ("after", after))},
-        "chance": {m: a.chance for m, a in after.items()},
-        "questions": {m: a.total for m, a in after.items()},
-        **{name: progress[kept] for name, kept in (("steps", "step"), ("seconds", "seconds"), ("tokens", "tokens"))},
-    }
+def report(config: Config, questions: list[Question], progress: dict[str, Any], answers_after: list[str]) -> None:
+    """Write summary.json, and print the table that a run ends with."""
+    before = accuracy_by_modality(questions, progress["answers_before"])
+    after = accuracy_by_modality(questions, answers_after)
+    steps, seconds, tokens = (progress[name] for name in ("step", "seconds", "tokens"))
+    summary = run_summary(before, after, steps=steps, seconds=seconds, tokens=tokens)
     folder = Path(config.run_dir)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{progress['step']} steps in {progress['seconds']:.0f} s, {progress['tokens']:,} tokens sampled")
+    print(f"\n{steps} steps in {seconds:.0f} s, {tokens:,} tokens sampled")
     if after:
         print(f"Greedy accuracy in percent (95 % interval), before and after:\n\n{comparison_table(before, after)}\n")
-    print(f"model: {folder / 'model'}   curves and samples: tensorboard --logdir {folder / 'tensorboard'}")
+    print(f"model:  {folder / 'model'}\ncurves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
 def main() -> int:

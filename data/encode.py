@@ -86,7 +86,7 @@ class PromptEncoder:
         self.patch_size = patch_size
         self.merge_size = merge_size
         self.temporal_patch_size = temporal_patch_size
-        self._template(image_count=1)
+        self._templates = {1: self._template(image_count=1)}
 
     def encode(self, question: Question) -> Prompt:
         """The whole prompt.
@@ -155,7 +155,10 @@ class PromptEncoder:
         return frames * rows * columns // self.merge_size**2
 
     def _tokens(self, question: Question, image_tokens: list[int]) -> list[int]:
-        head, tail = self._template(len(image_tokens))
+        images = len(image_tokens)
+        if images not in self._templates:  # rendering costs more than all the rest
+            self._templates[images] = self._template(images)
+        head, tail = self._templates[images]
         counts = iter(image_tokens)
         expanded = [token for token in head for _ in range(next(counts) if token == self.image_token_id else 1)]
         words = self.tokenizer(prompt_text(question), add_special_tokens=False, split_special_tokens=True)

@@ -7,6 +7,7 @@ the share of well-formed completions is told apart from it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -66,6 +67,18 @@ def accuracy_by_modality(questions: Sequence[Question], completions: Sequence[st
         right, formatted = accuracy_reward(completion, question.answer) > 0, format_reward(completion) > 0
         rows.setdefault(question.modality, []).append((right, formatted, 1 / len(question.options)))
     return {name: Accuracy(len(r), *(sum(column) for column in list(zip(*r))[:2]), sum(x[2] for x in r) / len(r)) for name, r in rows.items()}
+
+
+def run_summary(before: dict[str, Accuracy], after: dict[str, Accuracy], **totals: float) -> dict[str, Any]:
+    """What summary.json holds: per modality accuracy and format rate before and after, chance, questions; and the totals."""
+    both = {"before": before, "after": after}
+    return {
+        **{name: {modality: a.rate for modality, a in tally.items()} for name, tally in both.items()},
+        **{f"format_{name}": {modality: a.formatted / a.total for modality, a in tally.items()} for name, tally in both.items()},
+        "chance": {modality: a.chance for modality, a in after.items()},
+        "questions": {modality: a.total for modality, a in after.items()},
+        **totals,
+    }
 
 
 def comparison_table(before: dict[str, Accuracy], after: dict[str, Accuracy]) -> str:

@@ -28,13 +28,14 @@ KEPT = 2
 def open_run(config: Config) -> Path | None:
     """Claim `run_dir` for this config; returns the newest checkpoint to resume from, or None for a fresh start.
 
-    InputError if the folder holds a run with another config: mixing two runs would make both worthless.
+    InputError if the folder holds checkpoints of another config: mixing two runs would make both worthless. What has no
+    checkpoint yet is begun anew.
     """
     folder = Path(config.run_dir)
-    file = folder / "config.toml"
+    file, saved = folder / "config.toml", checkpoints(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if not saved:
+            folder.mkdir(parents=True, exist_ok=True)
             file.write_text(config_toml(config), encoding="utf-8")
             return None
         theirs = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -44,8 +45,12 @@ def open_run(config: Config) -> Path | None:
     differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if differing:
         raise InputError(f"{folder} holds a run with other values of {', '.join(differing)}; choose another --run_dir or delete it")
-    saved = sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
-    return saved[-1] if saved else None
+    return saved[-1]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
 def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
@@ -60,7 +65,7 @@ def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, prog
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
-    for old in sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")[:-KEPT]:
+    for old in checkpoints(Path(config.run_dir))[:-KEPT]:
         shutil.rmtree(old)
     return final
 

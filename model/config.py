@@ -64,8 +64,8 @@ class Qwen2VLConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
             raise InputError(
-                f"config: hidden_size {self.hidden_size}, num_attention_heads {heads} and num_key_value_heads {kv_heads}"
-                " must divide one another in turn"
+                f"config: hidden_size {self.hidden_size}, num_attention_heads {heads} and num_key_value_heads"
+                f" {kv_heads} must divide one another in turn"
             )
         section = self.mrope_section
         whole = all(type(bands) is int and bands >= 0 for bands in section)

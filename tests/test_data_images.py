@@ -159,7 +159,8 @@ def test_file_that_is_no_image_or_torn_is_one_line(tmp_path):
 def test_decompression_bomb_is_refused_by_its_header(tmp_path, side):
     path = tmp_path / "image.png"
     header = b"IHDR" + struct.pack(">IIBBBBB", side, 10_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 100) + b"IDAT")
     refused(path, "pixels, which is not decoded")
     with pytest.raises(InputError, match="pixels"):
         image_size(path)

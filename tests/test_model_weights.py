@@ -99,7 +99,9 @@ def test_an_absent_field_is_named(field: str) -> None:
     assert_refused(lambda: parse_config(raw, "some/config.json"), leaf)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "llama"}', "\xff", pytest.param("[" * 100_000, id="deep")])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"model_type": "llama"}', "\xff", pytest.param("[" * 100_000, id="deep")]
+)
 def test_a_config_file_that_is_none_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     assert_refused(lambda: load_model(folder), str(folder / "config.json"))
@@ -117,7 +119,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing-head": (lambda t: t.pop("lm_head.weight"), "lm_head.weight"),
     "unexpected": (lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.zeros(64)}), "model.layers.3."),
     "misshapen": (lambda t: t.update({"model.norm.weight": torch.zeros(63)}), "model.norm.weight"),
-    "transposed": (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 72)}), "mlp.up_proj.weight"),
+    "transposed": (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 72)}), "mlp.up_proj"),
     "integer": (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "model.norm.weight"),
 }  # fmt: skip
 
@@ -189,14 +191,17 @@ def test_a_folder_saved_again_holds_the_new_weights_whatever_their_number_of_fil
     assert_same_weights(load_model(tmp_path), third)
 
 
-def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_told(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])  # transformers 4 and 5
+def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_told(folder: Path, key: str) -> None:
     for name in COMPANIONS:
         (folder / name).write_text(f"contents of {name}")
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 7, "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_model(load_model(folder, dtype="bfloat16"), tmp_path / "saved")
-    assert all((tmp_path / "saved" / name).read_text() == f"contents of {name}" for name in COMPANIONS)
-    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+    config = {**flat_config(tiny_config(tied=False)), "eos_token_id": 7}
+    del config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    saved = folder / "saved"
+    save_model(load_model(folder, dtype="bfloat16"), saved)
+    assert all((saved / name).read_text() == f"contents of {name}" for name in COMPANIONS)
+    assert json.loads((saved / "config.json").read_text()) == {**config, key: "bfloat16"}
 
 
 def test_loading_holds_one_copy_of_the_model_and_one_tensor(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ MIXED = (
     (13, (2, 6), 14, (8, 4), (2, 2), 15, 16),
     (17, 18),
 )
-"""Prompts of a ragged batch: one image, text, three images of different sizes, two tokens; a pair is an image (h, w)."""
+"""A ragged batch: one image, text, three images of different sizes, two tokens. A pair is an image (h, w)."""
 
 
 class Batch(NamedTuple):
@@ -99,8 +99,8 @@ def hf_model(config: Qwen2VLConfig, seed: int = 0) -> nn.Module:
     from transformers import Qwen2VLForConditionalGeneration
     from transformers.models.qwen2_vl import Qwen2VLConfig as HFConfig
 
-    text = {name: value for name, value in vars(config).items() if name in ("vocab_size", "hidden_size", "rms_norm_eps")}
-    text |= {name: value for name, value in vars(config).items() if name.startswith(("intermediate_", "num_"))}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")
+    text = {name: value for name, value in vars(config).items() if name in names or name.startswith("num_")}
     rope = {"rope_type": "default", "mrope_section": list(config.mrope_section), "rope_theta": config.rope_theta}
     model = Qwen2VLForConditionalGeneration(
         HFConfig(
