@@ -33,11 +33,17 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json") from None
+        raise InputError(
+            f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json"
+        ) from None
     if len(tokenizer) > config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size} rows")
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size} rows"
+        )
     seen_only = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-    return Vocabulary(tokenizer, _end_ids(folder, tokenizer), allowed_tokens_V(tokenizer, config.vocab_size, seen_only).to(device))
+    return Vocabulary(
+        tokenizer, _end_ids(folder, tokenizer), allowed_tokens_V(tokenizer, config.vocab_size, seen_only).to(device)
+    )
 
 
 def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -51,5 +57,7 @@ def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
             raise InputError(f"{file}: not readable as JSON ({error}); copy or download it again") from None
     ids = tuple(ids) if isinstance(ids, list) else (ids,)
     if not ids or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
-        raise InputError(f"{folder}: no valid end-of-turn token (eos_token_id is {ids}) in generation_config.json or the tokenizer")
+        raise InputError(
+            f"{folder}: no valid end-of-turn token (eos_token_id is {ids}) in generation_config.json or the tokenizer"
+        )
     return ids

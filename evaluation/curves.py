@@ -53,7 +53,9 @@ def _panel(rows: Sequence[dict[str, float]], title: str, series: Sequence[tuple[
     for at, (name, label, colour) in enumerate(series):
         points = " ".join(f"{x(row['step']):.1f},{y(max(0.0, row[name])):.1f}" for row in rows)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        parts.append(f'<text x="{right}" y="{14 + 12 * at}" text-anchor="end" style="fill:{colour}">{escape(label)}</text>')
+        parts.append(
+            f'<text x="{right}" y="{14 + 12 * at}" text-anchor="end" style="fill:{colour}">{escape(label)}</text>'
+        )
     return "".join(parts)
 
 

@@ -27,5 +27,7 @@ def group_advantages(rewards_NG: Tensor, *, scale: str = "std") -> Tensor:
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":
-        centred = centred / torch.where(equal, 1.0, rewards.std(-1, keepdim=True, correction=min(1, rewards.shape[-1] - 1)))
+        centred = centred / torch.where(
+            equal, 1.0, rewards.std(-1, keepdim=True, correction=min(1, rewards.shape[-1] - 1))
+        )
     return torch.where(equal, 0.0, centred)

@@ -9,6 +9,8 @@ from torch import Tensor
 from data import Prompt
 from model import Qwen2VL, token_logprobs
 
+from .config import Config
+
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
@@ -47,8 +49,8 @@ def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> Pr
 class Rollout:
     """G completions of each of N prompts, as sampled.
 
-    `mask_NGT` is true up to and including the first end-of-turn; `logp_NGT` is the log-probability under the policy that
-    sampled; `texts` are the completions without their end-of-turn.
+    `mask_NGT` is true up to and including the first end-of-turn; `logp_NGT` is the log-probability under the policy
+    that sampled; `texts` are the completions without their end-of-turn.
     """
 
     prompts: Sequence[Prompt]
@@ -84,9 +86,10 @@ def completion_logprobs(
 
 
 @torch.no_grad()
-def rollout_logprobs(model: Qwen2VL, rollout: Rollout, allowed_V: Tensor, temperature: float, prompts_each: int) -> Tensor:
+def rollout_logprobs(model: Qwen2VL, rollout: Rollout, allowed_V: Tensor, config: Config) -> Tensor:
     """log pi (N, G, T) of a whole rollout under a model that is not being trained, 0 outside the mask."""
     logp_NGT = torch.zeros_like(rollout.logp_NGT)
-    for groups, prompts, tokens, mask in rollout.micro_batches(prompts_each):
-        logp_NGT[groups, :, : mask.shape[-1]] = completion_logprobs(model, prompts, tokens, mask, allowed_V, temperature)[0]
+    for groups, prompts, tokens, mask in rollout.micro_batches(config.micro_batch_prompts):
+        logp, _ = completion_logprobs(model, prompts, tokens, mask, allowed_V, config.temperature)
+        logp_NGT[groups, :, : mask.shape[-1]] = logp
     return logp_NGT

@@ -1,7 +1,7 @@
 """A run on disk: the resolved config, checkpoints to resume from, and the request to stop.
 
-A checkpoint is a folder `checkpoints/step-000100/` with the model in Hugging Face layout, the optimiser's tensors and a
-small JSON: safetensors and text only. It is written beside its place and renamed, so that a half-written one never counts.
+A checkpoint is a folder `checkpoints/step-000100/` with the model in Hugging Face layout, the optimiser's tensors and
+a small JSON: safetensors and text only. It is written beside its place and renamed: a half-written one never counts.
 """
 
 import json
@@ -44,7 +44,9 @@ def open_run(config: Config) -> Path | None:
     ours = tomllib.loads(config_toml(config))
     differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if differing:
-        raise InputError(f"{folder} holds a run with other values of {', '.join(differing)}; choose another --run_dir or delete it")
+        raise InputError(
+            f"{folder} holds a run with other values of {', '.join(differing)}; choose another --run_dir or delete it"
+        )
     return saved[-1]
 
 
@@ -54,7 +56,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
-    """Write `checkpoints/step-NNNNNN`; `progress` holds the finished steps ("step") and what else a resumed run must know."""
+    """Write `checkpoints/step-NNNNNN`; `progress` holds the finished steps ("step") and all else to resume from."""
     folder = Path(config.run_dir) / "checkpoints"
     name = f"step-{progress['step']:06d}"
     final, partial = folder / name, folder / f"{name}.partial"
@@ -83,7 +85,9 @@ def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> dict[str, Any]:
         optimizer.load_state(load_file(checkpoint / "optimizer.safetensors"))
         return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: not a whole checkpoint ({error}); delete it to resume from the one before") from None
+        raise InputError(
+            f"{checkpoint}: not a whole checkpoint ({error}); delete it to resume from the one before"
+        ) from None
 
 
 class StopRequest:

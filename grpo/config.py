@@ -107,9 +107,18 @@ class Config:
                         "final_lr_ratio", "adam_beta1", "adam_beta2")  # fmt: skip
         rules = [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one]
         rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative]
-        rules += [(name, getattr(self, name) > 0, "must be above 0") for name in ("temperature", "learning_rate", "max_grad_norm")]
-        rules += [(name, getattr(self, name) in values, f"must be one of {', '.join(values)}") for name, values in _CHOICES.items()]
-        rules += [("clip_low", self.clip_low <= 1, "must be at most 1"), ("adam_beta1", self.adam_beta1 < 1, "must be below 1")]
+        rules += [
+            (name, getattr(self, name) > 0, "must be above 0")
+            for name in ("temperature", "learning_rate", "max_grad_norm")
+        ]
+        rules += [
+            (name, getattr(self, name) in values, f"must be one of {', '.join(values)}")
+            for name, values in _CHOICES.items()
+        ]
+        rules += [
+            ("clip_low", self.clip_low <= 1, "must be at most 1"),
+            ("adam_beta1", self.adam_beta1 < 1, "must be below 1"),
+        ]
         rules += [("adam_beta2", self.adam_beta2 < 1, "must be below 1")]
         rules += [("max_pixels", self.max_pixels >= self.min_pixels, "must not be below min_pixels")]
         rules += [("device", self.device.split(":")[0] in ("cpu", "cuda"), "must be cpu or cuda")]
@@ -138,7 +147,9 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
     for key in values:
         if key not in known:
             raise InputError(f"{file}: unknown key {key!r}; `python train.py --help` lists the known ones")
-    values = {key: _checked(f"{file}: {key}", known[key].type, value) for key, value in values.items()} | (overrides or {})
+    values = {key: _checked(f"{file}: {key}", known[key].type, value) for key, value in values.items()} | (
+        overrides or {}
+    )
     for field in known.values():
         if field.default is MISSING and field.name not in values:
             raise InputError(f"{file}: {field.name} is missing; add it, or give --{field.name}")
@@ -156,7 +167,9 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
         kind = str if extra else field.type
         # The default shown is the dataclass's; the one parsed is "not given", so that the file's value stands.
         text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text, default=argparse.SUPPRESS, **extra)
+        parser.add_argument(
+            f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text, default=argparse.SUPPRESS, **extra
+        )
     given = vars(parser.parse_args(arguments))
     file = given.pop("config")
     return load_config(file, {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
@@ -169,7 +182,10 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def config_toml(config: Config) -> str:
     """The resolved config, every field, as TOML."""
-    lines = (f"{key} = {json.dumps(list(value) if isinstance(value, tuple) else value)}" for key, value in asdict(config).items())
+    lines = (
+        f"{key} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+        for key, value in asdict(config).items()
+    )
     return "\n".join(lines) + "\n"
 
 

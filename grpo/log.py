@@ -1,12 +1,12 @@
-"""What a run tells: a progress bar, TensorBoard, `metrics.jsonl` and `completions.jsonl`, all from one call per step."""
+"""What a run tells: a progress bar, TensorBoard, `metrics.jsonl` and `completions.jsonl`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -14,7 +14,13 @@ from data import load_image
 
 from .batch import Rollout
 
-_BAR = {"reward": "reward", "rewards/format": "format", "rewards/accuracy": "accuracy", "kl": "KL", "tokens_per_second": "tok/s"}
+_BAR = {
+    "reward": "reward",
+    "rewards/format": "format",
+    "rewards/accuracy": "accuracy",
+    "kl": "KL",
+    "tokens_per_second": "tok/s",
+}
 
 
 class RunLog:
@@ -27,31 +33,44 @@ class RunLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
         self.bar = tqdm(total=steps, initial=first_step, desc="GRPO", unit="step", dynamic_ncols=True)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of numbers: to the file, the board and the bar."""
+    def step(
+        self,
+        step: int,
+        rollout: Rollout,
+        verdicts_NGR: Sequence[Sequence[Sequence[Any]]],
+        rewards_NG: Tensor,
+        advantages_NG: Tensor,
+        stats: dict[str, Tensor],
+        learning_rate: float,
+        seconds: float,
+    ) -> None:
+        """Record a step: its numbers to file, board and bar, every completion with its rewards and why to file.
+
+        A verdict has `rule`, `score` and `why`; `stats` are the update's scalars.
+        """
+        tokens = int(rollout.mask_NGT.sum())
+        metrics = rollout_metrics(rollout, verdicts_NGR, rewards_NG) | {name: float(x) for name, x in stats.items()}
+        metrics |= {"learning_rate": learning_rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         self.bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in _BAR.items()}, refresh=False)
         self.bar.update()
-
-    def rollout(self, step: int, rollout: Rollout, verdicts: list[list[tuple[Any, ...]]], advantages: list[list[float]]) -> None:
-        """Every completion of a step with each rule's verdict (its `rule`, `score` and `why`) and its advantage."""
         for n, prompt in enumerate(rollout.prompts):
-            question = {"question": prompt.question.source, "answer": prompt.question.answer}
             for g, text in enumerate(rollout.texts[n]):
-                rewards = {verdict.rule: {"score": verdict.score, "why": verdict.why} for verdict in verdicts[n][g]}
-                row = {"step": step, **question, "completion": text, "rewards": rewards, "advantage": advantages[n][g]}
+                rewards = {v.rule: {"score": v.score, "why": v.why} for v in verdicts_NGR[n][g]}
+                row = {"step": step, "question": prompt.question.source, "answer": prompt.question.answer}
+                row |= {"completion": text, "rewards": rewards, "advantage": advantages_NG[n, g].item()}
                 self.completions.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.completions.flush()
 
-    def sample(self, step: int, rollout: Rollout, rewards: list[float]) -> None:
+    def sample(self, step: int, rollout: Rollout, rewards_NG: Tensor) -> None:
         """One group for the eye: its image, its question and all of its completions with their rewards."""
         question = rollout.prompts[0].question
         lines = [question.question, *(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", question.options))]
         lines += [f"right: {question.answer}", ""]
-        lines += [f"[{reward:.2g}] {text}" for reward, text in zip(rewards, rollout.texts[0])]
+        lines += [f"[{reward:.2g}] {text}" for reward, text in zip(rewards_NG[0].tolist(), rollout.texts[0])]
         # Four spaces make a code block: what the model wrote is shown as it is, never rendered.
         self.board.add_text("samples", "\n".join(f"    {line}" for text in lines for line in text.split("\n")), step)
         if question.images:
@@ -67,24 +86,29 @@ class RunLog:
         self.completions.close()
 
 
-def step_metrics(rollout: Rollout, rewards_NGR: torch.Tensor, rewards_NG: torch.Tensor, rules: Iterable[str]) -> dict[str, float]:
-    """What a rollout's rewards and lengths say; means over all N x G completions unless named otherwise."""
-    lengths = rollout.mask_NGT.sum(-1).float()
-    no_spread = (rewards_NG.amax(-1) == rewards_NG.amin(-1)).float()
-    by_rule = {f"rewards/{rule}": rewards_NGR[..., r].mean().item() for r, rule in enumerate(rules)}
+def rollout_metrics(
+    rollout: Rollout, verdicts_NGR: Sequence[Sequence[Sequence[Any]]], rewards_NG: Tensor
+) -> dict[str, float]:
+    """What a rollout's rewards and lengths say; means over its completions, or over its groups."""
+    lengths = rollout.mask_NGT.sum(-1)
+    scores: dict[str, list[float]] = {}
+    for verdict in (verdict for group in verdicts_NGR for rules in group for verdict in rules):
+        scores.setdefault(f"rewards/{verdict.rule}", []).append(verdict.score)
     return {
         "reward": rewards_NG.mean().item(),
+        **{name: sum(values) / len(values) for name, values in scores.items()},
         "reward_spread": rewards_NG.std(-1, correction=0).mean().item(),
-        **by_rule,
-        "groups_without_spread": no_spread.mean().item(),
-        "completion_tokens": lengths.mean().item(),
+        "groups_without_spread": (rewards_NG.amax(-1) == rewards_NG.amin(-1)).float().mean().item(),
+        "completion_tokens": lengths.float().mean().item(),
     }
 
 
 def _reopened(path: Path, first_step: int) -> Any:
     rows: list[str] = []
     if path.exists():
-        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would also split at U+2028 in a completion
+        with path.open(
+            encoding="utf-8", newline="\n"
+        ) as file:  # str.splitlines would also split at U+2028 in a completion
             rows = list(file)
     kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < first_step]
     path.write_text("".join(kept), encoding="utf-8")

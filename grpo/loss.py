@@ -1,7 +1,7 @@
 """The GRPO objective (DeepSeekMath, arXiv 2402.03300, equations 3 and 4), as pure functions of tensors.
 
-The sum over tokens is weighted by explicit weights that are made once from the whole step's mask: a micro-batch gets its
-slice of them, so that neither the size of micro-batches nor the number of processes changes the gradient.
+The sum over tokens is weighted by explicit weights that are made once from the whole step's mask: a micro-batch gets
+its slice of them, so that neither the size of micro-batches nor the number of processes changes the gradient.
 
 Departures: the clip range may differ below and above 1 (clip-higher, DAPO, arXiv 2503.14476); the average may be taken
 over tokens (DAPO) or against a constant (Dr. GRPO, arXiv 2503.20783) instead of per sequence.
@@ -32,7 +32,7 @@ def token_weights(mask_NGT: Tensor, *, average: str = "sequence") -> Tensor:
 
 
 def k3_divergence(logp: Tensor, ref: Tensor) -> Tensor:
-    """Unbiased, never negative estimate of KL(pi_theta || pi_ref) per token, equation 4: r - log r - 1, r = pi_ref / pi_theta."""
+    """Equation 4: r - log r - 1 with r = pi_ref / pi_theta, an unbiased, never negative estimate of KL(pi_theta || pi_ref)."""
     log_ratio = ref - logp
     return log_ratio.exp() - log_ratio - 1
 

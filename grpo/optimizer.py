@@ -1,12 +1,14 @@
 """AdamW on fp32 master weights, with warm-up and gradient clipping.
 
-At a learning rate of 1e-6 an update is far smaller than the distance between neighbouring bf16 numbers (0.4 to 0.8 % of a
-weight): added to bf16 weights it would be rounded away. So the optimiser owns fp32 copies, adds to those, and rounds them
-into the model. Where the model itself is fp32, its parameters are the masters and nothing is copied.
+At a learning rate of 1e-6 an update is far smaller than the distance between neighbouring bf16 numbers (0.4 to 0.8 %
+of a weight): added to bf16 weights it would be rounded away. So the optimiser owns fp32 copies, adds to those, and
+rounds them into the model. Where the model itself is fp32, its parameters are the masters and nothing is copied.
 """
 
 import torch
 from torch import Tensor, nn
+
+from .config import Config
 
 
 class MasterAdamW:
@@ -16,15 +18,15 @@ class MasterAdamW:
     """
 
     def __init__(
-        self, model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
+        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
     ) -> None:
         self.names, self.params = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
-        self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
-        self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+        self.max_grad_norm = max_grad_norm
+        self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=weight_decay, fused=True)
 
     def accumulate(self) -> None:
-        """Add the model's fresh gradients to the masters' in fp32: a sum over many micro-batches in bf16 would lose bits."""
+        """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose bits."""
         for param, master in zip(self.params, self.masters):
             if master is not param and param.grad is not None:
                 master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
@@ -48,7 +50,7 @@ class MasterAdamW:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by parameter name: both moments, the step count, the masters if separate."""
+        """What a resumed run needs, by parameter name: both moments, the step count, the masters if separate."""
         tensors = {}
         for name, param, master in zip(self.names, self.params, self.masters):
             for key, value in self.adamw.state.get(master, {}).items():
@@ -60,7 +62,9 @@ class MasterAdamW:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
         for name, param, master in zip(self.names, self.params, self.masters):
-            moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
+            moments = {
+                key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors
+            }
             if moments:
                 self.adamw.state[master] = {key: value.to(master.device) for key, value in moments.items()}
             if master is not param:
@@ -69,9 +73,9 @@ class MasterAdamW:
                     param.copy_(master)
 
 
-def scheduled_rate(step: int, *, peak: float, warmup_steps: int, steps: int, final_ratio: float) -> float:
-    """Learning rate of a step: linear from 0 to the peak over the warm-up, then linear to peak * final_ratio at the end."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return peak * (1 + (final_ratio - 1) * min(1.0, done))
+def scheduled_rate(step: int, config: Config) -> float:
+    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear to final_lr_ratio of it."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    return config.learning_rate * (1 + (config.final_lr_ratio - 1) * done)

@@ -1,19 +1,20 @@
 """Grouped rollouts: every prompt, with its image, is run once; its G completions grow from the one cache.
 
-What is sampled is exactly the distribution that is trained: the temperature, and the ids that can't be sampled, are in the
-loss's normaliser too, and there is no top-k or top-p. Randomness is data: one number per (seed, step, prompt, sample,
-position), drawn up front and turned into a token through the inverse of the cumulative distribution. So a completion
-depends neither on what else is in the batch nor on how many processes share the work, and a resumed run needs no
-generator's state.
+What is sampled is exactly the distribution that is trained: the temperature, and the ids that can't be sampled, are in
+the loss's normaliser too, and there is no top-k or top-p. Randomness is data: one number per (seed, step, prompt,
+sample, position), drawn up front and turned into a token through the inverse of the cumulative distribution. So a
+completion depends (up to rounding) neither on what else is in the batch nor on how many processes share the work, and a
+resumed run needs no generator's state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data import Prompt
+from data.vocabulary import Vocabulary
 from model import Qwen2VL
 from model.logprobs import masked_logits
 
@@ -24,7 +25,7 @@ ASK_EVERY = 8
 
 
 def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int, max_new_tokens: int) -> Tensor:
-    """Uniform numbers in [0, 1), float32 (N, G, T); `prompts` are the prompts' places in the step, over all processes."""
+    """Uniform numbers in [0, 1), float32 (N, G, T); `prompts` are places in the step, over all processes."""
     shape = (group_size, max_new_tokens)
     streams = (np.random.default_rng([seed, step, place]) for place in prompts)
     return torch.from_numpy(np.stack([stream.random(shape, dtype=np.float32) for stream in streams]))
@@ -33,8 +34,8 @@ def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int
 def inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the noise: logp (..., V), noise (...) -> ids (...).
 
-    Sums in float64: over 150,000 tokens float32 would shift the odds of the last ones. A token of probability 0 is never
-    chosen, because it does not raise the cumulative sum.
+    Sums in float64: over 150,000 tokens float32 would shift the odds of the last ones. A token of probability 0 is
+    never chosen, because it does not raise the cumulative sum.
     """
     cumulative = logp.double().exp().cumsum(dim=-1)
     threshold = noise.double()[..., None] * cumulative[..., -1:]
@@ -44,40 +45,35 @@ def inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
 @torch.no_grad()
 def sample_groups(
     model: Qwen2VL,
+    vocabulary: Vocabulary,
     prompts: Sequence[Prompt],
+    noise_NGT: Tensor | None,
     *,
-    group_size: int,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    allowed_V: Tensor,
-    decode: Callable[[Tensor], str],
     temperature: float = 1.0,
-    noise_NGT: Tensor | None = None,
+    max_new_tokens: int = 0,
 ) -> Rollout:
-    """Sample `group_size` completions of each prompt; greedily if there is no noise.
+    """Sample G completions of at most T tokens for each prompt.
 
     Args:
-        end_ids: ids that end a completion; the first one met is its last token.
-        allowed_V: bool, False for ids that must not be sampled.
-        decode: token ids of one completion (1-D, with its end-of-turn) -> text.
+        noise_NGT: from `sampling_noise`; its shape says G and T. None decodes one completion of at most
+            `max_new_tokens` greedily.
         temperature: divides the logits, in sampling and in the log-probabilities returned.
-        noise_NGT: from `sampling_noise`; None decodes greedily, with log-probabilities at the same temperature.
     """
     device = model.embed.weight.device
-    N, G, T = len(prompts), group_size, max_new_tokens
-    batch = collate(prompts, device)
-    ends = torch.tensor(list(end_ids), device=device)
+    N, G, T = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
     noise_NGT = None if noise_NGT is None else noise_NGT.to(device)
-    tokens = torch.full((N, G, T), int(ends[0]), device=device)
+    batch = collate(prompts, device)
+    ends = torch.tensor(vocabulary.end_ids, device=device)
+    tokens = torch.full((N, G, T), vocabulary.end_ids[0], device=device)
     logps = torch.zeros(N, G, T, device=device)
     mask = torch.zeros(N, G, T, dtype=torch.bool, device=device)
     done = torch.zeros(N, G, dtype=torch.bool, device=device)
-    next_position = batch.positions_3NP.amax(dim=(0, 2)) + 1  # a completion goes on where its prompt ends, all of a group alike
+    after_prompt_N = batch.positions_3NP.amax(dim=(0, 2)) + 1  # where all completions of a prompt go on
 
     last, cache = model.prefill(*batch.parts(), G, T)
     hidden = last[:, None].expand(N, G, -1)
     for t in range(T):
-        logp_NGV = masked_logits(hidden, model.head_weight, allowed_V, temperature).log_softmax(dim=-1)
+        logp_NGV = masked_logits(hidden, model.head_weight, vocabulary.allowed_V, temperature).log_softmax(dim=-1)
         chosen = logp_NGV.argmax(dim=-1) if noise_NGT is None else inverse_cdf(logp_NGV, noise_NGT[..., t])
         tokens[..., t] = torch.where(done, ends[0], chosen)
         logps[..., t] = logp_NGV.gather(-1, chosen[..., None]).squeeze(-1).masked_fill(done, 0.0)
@@ -85,10 +81,10 @@ def sample_groups(
         done |= torch.isin(chosen, ends)
         if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and bool(done.all())):
             break
-        hidden = model.decode(tokens[..., t], next_position + t, cache)
+        hidden = model.decode(tokens[..., t], after_prompt_N + t, cache)
 
     kept = int(mask.sum(-1).max())
     tokens, mask, logps = tokens[..., :kept], mask[..., :kept], logps[..., :kept]
     lengths, rows = mask.sum(-1).tolist(), tokens.cpu()
-    texts = [[decode(rows[n, g, : lengths[n][g]]) for g in range(G)] for n in range(N)]
+    texts = [[vocabulary.decode(rows[n, g, : lengths[n][g]]) for g in range(G)] for n in range(N)]
     return Rollout(prompts, tokens, mask, logps, texts)

@@ -6,4 +6,13 @@ from .logprobs import token_logprobs
 from .qwen2vl import Qwen2VL
 from .weights import load_model, save_model
 
-__all__ = ["InputError", "Qwen2VL", "Qwen2VLConfig", "VisionConfig", "load_model", "read_config", "save_model", "token_logprobs"]
+__all__ = [
+    "InputError",
+    "Qwen2VL",
+    "Qwen2VLConfig",
+    "VisionConfig",
+    "load_model",
+    "read_config",
+    "save_model",
+    "token_logprobs",
+]

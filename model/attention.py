@@ -19,7 +19,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def two_part_attention(
-    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, seen: Tensor | None, own_seen: Tensor | None
+    q: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    seen: Tensor | None,
+    own_seen: Tensor | None,
 ) -> Tensor:
     """Softmax over a prompt that a group shares and over each completion's own tokens, without copying the prompt.
 
@@ -39,7 +45,9 @@ def two_part_attention(
     N, G, H, T, d = q.shape
     K, S, P = own_k.shape[2], own_k.shape[3], prompt_k.shape[2]
     q = (q * d**-0.5).view(N, G, K, H // K, T, d)
-    shared = q.transpose(1, 2).reshape(N, K, G * (H // K) * T, d)  # all queries of a KV head, whichever completion they belong to
+    shared = q.transpose(1, 2).reshape(
+        N, K, G * (H // K) * T, d
+    )  # all queries of a KV head, whichever completion they belong to
     prompt_scores = shared @ prompt_k.transpose(-1, -2)  # (N, K, G * H/K * T, P)
     own_scores = q.reshape(N, G, K, H // K * T, d) @ own_k.transpose(-1, -2)  # (N, G, K, H/K * T, S)
     if seen is not None:

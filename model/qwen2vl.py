@@ -29,7 +29,9 @@ class Qwen2VL(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -37,7 +39,11 @@ class Qwen2VL(nn.Module):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self, tokens_BL: Tensor, patches_SC: Tensor | None = None, grids_I3: Tensor | None = None, lengths_B: Tensor | None = None
+        self,
+        tokens_BL: Tensor,
+        patches_SC: Tensor | None = None,
+        grids_I3: Tensor | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of right-padded sequences; rows of padding hold nothing of meaning.
 
@@ -72,8 +78,14 @@ class Qwen2VL(nn.Module):
         return x.masked_scatter(places[..., None], seen.to(x.dtype))
 
     def prefill(
-        self, tokens_NP: Tensor, positions_3NP: Tensor, lengths_N: Tensor, patches_SC: Tensor | None, grids_I3: Tensor | None,
-        group_size: int, max_new_tokens: int,
+        self,
+        tokens_NP: Tensor,
+        positions_3NP: Tensor,
+        lengths_N: Tensor,
+        patches_SC: Tensor | None,
+        grids_I3: Tensor | None,
+        group_size: int,
+        max_new_tokens: int,
     ) -> tuple[Tensor, GroupCache]:
         """Run right-padded prompts once; returns each one's last hidden state (N, D) and the cache for its group."""
         cache = GroupCache(lengths_N, tokens_NP.shape[1], group_size, max_new_tokens)
@@ -90,7 +102,12 @@ class Qwen2VL(nn.Module):
         return hidden.view(N, G, -1)
 
     def completion_hidden(
-        self, tokens_NP: Tensor, positions_3NP: Tensor, lengths_N: Tensor, patches_SC: Tensor | None, grids_I3: Tensor | None,
+        self,
+        tokens_NP: Tensor,
+        positions_3NP: Tensor,
+        lengths_N: Tensor,
+        patches_SC: Tensor | None,
+        grids_I3: Tensor | None,
         completions_NGT: Tensor,
     ) -> Tensor:
         """Hidden states (N, G, T, D) that predict each completion token; image and prompt are run once per group.

@@ -83,7 +83,9 @@ def _published_name(owner: str) -> str:
     return {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}[owner]
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32) -> Qwen2VL:
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
+) -> Qwen2VL:
     """Load a checkpoint folder: config.json and one or several safetensors files, in any published naming.
 
     Raises InputError for a missing file, a torn one, and a missing, unexpected or misshapen tensor. Every tensor is read
@@ -118,7 +120,12 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
 
 @torch.no_grad()
 def _read_tensor(
-    file: Path, key: str, tensors: safe_open, config: Qwen2VLConfig, layout: dict[str, Slot], parameters: dict[str, Tensor]
+    file: Path,
+    key: str,
+    tensors: safe_open,
+    config: Qwen2VLConfig,
+    layout: dict[str, Slot],
+    parameters: dict[str, Tensor],
 ) -> None:
     name = _canonical(key)
     if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -156,7 +163,9 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{index}: {name!r} is no file name in this folder; this checkpoint can't be trusted")
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; the checkpoint is not complete, copy or download it again")
+            raise InputError(
+                f"{folder / name}: no such file; the checkpoint is not complete, copy or download it again"
+            )
     return [folder / name for name in names]
 
 
@@ -185,7 +194,11 @@ def save_model(model: Qwen2VL, folder: str | Path) -> None:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     # What an earlier save left in the other form would be read in place of this one.
     (folder / ("model.safetensors" if len(shards) > 1 else INDEX)).unlink(missing_ok=True)
-    raw = json.loads((model.source / "config.json").read_text(encoding="utf-8")) if model.source else config_json(model.config)
+    raw = (
+        json.loads((model.source / "config.json").read_text(encoding="utf-8"))
+        if model.source
+        else config_json(model.config)
+    )
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", raw)
 

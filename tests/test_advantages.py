@@ -16,7 +16,9 @@ def test_advantages_equal_numbers_worked_by_hand():
 
 
 def test_without_scaling_advantages_are_the_centred_rewards():
-    torch.testing.assert_close(group_advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0]]), scale="none"), torch.tensor([[1.0, -1, 0, 0]]))
+    torch.testing.assert_close(
+        group_advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0]]), scale="none"), torch.tensor([[1.0, -1, 0, 0]])
+    )
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.1, 100.0])

@@ -29,7 +29,9 @@ def test_command_line_wins_over_file_and_file_over_default(tmp_path):
 
 
 def test_resolved_config_reads_back_equal(tmp_path):
-    config = load_config(written(tmp_path, 'run_dir2 = ""\n'.replace("run_dir2", "image_dir") + 'test_questions = ["a\\"b", "ü"]\n'))
+    config = load_config(
+        written(tmp_path, 'run_dir2 = ""\n'.replace("run_dir2", "image_dir") + 'test_questions = ["a\\"b", "ü"]\n')
+    )
     (tmp_path / "again.toml").write_text(config_toml(config))
     assert load_config(tmp_path / "again.toml") == config
 
@@ -84,7 +86,7 @@ def test_help_explains_every_field(capsys):
 
 def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
     read = set()
-    for file in [ROOT / "train.py", *(ROOT / "grpo").glob("*.py")]:
+    for file in [ROOT / "train.py", *(ROOT / "grpo").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
                 read.add(node.attr)

@@ -17,7 +17,16 @@ def one(x: float) -> torch.Tensor:
 def loss_of_one_token(ratio: float, advantage: float, ref_ratio: float = 1.0, beta: float = 0.0):
     """Loss of a single token whose pi_theta / pi_old is `ratio` and whose pi_ref / pi_theta is `ref_ratio`."""
     logp = one(math.log(ratio) - 1.0)
-    return grpo_loss(logp, one(-1.0), logp + math.log(ref_ratio), one(advantage)[..., 0], FULL, clip_low=0.2, clip_high=0.3, beta=beta)
+    return grpo_loss(
+        logp,
+        one(-1.0),
+        logp + math.log(ref_ratio),
+        one(advantage)[..., 0],
+        FULL,
+        clip_low=0.2,
+        clip_high=0.3,
+        beta=beta,
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,9 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_stat
     parts, stats = 0.0, dict.fromkeys(whole_stats, 0.0)
     for n in range(3):
         cut = slice(n, n + 1)
-        part, part_stats = grpo_loss(logp[cut], old[cut], ref[cut], advantages[cut], mask[cut], weights=weights[cut], **SETTINGS)
+        part, part_stats = grpo_loss(
+            logp[cut], old[cut], ref[cut], advantages[cut], mask[cut], weights=weights[cut], **SETTINGS
+        )
         part.backward()
         parts += part.item()
         stats = {name: stats[name] + value for name, value in part_stats.items()}

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from data import PromptEncoder, read_questions
 from data.vocabulary import load_vocabulary
-from miniature.batches import examples_loss
-from miniature.lessons import OTHER_STYLES, Teacher
+from miniature.batches import lesson_loss
+from miniature.lessons import OTHER_STYLES, Example, Teacher
 from miniature.phantoms import ANATOMIES, ATTRIBUTES, FINDINGS, MODALITIES, Case, draw, sample_case
 from miniature.pool import STREAMS, Pool, draw_one, grey_patches
 from miniature.questions import ask, write_questions
@@ -120,7 +120,7 @@ def test_options_and_letter_tell_nothing_about_the_answer() -> None:
     chance = np.mean([1 / len(one.options) for one in asked])
     half = len(asked) // 2
     seen = Counter((one.attribute, one.answer) for one in asked[:half])
-    guesses = [max(one.options, key=lambda value, a=one.attribute: seen[a, value]) == one.answer for one in asked[half:]]
+    guesses = [max(one.options, key=lambda v, a=one.attribute: seen[a, v]) == one.answer for one in asked[half:]]
     assert abs(np.mean(guesses) - chance) < 0.04
     for count in (2, 3, 4):
         letters = Counter(one.letter for one in asked if len(one.options) == count)
@@ -165,16 +165,21 @@ def test_the_teachers_prompt_is_the_prompt_of_training(folder: Path, tokenizer) 
     assert Teacher(tokenizer, 0).prompt(asked) == prompt.tokens_P.tolist()
 
 
-def test_padding_and_the_split_by_length_do_not_change_the_loss(tokenizer) -> None:
+def test_padding_and_sharing_the_prompt_do_not_change_the_loss(tokenizer) -> None:
     teacher = Teacher(tokenizer, 0)
     image, case = draw_one(1, "train", 0)
     pool, model = Pool(image[None], [case]), load_model(BASE)
-    examples = [teacher.bare_matching(), teacher.habit(case, 0), teacher.caption(case, 0), teacher.chat_matching()]
+    examples = [teacher.bare_matching(), teacher.caption(case, 0), teacher.tagged_matching()]
+    groups = [teacher.habits(case, 0), teacher.habits(case, 0)]
+    alone = examples + [
+        Example(group.prompt + answer, [0] * len(group.prompt) + weights, group.image)
+        for group in groups
+        for answer, weights in zip(group.answers, group.weights)
+    ]
     with torch.no_grad():
-        together = examples_loss(model, examples, pool)
-        alone = [(examples_loss(model, [one], pool), sum(one.learned)) for one in examples]
-    expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
-    torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)
+        together = lesson_loss(model, examples, groups, pool)
+        losses = [lesson_loss(model, [one], (), pool) * sum(one.weights) for one in alone]
+    torch.testing.assert_close(together, sum(losses) / sum(sum(one.weights) for one in alone), atol=1e-4, rtol=1e-4)
 
 
 def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from grpo.config import Config
 from grpo.optimizer import MasterAdamW, scheduled_rate
 
-SETTINGS = dict(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
+SETTINGS = dict(betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
 
 
 def linear(dtype=torch.float32) -> nn.Linear:
@@ -41,7 +42,9 @@ def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
         optimizer.accumulate()
         optimizer.step(1e-6)
     moved = (optimizer.masters[0] - start.float()).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=0.2, atol=0)  # 100 steps of about the rate each
+    torch.testing.assert_close(
+        moved, torch.full_like(moved, 1e-4), rtol=0.2, atol=0
+    )  # 100 steps of about the rate each
     assert (model.weight == start).float().mean() > 0.5  # rounded, most weights have not even moved
     assert torch.equal(model.weight, optimizer.masters[0].to(torch.bfloat16))
 
@@ -55,7 +58,9 @@ def test_many_small_bf16_gradients_add_up_in_fp32():
     for _ in range(999):
         backward(model)
         optimizer.accumulate()
-    torch.testing.assert_close(optimizer.masters[0].grad, 1000 * one, rtol=1e-4, atol=0)  # in bf16 it would stick at 256
+    torch.testing.assert_close(
+        optimizer.masters[0].grad, 1000 * one, rtol=1e-4, atol=0
+    )  # in bf16 it would stick at 256
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -91,6 +96,7 @@ def test_state_restores_a_run_bit_for_bit(dtype):
 
 
 def test_learning_rate_rises_over_the_warm_up_then_falls_to_the_final_ratio():
-    rates = [scheduled_rate(step, peak=1.0, warmup_steps=4, steps=9, final_ratio=0.0) for step in range(9)]
+    config = Config("", "", "", learning_rate=1.0, warmup_steps=4, steps=9, final_lr_ratio=0.0)
+    rates = [scheduled_rate(step, config) for step in range(9)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
-    assert {scheduled_rate(step, peak=2.0, warmup_steps=0, steps=5, final_ratio=1.0) for step in range(5)} == {2.0}
+    assert {scheduled_rate(step, Config("", "", "", learning_rate=2.0, steps=5)) for step in range(5)} == {2.0}

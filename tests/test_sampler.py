@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from data import PromptEncoder, Question
-from data.encode import allowed_tokens_V, decode_completion
+from data.encode import allowed_tokens_V
+from data.vocabulary import Vocabulary
 from grpo.batch import completion_logprobs, rollout_logprobs
+from grpo.config import Config
 from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
 from tiny import tiny_tokenizer
 from tiny_run import tiny_model
@@ -26,28 +28,30 @@ def prompts(tmp_path_factory):
         Image.effect_noise(size, 80).save(paths[-1])
     tokenizer = tiny_tokenizer()
     encoder = PromptEncoder(
-        tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"), min_pixels=3136, max_pixels=10000, max_prompt_tokens=2000
+        tokenizer,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        min_pixels=3136,
+        max_pixels=10000,
+        max_prompt_tokens=2000,
     )
     images: list[tuple[Path, ...]] = [(), (paths[0],), (paths[1], paths[2])]
     words = ["Which?", "What is seen in this image?", "What?"]
     return [encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w)) for i, w in zip(images, words)]
 
 
-def sampled(model, prompts, places=None, **changes):
+def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(END,), greedy=False):
+    """A rollout at temperature 1.3, and the ids that may be sampled."""
     allowed = allowed_tokens_V(tiny_tokenizer(), model.config.vocab_size, [model.config.image_token_id])
-    arguments = dict(group_size=5, max_new_tokens=7, end_ids=(END,), allowed_V=allowed, temperature=1.3,
-                     decode=lambda tokens: decode_completion(tiny_tokenizer(), tokens, (END,)))  # fmt: skip
-    arguments |= changes
-    if "noise_NGT" not in changes:
-        places = range(len(prompts)) if places is None else places
-        arguments["noise_NGT"] = sampling_noise(3, 11, places, arguments["group_size"], arguments["max_new_tokens"])
-    return sample_groups(model, prompts, **arguments), allowed
+    places = range(len(prompts)) if places is None else places
+    noise = None if greedy else sampling_noise(3, 11, places, group_size, max_new_tokens)
+    vocabulary = Vocabulary(tiny_tokenizer(), ends, allowed)
+    return sample_groups(model, vocabulary, prompts, noise, temperature=1.3, max_new_tokens=max_new_tokens), allowed
 
 
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(model, rollout, allowed, 1.3, prompts_each=2)
+    recomputed = rollout_logprobs(model, rollout, allowed, Config("", "", "", temperature=1.3, micro_batch_prompts=2))
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 
@@ -63,12 +67,14 @@ def test_sampled_logprobs_equal_a_plain_forward_over_prompt_and_completion(promp
             with torch.no_grad():
                 logits = model(whole, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
             logp = (logits / 1.3).masked_fill(~allowed, -torch.inf).log_softmax(-1)
-            torch.testing.assert_close(logp.gather(1, tokens[:, None])[:, 0], rollout.logp_NGT[n, g][kept], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logp.gather(1, tokens[:, None])[:, 0], rollout.logp_NGT[n, g][kept], atol=1e-4, rtol=0
+            )
 
 
 def test_greedy_decoding_picks_the_most_likely_token_of_a_plain_forward(prompts):
     model = tiny_model()
-    rollout, allowed = sampled(model, prompts, group_size=1, noise_NGT=None, max_new_tokens=12)
+    rollout, allowed = sampled(model, prompts, greedy=True, max_new_tokens=12)
     for n, prompt in enumerate(prompts):
         tokens = rollout.tokens_NGT[n, 0][rollout.mask_NGT[n, 0]]
         whole = torch.cat([prompt.tokens_P, tokens])[None]
@@ -120,7 +126,9 @@ def test_other_seeds_steps_prompts_and_samples_get_other_noise():
     assert torch.equal(noise, sampling_noise(1, 2, range(3), 4, 5))
     assert torch.equal(noise[1:2], sampling_noise(1, 2, [1], 4, 5))
     assert noise.unique().numel() == noise.numel()
-    assert not torch.equal(noise, sampling_noise(2, 2, range(3), 4, 5)) and not torch.equal(noise, sampling_noise(1, 3, range(3), 4, 5))
+    assert not torch.equal(noise, sampling_noise(2, 2, range(3), 4, 5)) and not torch.equal(
+        noise, sampling_noise(1, 3, range(3), 4, 5)
+    )
 
 
 def test_inverse_cdf_never_chooses_what_has_no_probability():
@@ -142,7 +150,7 @@ def test_forbidden_ids_are_never_sampled_even_when_the_model_wants_them(prompts)
 def test_mask_reaches_to_the_first_end_of_turn_and_text_stops_before_it(prompts):
     model = tiny_model()
     ends = tuple(range(60))  # many ids that end a completion, so that lengths differ
-    rollout, _ = sampled(model, prompts, end_ids=ends, group_size=40, decode=lambda tokens: str(len(tokens)))
+    rollout, _ = sampled(model, prompts, ends=ends, group_size=40)
     lengths = rollout.mask_NGT.sum(-1)
     assert len(lengths.unique()) > 3
     is_end = torch.isin(rollout.tokens_NGT, torch.tensor(ends)) & rollout.mask_NGT
@@ -151,7 +159,8 @@ def test_mask_reaches_to_the_first_end_of_turn_and_text_stops_before_it(prompts)
             length = int(lengths[n, g])
             assert rollout.mask_NGT[n, g, :length].all() and not is_end[n, g, : length - 1].any()
             assert is_end[n, g, length - 1] or length == 7
-            assert rollout.texts[n][g] == str(length)
+            kept = rollout.tokens_NGT[n, g, : length - int(is_end[n, g, length - 1])]
+            assert rollout.texts[n][g] == tiny_tokenizer().decode(kept)
             assert (rollout.logp_NGT[n, g, length:] == 0).all()
 
 
@@ -168,8 +177,12 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
         for g in range(5):
             kept = rollout.mask_NGT[n, g]
             tokens = rollout.tokens_NGT[n, g][kept]
-            logits = model(torch.cat([prompt.tokens_P, tokens])[None], prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+            logits = model(torch.cat([prompt.tokens_P, tokens])[None], prompt.patches_SC, prompt.grids_I3)[
+                0, len(prompt.tokens_P) - 1 : -1
+            ]
             logp = (logits / 1.3).masked_fill(~allowed, -torch.inf).log_softmax(-1)
             (logp.gather(1, tokens[:, None])[:, 0] * weights[n, g][kept]).sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(fast[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            fast[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )

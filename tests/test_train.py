@@ -47,7 +47,15 @@ def rows(file: Path) -> list[dict]:
 def test_a_run_leaves_metrics_completions_checkpoints_model_and_summary(finished):
     metrics = rows(finished / "run" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
-    assert {"reward", "rewards/format", "rewards/accuracy", "kl", "entropy", "grad_norm", "tokens_per_second"} <= metrics[0].keys()
+    assert {
+        "reward",
+        "rewards/format",
+        "rewards/accuracy",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "tokens_per_second",
+    } <= metrics[0].keys()
     assert all(row["logp_gap"] < 1e-4 for row in metrics)
     completions = rows(finished / "run" / "completions.jsonl")
     assert len(completions) == 4 * 3 * 4
@@ -98,9 +106,14 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypat
     assert [row["step"] for row in rows(broken / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
     assert len(rows(broken / "run" / "completions.jsonl")) == 4 * 3 * 4
     expected = weights(whole)
-    assert any(not torch.equal(value, load_file(whole / "base" / "model.safetensors")[name].to(value.dtype)) for name, value in expected.items())
+    assert any(
+        not torch.equal(value, load_file(whole / "base" / "model.safetensors")[name].to(value.dtype))
+        for name, value in expected.items()
+    )
     assert all(torch.equal(value, expected[name]) for name, value in weights(broken).items())
-    assert [row["reward"] for row in rows(whole / "run" / "metrics.jsonl")] == [row["reward"] for row in rows(broken / "run" / "metrics.jsonl")]
+    assert [row["reward"] for row in rows(whole / "run" / "metrics.jsonl")] == [
+        row["reward"] for row in rows(broken / "run" / "metrics.jsonl")
+    ]
 
 
 def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch):
@@ -144,10 +157,16 @@ BAD_INPUTS = {
     "no such config": (lambda f: (f / "config.toml").unlink(), "no such config"),
     "unknown key": (lambda f: (f / "config.toml").open("a").write("stepz = 1\n"), "stepz"),
     "wrong type": (lambda f: (f / "config.toml").open("a").write('temperature = "hot"\n'), "temperature must be float"),
-    "missing checkpoint file": (lambda f: (f / "base" / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    "missing checkpoint file": (
+        lambda f: (f / "base" / "model.safetensors").unlink(),
+        "model.safetensors: no such file",
+    ),
     "missing config.json": (lambda f: (f / "base" / "config.json").unlink(), "config.json: no such file"),
     "torn safetensors": (lambda f: os.truncate(f / "base" / "model.safetensors", 5000), "not a whole safetensors file"),
-    "missing tokenizer": (lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+    "missing tokenizer": (
+        lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+        "tokenizer",
+    ),
     "questions not JSON": (lambda f: (f / "questions" / "all.json").write_text("hello, world"), "all.json"),
     "empty question file": (lambda f: (f / "questions" / "all.json").write_text(""), "all.json"),
     "no questions": (lambda f: (f / "questions" / "all.json").write_text("[]"), "all.json"),
@@ -155,7 +174,10 @@ BAD_INPUTS = {
     "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
     "an image that is none": (lambda f: (f / "questions" / "0.png").write_text("hello"), "0.png"),
     "a cut image": (lambda f: os.truncate(f / "questions" / "0.png", 3000), "0.png"),
-    "no such modality": (lambda f: (f / "config.toml").write_text((f / "config.toml").read_text().replace('"MRI"', '"Brain"')), "Brain"),
+    "no such modality": (
+        lambda f: (f / "config.toml").write_text((f / "config.toml").read_text().replace('"MRI"', '"Brain"')),
+        "Brain",
+    ),
 }
 
 
@@ -171,6 +193,8 @@ def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(tmp_path, m
 
 
 def test_bad_input_ends_the_real_program_without_a_traceback(tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "none.toml")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config", str(tmp_path / "none.toml")], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ") and "none.toml" in done.stderr

@@ -11,7 +11,11 @@ from model import Qwen2VL, Qwen2VLConfig, VisionConfig, save_model
 from tiny import SPECIAL_TOKENS, tiny_tokenizer
 
 VISION_TOKENS = dict(
-    zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), SPECIAL_TOKENS[3:], strict=True)
+    zip(
+        ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
+        SPECIAL_TOKENS[3:],
+        strict=True,
+    )
 )
 
 
