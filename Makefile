@@ -10,7 +10,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make tensorboard  curves, completions and images of the runs"
 	@echo "make base         make the miniature's base model anew from nothing (half an hour)"
-	@echo "make clean        remove the environment, generated questions and runs"
+	@echo "make clean        remove the environment and the generated questions (never a run)"
 
 setup: .venv/.installed
 
@@ -36,4 +36,4 @@ tensorboard: setup
 	$(BIN)/tensorboard --logdir runs
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv build

@@ -14,7 +14,7 @@ Letters in names: N prompts, G samples of each, R rules, T completion tokens.
 import json
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from rewards import Verdict, score
 
 def train(config: Config) -> None:
     """Run, or resume, what `config` describes; leaves metrics, completions, checkpoints, the model and a summary."""
-    run = prepare(config)
+    run = prepare(config)  # lines 1 to 3: policy and frozen reference both begin as the base model
     policy, optimizer, progress = run.policy, run.optimizer, run.progress
     answer = partial(answer_greedily, policy, run.vocabulary, run.encoder, run.test_questions, config=config)
     if "answers_before" not in progress:
@@ -68,11 +68,13 @@ def train(config: Config) -> None:
             ref_NGT = logprobs_of(run.reference) if run.reference else None
             old_NGT = logprobs_of(policy) if config.inner_updates > 1 else None
             rate = scheduled_rate(step, config)
-            for _ in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
+            for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
                 stats = accumulate_gradient(
                     policy, optimizer, rollout, advantages_NG, old_NGT, ref_NGT, run.vocabulary.allowed_V, config
                 )
-                stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective
+                sampler_gap = stats["policy_gap"] if update == 0 else sampler_gap
+                stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective (equation 3; 21 in full)
+            stats["sampler_gap"] = sampler_gap  # of sampler and trainer, before any update: rounding, or a bug
 
             seconds = time.perf_counter() - started
             log.step(step, rollout, verdicts_NGR, rewards_NG, advantages_NG, stats, rate, seconds)
@@ -81,10 +83,11 @@ def train(config: Config) -> None:
             progress["step"] = step + 1
             progress["seconds"] += seconds
             progress["tokens"] += int(rollout.mask_NGT.sum())
-            if stop.asked or progress["step"] % config.save_every == 0 or progress["step"] == config.steps:
+            stopping = stop.asked
+            if stopping or progress["step"] % config.save_every == 0 or progress["step"] == config.steps:
                 saved = save_checkpoint(config, policy, optimizer, progress)
-            if stop.asked:
-                raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from {saved}")
+            if stopping:
+                raise KeyboardInterrupt(f"stopped; the same command goes on from {saved}")
 
     save_model(policy, Path(config.run_dir) / "model")
     report(config, run.test_questions, progress, answer(label="accuracy after"))
@@ -101,8 +104,11 @@ def accumulate_gradient(
     config: Config,
 ) -> dict[str, Tensor]:
     """Gradient of equation 3 over the whole rollout, a micro-batch of groups at a time; returns its statistics."""
-    weights_NGT = token_weights(rollout.mask_NGT, average=config.loss_average)  # the divisor, before anything is split
-    totals: Counter[str] = Counter()
+    # The divisor of the loss, fixed before anything is split.
+    weights_NGT = token_weights(
+        rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens
+    )
+    totals: dict[str, Tensor] = defaultdict(lambda: weights_NGT.new_zeros(()))
     for groups, batch, tokens, mask in rollout.micro_batches(config.micro_batch_prompts):
         part = groups, slice(None), slice(mask.shape[-1])
         logp, entropy = completion_logprobs(policy, batch, tokens, mask, allowed_V, config.temperature)
@@ -119,9 +125,11 @@ def accumulate_gradient(
         )
         loss.backward()
         optimizer.accumulate()
-        gap = (logp.detach() - rollout.logp_NGT[part]).abs()  # of sampler and trainer: rounding, or a bug
-        means = {name: (weights_NGT[part] * value).sum() for name, value in (("entropy", entropy), ("logp_gap", gap))}
-        totals.update(stats | means | {"loss": loss.detach()})
+        gap = (logp.detach() - rollout.logp_NGT[part]).abs()
+        stats |= {"entropy": (weights_NGT[part] * entropy).sum(), "policy_gap": (weights_NGT[part] * gap).sum()}
+        totals["loss"] += loss.detach()
+        for name, value in stats.items():
+            totals[name] += value / weights_NGT.sum()  # means over tokens, whatever the weights add up to
     return totals
 
 
@@ -154,7 +162,7 @@ def main() -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"train.py: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"train.py: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

@@ -94,7 +94,8 @@ def comparison_table(before: dict[str, Accuracy], after: dict[str, Accuracy]) ->
     lines = [f"{'':10}{'n':>5}{'chance':>8}   {'before':<22}{'after':<22}{'format':>14}"]
     for name, new in after.items():
         old = before[name]
-        cells = [f"{100 * a.rate:5.1f} ({100 * a.interval()[0]:4.1f} to {100 * a.interval()[1]:5.1f})" for a in (old, new)]
+        percents = [[100 * x for x in (a.rate, *a.interval())] for a in (old, new)]
+        cells = [f"{rate:5.1f} ({low:4.1f} to {high:5.1f})" for rate, low, high in percents]
         formats = f"{100 * old.formatted / old.total:.0f} -> {100 * new.formatted / new.total:.0f} %"
         chance = 100 * new.expected / new.total
         lines.append(f"{name:10}{new.total:>5}{chance:>8.1f}   {cells[0]:<22}{cells[1]:<22}{formats:>14}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from model import InputError
 
 PANELS = (
-    ("Reward (of 2)", (("reward", "reward", "#2563eb"),)),
+    ("Reward", (("reward", "reward", "#2563eb"),)),
     ("Share of completions", (("rewards/format", "format", "#d97706"), ("rewards/accuracy", "accuracy", "#059669"))),
     ("KL to the base (nats per token)", (("kl", "KL", "#7c3aed"),)),
     ("Completion length (tokens)", (("completion_tokens", "length", "#475569"),)),
@@ -22,20 +22,20 @@ def curves_svg(rows: Sequence[dict[str, float]]) -> str:
     """Small multiples of the metrics over the steps; `rows` are the objects of metrics.jsonl, at least one."""
     columns, lines = 2, -(-len(PANELS) // 2)
     width, height = columns * (WIDTH + GAP) + GAP, lines * (HEIGHT + GAP) + GAP
-    panels = [
-        f'<g transform="translate({GAP + (i % columns) * (WIDTH + GAP)},{GAP / 2 + i // columns * (HEIGHT + GAP)})">{_panel(rows, *panel)}</g>'
-        for i, panel in enumerate(PANELS)
-    ]
+    panels = []
+    for i, panel in enumerate(PANELS):
+        left, top = GAP + i % columns * (WIDTH + GAP), GAP / 2 + i // columns * (HEIGHT + GAP)
+        panels.append(f'<g transform="translate({left},{top})">{_panel(rows, *panel)}</g>')
     style = "text{font:11px system-ui,sans-serif;fill:#334155}.title{font-weight:600;font-size:12px}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'<style>{style}</style><rect width="100%" height="100%" fill="#ffffff"/>{"".join(panels)}</svg>\n'
     )
 
 
 def _panel(rows: Sequence[dict[str, float]], title: str, series: Sequence[tuple[str, str, str]]) -> str:
     steps = [row["step"] for row in rows]
-    top = _round_up(max(row[name] for name, _, _ in series for row in rows))
+    top = _round_up(max(row.get(name, 0.0) for name, _, _ in series for row in rows))
     right, bottom = WIDTH - 8, HEIGHT - 22
 
     def x(step: float) -> float:
@@ -51,7 +51,7 @@ def _panel(rows: Sequence[dict[str, float]], title: str, series: Sequence[tuple[
     for step in (steps[0], steps[-1]):
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:.0f}</text>')
     for at, (name, label, colour) in enumerate(series):
-        points = " ".join(f"{x(row['step']):.1f},{y(max(0.0, row[name])):.1f}" for row in rows)
+        points = " ".join(f"{x(row['step']):.1f},{y(max(0.0, row.get(name, 0.0))):.1f}" for row in rows)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         parts.append(
             f'<text x="{right}" y="{14 + 12 * at}" text-anchor="end" style="fill:{colour}">{escape(label)}</text>'

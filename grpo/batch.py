@@ -50,13 +50,14 @@ class Rollout:
     """G completions of each of N prompts, as sampled.
 
     `mask_NGT` is true up to and including the first end-of-turn; `logp_NGT` is the log-probability under the policy
-    that sampled; `texts` are the completions without their end-of-turn.
+    that sampled; `ended_NG` is false for completions that the length limit cut; `texts` have no end-of-turn.
     """
 
     prompts: Sequence[Prompt]
     tokens_NGT: Tensor
     mask_NGT: Tensor
     logp_NGT: Tensor
+    ended_NG: Tensor
     texts: list[list[str]]
 
     def micro_batches(self, prompts_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:

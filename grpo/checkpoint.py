@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tomllib
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,9 @@ from model import InputError, Qwen2VL, load_model, save_model
 from .config import Config, config_toml
 from .optimizer import MasterAdamW
 
+MAY_DIFFER = {"device", "micro_batch_prompts", "eval_batch_prompts", "save_every", "log_samples_every"}
+"""Fields that a resumed run may change, because they change nothing but speed, memory and what is written down."""
+
 KEPT = 2
 """Newest checkpoints that are kept: one to resume from, and the one before it in case that is damaged."""
 
@@ -28,21 +32,25 @@ KEPT = 2
 def open_run(config: Config) -> Path | None:
     """Claim `run_dir` for this config; returns the newest checkpoint to resume from, or None for a fresh start.
 
-    InputError if the folder holds checkpoints of another config: mixing two runs would make both worthless. What has no
-    checkpoint yet is begun anew.
+    InputError if the folder holds checkpoints of a config that differs in more than `MAY_DIFFER`: mixing two runs would
+    make both worthless. A run without checkpoint or result is begun anew.
     """
     folder = Path(config.run_dir)
     file, saved = folder / "config.toml", checkpoints(folder)
     try:
+        if not saved and (folder / "model").exists():
+            raise InputError(f"{folder} holds a finished run; choose another --run_dir or delete it")
         if not saved:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(config_toml(config), encoding="utf-8")
             return None
         theirs = tomllib.loads(file.read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: can't hold a run ({error}); choose another --run_dir") from None
     ours = tomllib.loads(config_toml(config))
-    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    differing = sorted(key for key in (ours.keys() | theirs.keys()) - MAY_DIFFER if ours.get(key) != theirs.get(key))
     if differing:
         raise InputError(
             f"{folder} holds a run with other values of {', '.join(differing)}; choose another --run_dir or delete it"
@@ -60,12 +68,11 @@ def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, prog
     folder = Path(config.run_dir) / "checkpoints"
     name = f"step-{progress['step']:06d}"
     final, partial = folder / name, folder / f"{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover)
     save_model(model, partial)
     save_file(optimizer.state(), partial / "optimizer.safetensors")
     (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-    if final.exists():
-        shutil.rmtree(final)
     os.replace(partial, final)
     for old in checkpoints(Path(config.run_dir))[:-KEPT]:
         shutil.rmtree(old)
@@ -100,6 +107,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
         signal.signal(number, self._before[number])
 
     def __exit__(self, *_: object) -> None:

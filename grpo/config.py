@@ -37,6 +37,8 @@ class Config:
     """train on so many questions, drawn with the seed; 0 takes all"""
     test_count: int = 0
     """test on so many questions of each modality, drawn with the seed; 0 takes all"""
+    test_fraction: float = 0.0
+    """hold out this share of train_questions, whole images at a time, and test on it too"""
     min_pixels: int = 3136
     """smaller images are enlarged to at least so many pixels (paper's run: 56 x 56)"""
     max_pixels: int = 401408
@@ -52,7 +54,7 @@ class Config:
     prompts_per_step: int = 4
     """N, questions in a step"""
     group_size: int = 8
-    """G, completions sampled for each question"""
+    """G, completions sampled for each question; a group of one has nothing to be compared with"""
     max_new_tokens: int = 512
     """T, longest completion in tokens"""
     temperature: float = 1.0
@@ -78,7 +80,7 @@ class Config:
     warmup_steps: int = 0
     """steps over which the learning rate rises from 0"""
     final_lr_ratio: float = 1.0
-    """learning rate of the last step over the peak, linear in between: 1 is constant, 0 decays to nothing"""
+    """where the learning rate goes by the end, over the peak, linearly: 1 is constant, 0 decays to nothing"""
     adam_beta1: float = 0.9
     """AdamW's decay of the mean gradient"""
     adam_beta2: float = 0.999
@@ -101,12 +103,12 @@ class Config:
     """cpu, or cuda"""
 
     def __post_init__(self) -> None:
-        at_least_one = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "inner_updates", "micro_batch_prompts",
-                        "eval_batch_prompts", "save_every", "log_samples_every", "min_pixels", "max_prompt_tokens")  # fmt: skip
-        not_negative = ("train_count", "test_count", "seed", "clip_low", "clip_high", "beta", "warmup_steps", "weight_decay",
-                        "final_lr_ratio", "adam_beta1", "adam_beta2")  # fmt: skip
-        rules = [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one]
-        rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative]
+        at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_prompts"
+        at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
+        not_negative = "train_count test_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
+        not_negative += " adam_beta1 adam_beta2"
+        rules = [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one.split()]
+        rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative.split()]
         rules += [
             (name, getattr(self, name) > 0, "must be above 0")
             for name in ("temperature", "learning_rate", "max_grad_norm")
@@ -116,6 +118,8 @@ class Config:
             for name, values in _CHOICES.items()
         ]
         rules += [
+            ("group_size", self.group_size >= 2, "must be at least 2"),
+            ("test_fraction", 0 <= self.test_fraction < 1, "must be at least 0 and below 1"),
             ("clip_low", self.clip_low <= 1, "must be at most 1"),
             ("adam_beta1", self.adam_beta1 < 1, "must be below 1"),
         ]
@@ -157,7 +161,7 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> Config:
-    """The command line of train.py and evaluate.py: `--config FILE [--field value ...]`."""
+    """The command line, `--config FILE [--field value ...]`; `arguments` default to the program's own."""
     parser = _OneLineParser(description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file with any of the fields below")
     helps = _field_docstrings()
@@ -183,7 +187,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def config_toml(config: Config) -> str:
     """The resolved config, every field, as TOML."""
     lines = (
-        f"{key} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+        f"{key} = {json.dumps(value, ensure_ascii=False)}"
         for key, value in asdict(config).items()
     )
     return "\n".join(lines) + "\n"

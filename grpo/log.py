@@ -1,6 +1,8 @@
 """What a run tells: a progress bar, TensorBoard, `metrics.jsonl` and `completions.jsonl`."""
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +32,7 @@ class RunLog:
         folder = Path(run_dir)
         self.metrics = _reopened(folder / "metrics.jsonl", first_step)
         self.completions = _reopened(folder / "completions.jsonl", first_step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(total=steps, initial=first_step, desc="GRPO", unit="step", dynamic_ncols=True)
 
     def step(
@@ -51,11 +53,14 @@ class RunLog:
         tokens = int(rollout.mask_NGT.sum())
         metrics = rollout_metrics(rollout, verdicts_NGR, rewards_NG) | {name: float(x) for name, x in stats.items()}
         metrics |= {"learning_rate": learning_rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        if not math.isfinite(metrics["grad_norm"]):
+            self.bar.write(f"step {step}: the gradient is not finite, and the update is left out")
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
-        self.bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in _BAR.items()}, refresh=False)
+        shown = {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         for n, prompt in enumerate(rollout.prompts):
             for g, text in enumerate(rollout.texts[n]):
@@ -100,16 +105,21 @@ def rollout_metrics(
         "reward_spread": rewards_NG.std(-1, correction=0).mean().item(),
         "groups_without_spread": (rewards_NG.amax(-1) == rewards_NG.amin(-1)).float().mean().item(),
         "completion_tokens": lengths.float().mean().item(),
+        "cut_off": 1 - rollout.ended_NG.float().mean().item(),
     }
 
 
 def _reopened(path: Path, first_step: int) -> Any:
-    rows: list[str] = []
-    if path.exists():
-        with path.open(
-            encoding="utf-8", newline="\n"
-        ) as file:  # str.splitlines would also split at U+2028 in a completion
-            rows = list(file)
-    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < first_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    """Open for appending, without the rows from `first_step` on and without what a crash has left of a row."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as kept:
+        # Iterating a file splits at line ends only; str.splitlines would also split at U+2028 in a completion.
+        for row in path.open(encoding="utf-8", errors="replace", newline="\n") if path.exists() else ():
+            try:
+                wanted = row.endswith("\n") and json.loads(row)["step"] < first_step
+            except (ValueError, KeyError, TypeError):
+                wanted = False
+            if wanted:
+                kept.write(row)
+    os.replace(partial, path)
     return path.open("a", encoding="utf-8")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 
-def token_weights(mask_NGT: Tensor, *, average: str = "sequence") -> Tensor:
+def token_weights(mask_NGT: Tensor, *, average: str = "sequence", max_new_tokens: int | None = None) -> Tensor:
     """How much each token counts in the loss, float32 (N, G, T), zero outside the mask.
 
     Args:
         mask_NGT: bool, the whole step's completion tokens, up to and including the first end-of-turn.
         average: "sequence" is equation 3, 1/(N G) sum_i 1/|o_i| sum_t; "token" gives every token of the step the same
-            weight, 1 / (all tokens); "constant" divides by N G T, whatever the lengths.
+            weight, 1 / (all tokens); "constant" divides by N G max_new_tokens, whatever the lengths.
+        max_new_tokens: the limit of the sampler, not the longest completion of this step; for "constant".
     """
     mask = mask_NGT.float()
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -26,13 +27,17 @@ def token_weights(mask_NGT: Tensor, *, average: str = "sequence") -> Tensor:
         return mask / lengths / sequences
     if average == "token":
         return mask / mask.sum().clamp(min=1)
-    if average == "constant":
-        return mask / (sequences * mask.shape[-1])
-    raise ValueError(f"average must be 'sequence', 'token' or 'constant', not {average!r}")
+    if average == "constant" and max_new_tokens:
+        return mask / (sequences * max_new_tokens)
+    raise ValueError(f"average must be 'sequence', 'token' or, with max_new_tokens, 'constant', not {average!r}")
 
 
 def k3_divergence(logp: Tensor, ref: Tensor) -> Tensor:
-    """Equation 4: r - log r - 1 with r = pi_ref / pi_theta, an unbiased, never negative estimate of KL(pi_theta || pi_ref)."""
+    """Equation 4, r - log r - 1 with r = pi_ref / pi_theta, per token; never negative.
+
+    On tokens sampled from pi_theta its mean is KL(pi_theta || pi_ref). Its gradient's mean is another one's: that of
+    KL(pi_ref || pi_theta). The paper differentiates it as it stands, and so do we.
+    """
     log_ratio = ref - logp
     return log_ratio.exp() - log_ratio - 1
 
@@ -62,8 +67,8 @@ def grpo_loss(
         weights: (..., T) from `token_weights`, this micro-batch's part; None takes the tokens given as the whole step.
 
     Returns:
-        The scalar loss, and detached statistics that add up over micro-batches (weighted means over the step's
-        tokens): "kl", "clip_fraction" (share of tokens whose gradient the clip cut off), "ratio".
+        The scalar loss, and detached statistics, each summed over tokens with `weights` so that they add up over
+        micro-batches: "clip_fraction" (tokens whose gradient the clip cut off), "ratio", and with a reference "kl".
     """
     if weights is None:
         weights = token_weights(mask)
@@ -73,12 +78,12 @@ def grpo_loss(
     advantages = advantages.unsqueeze(-1)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     per_token = -surrogate
-    kl = torch.zeros_like(ratio)
+    clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
+    stats = {"clip_fraction": clipped.float(), "ratio": ratio}
     if ref is not None:
         kl = k3_divergence(logp.masked_fill(~mask, 0.0), ref.masked_fill(~mask, 0.0))
         per_token = per_token + beta * kl
+        stats["kl"] = kl
     elif beta:
         raise ValueError("beta is not 0, so the reference's log-probabilities are needed")
-    clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
-    stats = {"kl": kl, "clip_fraction": clipped.float(), "ratio": ratio}
     return (weights * per_token).sum(), {name: (weights * value.detach()).sum() for name, value in stats.items()}

@@ -17,13 +17,12 @@ class MasterAdamW:
     Call `accumulate` after each micro-batch's backward, `step` once per update.
     """
 
-    def __init__(
-        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
-    ) -> None:
+    def __init__(self, model: nn.Module, config: Config) -> None:
         self.names, self.params = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
-        self.max_grad_norm = max_grad_norm
-        self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=weight_decay, fused=True)
+        self.max_grad_norm = config.max_grad_norm
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=config.weight_decay, fused=True)
 
     def accumulate(self) -> None:
         """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose bits."""
@@ -60,22 +59,25 @@ class MasterAdamW:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave. KeyError if anything is missing."""
         for name, param, master in zip(self.names, self.params, self.masters):
-            moments = {
-                key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors
-            }
-            if moments:
-                self.adamw.state[master] = {key: value.to(master.device) for key, value in moments.items()}
+            if any(f"{key}.{name}" in tensors for key in _MOMENTS):
+                self.adamw.state[master] = {key: tensors[f"{key}.{name}"].to(master.device) for key in _MOMENTS}
             if master is not param:
                 with torch.no_grad():
                     master.copy_(tensors[f"master.{name}"])
                     param.copy_(master)
 
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
 def scheduled_rate(step: int, config: Config) -> float:
-    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear to final_lr_ratio of it."""
+    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear towards final_lr_ratio of it.
+
+    The end would be reached one step after the last, so that a decay to nothing wastes no rollout.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * (1 + (config.final_lr_ratio - 1) * done)

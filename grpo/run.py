@@ -1,11 +1,14 @@
 """What a run consists of, made ready: questions, models, tokens, optimiser, and how far it has come."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from data import PromptEncoder, Question, choose_questions, read_questions
+import torch
+
+from data import PromptEncoder, Question, choose_questions, read_questions, split_by_image
 from data.vocabulary import Vocabulary, load_vocabulary
-from model import Qwen2VL, load_model
+from model import InputError, Qwen2VL, load_model
 
 from .checkpoint import load_checkpoint_model, load_progress, open_run
 from .config import Config
@@ -28,14 +31,13 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
     checkpoint = open_run(config)
     train_questions, test_questions = load_questions(config)
-    base = load_model(config.model, config.device, config.dtype)
-    policy = load_checkpoint_model(config, checkpoint) if checkpoint else base
-    reference = None
-    if config.beta:
-        reference = base if checkpoint else load_model(config.model, config.device, config.dtype)
-        reference.requires_grad_(False)
+    load_base = partial(load_model, config.model, config.device, config.dtype)
+    policy = load_checkpoint_model(config, checkpoint) if checkpoint else load_base()
+    reference = load_base().requires_grad_(False) if config.beta else None
     vocabulary = load_vocabulary(config.model, policy.config, config.device)
     encoder = PromptEncoder(
         vocabulary.tokenizer,
@@ -50,19 +52,17 @@ def prepare(config: Config) -> Run:
     )
     train_questions, skipped = encoder.select(train_questions)
     test_questions, skipped_tests = encoder.select(test_questions)
-    optimizer = MasterAdamW(
-        policy,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    optimizer = MasterAdamW(policy, config)
     progress = load_progress(checkpoint, optimizer) if checkpoint else {"step": 0, "seconds": 0.0, "tokens": 0}
+    if len(progress.get("answers_before", test_questions)) != len(test_questions):
+        raise InputError(f"{config.run_dir}: begun with other test questions; restore the files or choose another --run_dir")
 
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {config.dtype} on {config.device}")
     print(f"{len(train_questions)} questions to train on, {len(test_questions)} to test")
     if skipped or skipped_tests:
-        print(f"left out as longer than {config.max_prompt_tokens} tokens: {skipped} of training, {skipped_tests} of test")
+        limit = f"left out as longer than {config.max_prompt_tokens} tokens"
+        print(f"{limit}: {skipped} of training, {skipped_tests} of test")
     if checkpoint:
         print(f"going on from {checkpoint}")
     return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress)
@@ -72,8 +72,16 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     """Training questions, and test questions of all test files by modality, as the config chooses them."""
     folder = config.image_dir or None
     train_questions = read_questions(config.train_questions, folder)
-    chosen = choose_questions(train_questions, config.train_modality or None, config.train_count or None, config.seed)
     tested = [question for file in config.test_questions for question in read_questions(file, folder)]
+    if config.test_fraction:
+        train_questions, held_out = split_by_image(train_questions, config.test_fraction, config.seed)
+        tested += held_out
+    chosen = choose_questions(train_questions, config.train_modality or None, config.train_count or None, config.seed)
     modalities = dict.fromkeys(question.modality for question in tested)
     parts = [choose_questions(tested, modality, config.test_count or None, config.seed) for modality in modalities]
-    return chosen, [question for part in parts for question in part]
+    chosen_tests = [question for part in parts for question in part]
+    trained_on = {image for question in chosen for image in question.images}
+    for question in chosen_tests:
+        for image in trained_on.intersection(question.images):
+            raise InputError(f"{question.source}: its image {image} is trained on too; such a test would be worth nothing")
+    return chosen, chosen_tests

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data import Prompt
 from data.vocabulary import Vocabulary
-from model import Qwen2VL
+from model import InputError, Qwen2VL
 from model.logprobs import masked_logits
 
 from .batch import Rollout, collate
@@ -35,11 +35,11 @@ def inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the noise: logp (..., V), noise (...) -> ids (...).
 
     Sums in float64: over 150,000 tokens float32 would shift the odds of the last ones. A token of probability 0 is
-    never chosen, because it does not raise the cumulative sum.
+    never chosen, because it does not raise the cumulative sum. (NaN would give an id past the end: hence the clamp.)
     """
     cumulative = logp.double().exp().cumsum(dim=-1)
     threshold = noise.double()[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -83,8 +83,10 @@ def sample_groups(
             break
         hidden = model.decode(tokens[..., t], after_prompt_N + t, cache)
 
+    if not bool(logps.isfinite().all()):
+        raise InputError("the model's probabilities are not finite: its weights are damaged, or training has diverged")
     kept = int(mask.sum(-1).max())
     tokens, mask, logps = tokens[..., :kept], mask[..., :kept], logps[..., :kept]
     lengths, rows = mask.sum(-1).tolist(), tokens.cpu()
     texts = [[vocabulary.decode(rows[n, g, : lengths[n][g]]) for g in range(G)] for n in range(N)]
-    return Rollout(prompts, tokens, mask, logps, texts)
+    return Rollout(prompts, tokens, mask, logps, done, texts)

@@ -23,7 +23,8 @@ class GroupCache:
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, P, d), k and v (N, K, P, d) -> (N, H, P, d)."""
         N, K, _, d = k.shape
-        self.prompt.append((k, v))
+        # Views of the fused projection would keep all of it alive, and every decoding step would copy them into order.
+        self.prompt.append((k.contiguous(), v.contiguous()))
         self.own.append(tuple(k.new_empty(N, self.group_size, K, self.max_new_tokens, d) for _ in "kv"))
         return causal_attention(q, k, v)
 

@@ -18,8 +18,8 @@ from .qwen2vl import Qwen2VL
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """What a model folder holds beside weights and config.json; carried over unchanged when a trained model is saved."""
@@ -66,10 +66,12 @@ def checkpoint_layout(config: Qwen2VLConfig) -> dict[str, Slot]:
 
 
 _RENAMED = {
-    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "out": "self_attn.o_proj", "down": "mlp.down_proj"
+    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "out": "self_attn.o_proj", "down": "mlp.down_proj",
 }  # fmt: skip
 _RENAMED_VISION = {
-    "patch_embed": "patch_embed.proj", "merger_norm": "merger.ln_q", "merger_fc1": "merger.mlp.0", "merger_fc2": "merger.mlp.2",
+    "patch_embed": "patch_embed.proj",
+    "merger_norm": "merger.ln_q", "merger_fc1": "merger.mlp.0", "merger_fc2": "merger.mlp.2",
     "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }  # fmt: skip
 
@@ -99,37 +101,38 @@ def load_model(
         model = Qwen2VL(config)
     model = model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
-    missing = dict(layout)
+    missing, written_head = dict(layout), None
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys = list(tensors.keys())
             for key in keys:
+                if key == "lm_head.weight" and config.tie_word_embeddings:
+                    written_head = file
+                    continue
                 # Opened anew each time: whatever was read through one mapping stays resident until it is closed.
                 with safe_open(file, framework="pt") as tensors:
-                    _read_tensor(file, key, tensors, config, layout, parameters)
+                    _read_tensor(file, key, tensors, layout, parameters)
                 missing.pop(_canonical(key), None)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
     if missing:
         names = ", ".join(sorted(missing)[:3])
         raise InputError(f"{folder}: {len(missing)} tensors are missing ({names}{', ...' if len(missing) > 3 else ''})")
+    if written_head:  # some savers write the tied head out; then it must be the embedding, or config.json is wrong
+        with safe_open(written_head, framework="pt") as tensors:
+            head = tensors.get_tensor("lm_head.weight").to(model.embed.weight)
+        if not torch.equal(head, model.embed.weight):
+            raise InputError(f"{written_head}: lm_head.weight is not the embedding, but config.json says it is tied")
     model.source = folder
     return model.requires_grad_(True)
 
 
 @torch.no_grad()
 def _read_tensor(
-    file: Path,
-    key: str,
-    tensors: safe_open,
-    config: Qwen2VLConfig,
-    layout: dict[str, Slot],
-    parameters: dict[str, Tensor],
+    file: Path, key: str, tensors: safe_open, layout: dict[str, Slot], parameters: dict[str, Tensor]
 ) -> None:
     name = _canonical(key)
-    if name == "lm_head.weight" and config.tie_word_embeddings:
-        return  # some savers write the tied head out; by the config it is the embedding
     if name not in layout:
         raise InputError(f"{file}: unexpected tensor {key}; is config.json of the same model?")
     slot, shape = layout[name], tuple(tensors.get_slice(key).get_shape())
@@ -199,7 +202,11 @@ def save_model(model: Qwen2VL, folder: str | Path) -> None:
         if model.source
         else config_json(model.config)
     )
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+    for section in (raw.get("text_config"), raw.get("vision_config")):
+        if section and "dtype" in section:
+            section["dtype"] = dtype
     _write_json(folder / "config.json", raw)
 
 

@@ -91,13 +91,14 @@ def test_sequence_average_is_equation_3_summed_by_hand():
 
 def test_weights_of_the_three_averages_by_hand():
     mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]], dtype=torch.bool)
+    assert token_weights(mask[..., :2], average="constant", max_new_tokens=3)[0, 0, 0] == pytest.approx(1 / 6)
     for average, expected in {
         "sequence": [[0.25, 0.25, 0.0], [0.5, 0.0, 0.0]],
         "token": [[1 / 3, 1 / 3, 0.0], [1 / 3, 0.0, 0.0]],
         "constant": [[1 / 6, 1 / 6, 0.0], [1 / 6, 0.0, 0.0]],
     }.items():
-        torch.testing.assert_close(token_weights(mask, average=average), torch.tensor([expected]))
-    with pytest.raises(ValueError, match="'sequence', 'token' or 'constant'"):
+        torch.testing.assert_close(token_weights(mask, average=average, max_new_tokens=3), torch.tensor([expected]))
+    with pytest.raises(ValueError, match="'sequence', 'token' or"):
         token_weights(mask, average="mean")
 
 
@@ -117,7 +118,7 @@ def test_at_the_sampling_policy_the_gradient_is_that_of_the_plain_policy_gradien
 @pytest.mark.parametrize("average", ["sequence", "token", "constant"])
 def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_statistics(average):
     logp, old, ref, advantages, mask = batch()
-    weights = token_weights(mask, average=average)
+    weights = token_weights(mask, average=average, max_new_tokens=9)
     whole, whole_stats = grpo_loss(logp, old, ref, advantages, mask, weights=weights, **SETTINGS)
     (expected,) = torch.autograd.grad(whole, logp)
     parts, stats = 0.0, dict.fromkeys(whole_stats, 0.0)

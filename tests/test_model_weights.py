@@ -164,6 +164,13 @@ def test_a_tied_head_written_out_all_the_same_is_no_error(tmp_path: Path) -> Non
     assert_same_weights(load_model(tmp_path), model)
 
 
+def test_a_head_of_its_own_in_a_checkpoint_that_is_called_tied_is_refused(tmp_path: Path) -> None:
+    save_model(tiny_model(tiny_config(tied=True)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    write_weights(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path)
+    assert_refused(lambda: load_model(tmp_path), "model.safetensors", "lm_head.weight")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_saving_and_loading_changes_no_bit(tmp_path: Path, monkeypatch, dtype: torch.dtype, tied: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from grpo.config import load_config
+from grpo.run import load_questions
+from model import save_model
 from rewards import Verdict
-from tiny_run import write_run
+from tiny_run import tiny_model, write_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +60,7 @@ def test_a_run_leaves_metrics_completions_checkpoints_model_and_summary(finished
         "grad_norm",
         "tokens_per_second",
     } <= metrics[0].keys()
-    assert all(row["logp_gap"] < 1e-4 for row in metrics)
+    assert all(row["sampler_gap"] < 1e-4 for row in metrics)
     completions = rows(finished / "run" / "completions.jsonl")
     assert len(completions) == 4 * 3 * 4
     assert completions[0]["rewards"]["accuracy"].keys() == {"score", "why"}
@@ -130,8 +134,8 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
 
 def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path, monkeypatch):
     config = write_run(tmp_path, steps=100000, test_questions=[], save_every=100000)
-    process = subprocess.Popen([sys.executable, "train.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [sys.executable, "train.py", "--config", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
@@ -139,7 +143,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
-    assert "Traceback" not in errors and "goes on from there" in errors.splitlines()[-1]
+    assert "Traceback" not in errors and "the same command goes on from" in errors.splitlines()[-1]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     done = json.loads((saved / "progress.json").read_text())["step"]
     assert done == len(rows(metrics)) >= 2
@@ -148,9 +152,54 @@ def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path
 def test_a_finished_run_is_not_trained_further_and_another_config_is_refused(finished, monkeypatch, capsys):
     before = (finished / "run" / "metrics.jsonl").read_bytes()
     assert run(monkeypatch, finished / "config.toml") == 0
+    assert run(monkeypatch, finished / "config.toml", "--micro_batch_prompts", "1") == 0  # changes nothing but memory
     assert (finished / "run" / "metrics.jsonl").read_bytes() == before
     assert run(monkeypatch, finished / "config.toml", "--beta", "0.1") == 2
     assert "other values of beta" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, steps=1)
+    assert run(monkeypatch, config) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    assert run(monkeypatch, config, "--seed", "5") == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[])
+    assert run(monkeypatch, config) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole[:-40] + "\0" * 30)
+    assert run(monkeypatch, config) == 0
+    assert [row["step"] for row in rows(metrics)] == [0, 1, 2, 3]
+    assert [row["loss"] for row in rows(metrics)] == [json.loads(line)["loss"] for line in whole.splitlines()]
+
+
+def test_held_out_questions_share_no_image_with_those_trained_on(tmp_path, monkeypatch):
+    config = load_config(write_run(tmp_path), {"test_questions": (), "test_fraction": 0.5})
+    trained_on, tested = load_questions(config)
+    assert len(trained_on) == len(tested) == 4
+    assert not {q.images for q in trained_on} & {q.images for q in tested}
+
+
+def test_an_image_that_is_trained_on_and_tested_is_refused(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    assert run(monkeypatch, config, "--test_questions", str(tmp_path / "questions" / "train.json")) == 2
+    assert "trained on too" in capsys.readouterr().err
+
+
+def test_a_model_that_has_diverged_stops_with_a_line_not_with_random_tokens(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, test_questions=[])
+    broken = tiny_model()
+    broken.layers[1].down.weight.data[3, 3] = float("nan")
+    save_model(broken, tmp_path / "base")
+    assert run(monkeypatch, config) == 2
+    assert "not finite" in capsys.readouterr().err
 
 
 BAD_INPUTS = {
@@ -167,10 +216,10 @@ BAD_INPUTS = {
         lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
         "tokenizer",
     ),
-    "questions not JSON": (lambda f: (f / "questions" / "all.json").write_text("hello, world"), "all.json"),
-    "empty question file": (lambda f: (f / "questions" / "all.json").write_text(""), "all.json"),
-    "no questions": (lambda f: (f / "questions" / "all.json").write_text("[]"), "all.json"),
-    "missing question file": (lambda f: (f / "questions" / "all.json").unlink(), "all.json"),
+    "questions not JSON": (lambda f: (f / "questions" / "train.json").write_text("hello, world"), "train.json"),
+    "empty question file": (lambda f: (f / "questions" / "train.json").write_text(""), "train.json"),
+    "no questions": (lambda f: (f / "questions" / "train.json").write_text("[]"), "train.json"),
+    "missing question file": (lambda f: (f / "questions" / "train.json").unlink(), "train.json"),
     "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
     "an image that is none": (lambda f: (f / "questions" / "0.png").write_text("hello"), "0.png"),
     "a cut image": (lambda f: os.truncate(f / "questions" / "0.png", 3000), "0.png"),

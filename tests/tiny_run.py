@@ -36,21 +36,22 @@ def tiny_model(seed: int = 0, **shape: object) -> Qwen2VL:
 
 
 def write_run(folder: Path, **fields: object) -> Path:
-    """Base, 8 MRI and 4 X-ray questions and a config under `folder`; returns the config's path."""
+    """Base, 8 MRI questions to train on, 8 MRI and 4 X-ray ones to test on, and a config; returns the config's path."""
     save_model(tiny_model(), folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     (folder / "questions").mkdir()
     rng, rows = np.random.default_rng(0), []
-    for i in range(12):
+    for i in range(20):
         Image.fromarray(rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)).save(folder / "questions" / f"{i}.png")
         rows.append({
             "image": [f"{i}.png"], "question": "What is seen?", "options": ["Mass", "Normal", "Fracture"][: 2 + i % 2],
-            "answer": "Normal", "subset": "MR (Mag-netic Resonance Imaging)" if i < 8 else "X-Ray",
+            "answer": "Normal", "subset": "MR (Mag-netic Resonance Imaging)" if i < 16 else "X-Ray",
         })  # fmt: skip
-    (folder / "questions" / "all.json").write_text(json.dumps(rows))
+    for name, part in (("train", rows[:8]), ("test", rows[8:])):
+        (folder / "questions" / f"{name}.json").write_text(json.dumps(part))
     config = {
-        "model": str(folder / "base"), "train_questions": str(folder / "questions" / "all.json"),
-        "test_questions": [str(folder / "questions" / "all.json")], "run_dir": str(folder / "run"),
+        "model": str(folder / "base"), "train_questions": str(folder / "questions" / "train.json"),
+        "test_questions": [str(folder / "questions" / "test.json")], "run_dir": str(folder / "run"),
         "train_modality": "MRI", "steps": 4, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 10,
         "micro_batch_prompts": 2, "save_every": 2, "learning_rate": 1e-3, **fields,
     }  # fmt: skip
