@@ -40,6 +40,8 @@ def learn_seeing(model: Qwen2VL, pool: Pool, seed: int) -> nn.Linear:
     generator = torch.Generator().manual_seed(seed)
     labels = attribute_labels(pool)
     heads = nn.Linear(model.config.hidden_size, sum(map(len, ATTRIBUTES.values())))
+    nn.init.normal_(heads.weight, 0, model.config.hidden_size**-0.5, generator=generator)
+    nn.init.zeros_(heads.bias)
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(pool), (64,), generator=generator)
