@@ -74,7 +74,7 @@ class RunLog:
         """One group for the eye: its image, its question and all of its completions with their rewards."""
         question = rollout.prompts[0].question
         lines = [question.question, *(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", question.options))]
-        lines += [f"right: {question.answer}", ""]
+        lines += [f"correct: {question.answer}", ""]
         lines += [f"[{reward:.2g}] {text}" for reward, text in zip(rewards_NG[0].tolist(), rollout.texts[0])]
         # Four spaces make a code block: what the model wrote is shown as it is, never rendered.
         self.board.add_text("samples", "\n".join(f"    {line}" for text in lines for line in text.split("\n")), step)
