@@ -2,11 +2,11 @@
 
     python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...]
 
-Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its own
-group, and raises the probability of the better ones while staying close to the frozen base. Departures from Algorithm 1:
-there is no outer loop (the reference is the base model throughout, I = 1); the reward is two rules and no trained model,
-so there is none to retrain; one update per rollout (mu = 1) needs no pass for the old policy. Departures of the parts
-stand in grpo/advantages.py and grpo/loss.py.
+Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its
+own group, and raises the probability of the better ones while staying close to the frozen base. Departures from
+Algorithm 1: there is no outer loop (the reference is the base model throughout, I = 1); the reward is two rules and no
+trained model, so there is none to retrain; one update per rollout (mu = 1) needs no pass for the old policy. Departures
+of the parts stand in grpo/advantages.py and grpo/loss.py.
 
 Letters in names: N prompts, G samples of each, R rules, T completion tokens.
 """
@@ -44,7 +44,9 @@ def train(config: Config) -> None:
     answer = partial(answer_greedily, policy, run.vocabulary, run.encoder, run.test_questions, config=config)
     if "answers_before" not in progress:
         progress["answers_before"] = answer(label="accuracy before")
-    weights_R = torch.tensor([config.format_weight, config.accuracy_weight], device=config.device)
+    weights_R = torch.tensor(
+        [config.format_weight, config.accuracy_weight], device=config.device
+    )  # as in rewards.RULES
 
     with StopRequest() as stop, RunLog(config.run_dir, progress["step"], config.steps) as log:
         for step in range(progress["step"], config.steps):  # line 4
@@ -54,9 +56,7 @@ def train(config: Config) -> None:
             prompts = [run.encoder.encode(question) for question in questions]
 
             # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
-            noise_NGT = sampling_noise(
-                config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens
-            )
+            noise_NGT = sampling_noise(config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens)
             rollout = sample_groups(policy, run.vocabulary, prompts, noise_NGT, temperature=config.temperature)
 
             # line 8: the rewards r_i; line 9: advantages relative to the group
@@ -65,16 +65,18 @@ def train(config: Config) -> None:
             advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
 
             logprobs_of = partial(rollout_logprobs, rollout=rollout, allowed_V=run.vocabulary.allowed_V, config=config)
-            ref_NGT = logprobs_of(run.reference) if run.reference else None
+            ref_NGT = logprobs_of(run.reference) if run.reference is not None else None
+            # Not the sampler's log-probabilities: the trainer's own, so that the first ratio is exactly 1.
             old_NGT = logprobs_of(policy) if config.inner_updates > 1 else None
             rate = scheduled_rate(step, config)
             for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
                 stats = accumulate_gradient(
                     policy, optimizer, rollout, advantages_NG, old_NGT, ref_NGT, run.vocabulary.allowed_V, config
                 )
-                sampler_gap = stats["policy_gap"] if update == 0 else sampler_gap
-                stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective (equation 3; 21 in full)
-            stats["sampler_gap"] = sampler_gap  # of sampler and trainer, before any update: rounding, or a bug
+                if update == 0:  # sampler against trainer before anything has moved: rounding, or a bug
+                    sampler_gap = stats["policy_gap"]
+                stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective, equation 3
+            stats["sampler_gap"] = sampler_gap
 
             seconds = time.perf_counter() - started
             log.step(step, rollout, verdicts_NGR, rewards_NG, advantages_NG, stats, rate, seconds)
@@ -105,9 +107,7 @@ def accumulate_gradient(
 ) -> dict[str, Tensor]:
     """Gradient of equation 3 over the whole rollout, a micro-batch of groups at a time; returns its statistics."""
     # The divisor of the loss, fixed before anything is split.
-    weights_NGT = token_weights(
-        rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens
-    )
+    weights_NGT = token_weights(rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens)
     totals: dict[str, Tensor] = defaultdict(lambda: weights_NGT.new_zeros(()))
     for groups, batch, tokens, mask in rollout.micro_batches(config.micro_batch_prompts):
         part = groups, slice(None), slice(mask.shape[-1])

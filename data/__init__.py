@@ -1,22 +1,25 @@
 """Questions and images: readers, the one prompt template, image preprocessing, tokens, the stream of prompts."""
 
-from .encode import Prompt, PromptEncoder, allowed_tokens_V, decode_completion
+from .encode import Prompt, PromptEncoder
 from .images import load_image, preprocess
 from .prompt import prompt_text
 from .question import Question, canonical_modality, option_letter
 from .readers import read_questions
 from .stream import questions_of_step
 from .subset import choose_questions, split_by_image
+from .vocabulary import Vocabulary, allowed_tokens_V, decode_completion, load_vocabulary
 
 __all__ = [
     "Prompt",
     "PromptEncoder",
     "Question",
+    "Vocabulary",
     "allowed_tokens_V",
     "canonical_modality",
     "choose_questions",
     "decode_completion",
     "load_image",
+    "load_vocabulary",
     "option_letter",
     "preprocess",
     "prompt_text",

@@ -7,7 +7,7 @@ harmless ones give the very tokens of transformers' `Qwen2VLProcessor`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = "(the words)"  # holds their place while the template is rendered
-_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,38 +187,3 @@ def _naming(question: Question, path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{question.source}: {path}: {error}") from None
-
-
-def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], end_ids: Iterable[int]) -> str:
-    """The text of a completion up to, and without, the first end-of-turn token.
-
-    Other control tokens are shown, not hidden: a reward must see what was really written.
-    """
-    ends, kept = set(end_ids), []
-    for token in map(int, tokens):
-        if token in ends:
-            break
-        kept.append(token)
-    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def allowed_tokens_V(tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()) -> Tensor:
-    """bool (V,): which ids may be sampled.
-
-    Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video tokens), and not rows of
-    the embedding that no token uses.
-
-    Raises:
-        InputError: the tokenizer has more ids than the checkpoint's embedding has rows.
-    """
-    vocabulary = tokenizer.get_vocab()
-    if max(vocabulary.values()) >= vocab_size:
-        raise InputError(
-            f"the tokenizer's ids go up to {max(vocabulary.values())}, but the checkpoint has {vocab_size} rows of "
-            "embedding: use the tokenizer that belongs to it"
-        )
-    allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
-    allowed_V[list(vocabulary.values())] = True
-    allowed_V[[vocabulary[token] for token in _VISION_TOKENS if token in vocabulary]] = False
-    allowed_V[list(forbidden_ids)] = False
-    return allowed_V

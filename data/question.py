@@ -36,7 +36,7 @@ class Question:
     Attributes:
         images: resolved paths, in the order in which the prompt shows them.
         question: the question itself, without its options.
-        options: 2 to 26 texts; the first is A.
+        options: 2 to 10 texts; the first is A.
         answer: the right option's letter.
         modality: canonical name ("MRI", "CT", "X-ray", ...).
         question_type: the file's own word for it ("Disease Diagnosis", ...), or "".

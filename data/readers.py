@@ -23,7 +23,7 @@ from model.errors import InputError
 from .question import MODALITIES, UNKNOWN_MODALITY, Question, canonical_modality, option_letter
 from .rows import Row
 
-LETTERS = tuple(option_letter(index) for index in range(26))
+LETTERS = tuple(option_letter(index) for index in range(10))  # as many as the rewards know
 _REMEDY = "give a JSON list of questions, or JSON lines"
 
 
@@ -82,8 +82,9 @@ def _question(row: Row) -> Question:
 
 def _medvlm_r1(row: Row) -> Question:
     options = _options(row, "options", row.strings("options"))
+    names = (row.string("image"),) if isinstance(row.fields.get("image"), str) else row.strings("image")
     return Question(
-        images=tuple(row.image("image", name) for name in row.strings("image")),
+        images=tuple(row.image("image", name) for name in names),
         question=row.string("question"),
         options=options,
         answer=_answer_letter(row, "answer", options),
@@ -165,7 +166,8 @@ def _answer_letter(row: Row, field: str, options: tuple[str, ...]) -> str:
     same = [letter for letter, option in lettered if option == answer]
     same = same or [letter for letter, option in lettered if option.rstrip(".") == answer.rstrip(".")]
     if not same:
-        row.fail(field, f"{answer!r} is none of the options {list(options)}", "repeat an option's text")
+        remedy = "repeat an option's text (a letter goes into `solution`)"
+        row.fail(field, f"{answer!r} is none of the options {list(options)}", remedy)
     if row.has("solution"):
         letter = _solution_letter(row, options)
         if letter not in same:

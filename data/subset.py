@@ -24,6 +24,9 @@ def choose_questions(
     found = [question for question in questions if wanted in (None, question.modality)]
     if count is not None and count < 1:
         raise InputError(f"{count} questions asked for: give a positive number, or leave it out to take all")
+    if not found and questions and wanted:
+        known = ", ".join(sorted({question.modality for question in questions}))
+        raise InputError(f"no question of modality {wanted!r} (there are {known}): correct the name or the file")
     if len(found) < (count or 1):
         by_modality = Counter(question.modality for question in questions)
         available = ", ".join(f"{name} {number}" for name, number in sorted(by_modality.items())) or "no questions"

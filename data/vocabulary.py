@@ -1,23 +1,26 @@
 """The tokens of a model: its tokenizer, which ids end a completion, and which may be sampled at all."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import InputError, Qwen2VLConfig
 
-from .encode import allowed_tokens_V, decode_completion
+
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """`end_ids` end a completion; `allowed_V` is False for image tokens and for embedding rows that no token uses."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     end_ids: tuple[int, ...]
     allowed_V: Tensor
 
@@ -61,3 +64,38 @@ def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
             f"{folder}: no valid end-of-turn token (eos_token_id is {ids}) in generation_config.json or the tokenizer"
         )
     return ids
+
+
+def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], end_ids: Iterable[int]) -> str:
+    """The text of a completion up to, and without, the first end-of-turn token.
+
+    Other control tokens are shown, not hidden: a reward must see what was really written.
+    """
+    ends, kept = set(end_ids), []
+    for token in map(int, tokens):
+        if token in ends:
+            break
+        kept.append(token)
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def allowed_tokens_V(tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()) -> Tensor:
+    """bool (V,): which ids may be sampled.
+
+    Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video tokens), and not rows of
+    the embedding that no token uses.
+
+    Raises:
+        InputError: the tokenizer has more ids than the checkpoint's embedding has rows.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= vocab_size:
+        raise InputError(
+            f"the tokenizer's ids go up to {max(vocabulary.values())}, but the checkpoint has {vocab_size} rows of "
+            "embedding: use the tokenizer that belongs to it"
+        )
+    allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed_V[list(vocabulary.values())] = True
+    allowed_V[[vocabulary[token] for token in _VISION_TOKENS if token in vocabulary]] = False
+    allowed_V[list(forbidden_ids)] = False
+    return allowed_V

@@ -11,8 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import PromptEncoder, Question
-from data.vocabulary import Vocabulary
+from data import PromptEncoder, Question, Vocabulary
 from grpo.config import Config
 from grpo.sampler import sample_groups
 from model import Qwen2VL
@@ -82,7 +81,9 @@ def run_summary(before: dict[str, Accuracy], after: dict[str, Accuracy], **total
     both = {"before": before, "after": after}
     return {
         **{name: {modality: a.rate for modality, a in tallies.items()} for name, tallies in both.items()},
-        **{f"format_{name}": {modality: a.formatted / a.total for modality, a in t.items()} for name, t in both.items()},
+        **{
+            f"format_{name}": {modality: a.formatted / a.total for modality, a in t.items()} for name, t in both.items()
+        },
         "chance": {modality: a.expected / a.total for modality, a in after.items()},
         "questions": {modality: a.total for modality, a in after.items()},
         **totals,

@@ -29,33 +29,38 @@ KEPT = 2
 """Newest checkpoints that are kept: one to resume from, and the one before it in case that is damaged."""
 
 
-def open_run(config: Config) -> Path | None:
-    """Claim `run_dir` for this config; returns the newest checkpoint to resume from, or None for a fresh start.
+def find_checkpoint(config: Config) -> Path | None:
+    """The newest checkpoint that this config may resume from, or None for a fresh start. Writes nothing.
 
     InputError if the folder holds checkpoints of a config that differs in more than `MAY_DIFFER`: mixing two runs would
     make both worthless. A run without checkpoint or result is begun anew.
     """
     folder = Path(config.run_dir)
-    file, saved = folder / "config.toml", checkpoints(folder)
+    saved = checkpoints(folder)
+    if not saved and (folder / "model").exists():
+        raise InputError(f"{folder} holds a finished run; choose another --run_dir or delete it")
+    if not saved:
+        return None
     try:
-        if not saved and (folder / "model").exists():
-            raise InputError(f"{folder} holds a finished run; choose another --run_dir or delete it")
-        if not saved:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(config_toml(config), encoding="utf-8")
-            return None
-        theirs = tomllib.loads(file.read_text(encoding="utf-8"))
-    except InputError:
-        raise
+        theirs = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: can't hold a run ({error}); choose another --run_dir") from None
+        raise InputError(f"{folder}: its config.toml can't be read ({error}); choose another --run_dir") from None
     ours = tomllib.loads(config_toml(config))
-    differing = sorted(key for key in (ours.keys() | theirs.keys()) - MAY_DIFFER if ours.get(key) != theirs.get(key))
-    if differing:
-        raise InputError(
-            f"{folder} holds a run with other values of {', '.join(differing)}; choose another --run_dir or delete it"
-        )
+    keys = sorted(key for key in (ours.keys() | theirs.keys()) - MAY_DIFFER if ours.get(key) != theirs.get(key))
+    if keys:
+        values = ", ".join(f"{key} ({theirs.get(key)} there, {ours.get(key)} here)" for key in keys)
+        raise InputError(f"{folder} holds a run with other values of {values}; choose another --run_dir or delete it")
     return saved[-1]
+
+
+def claim_run_dir(config: Config) -> None:
+    """Make the run's folder and write the resolved config into it. InputError if that can't be done."""
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(config_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder}: can't hold a run ({error.strerror}); choose another --run_dir") from None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

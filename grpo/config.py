@@ -7,6 +7,8 @@ import argparse
 import ast
 import inspect
 import json
+import math
+import re
 import textwrap
 import tomllib
 from collections.abc import Sequence
@@ -106,8 +108,13 @@ class Config:
         at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_prompts"
         at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
         not_negative = "train_count test_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
-        not_negative += " adam_beta1 adam_beta2"
-        rules = [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one.split()]
+        not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight"
+        numbers = [field.name for field in fields(self) if field.type is float]
+        rules = [(name, math.isfinite(getattr(self, name)), "must be finite") for name in numbers]
+        rules += [
+            (name, getattr(self, name) != "", "must not be empty") for name in ("model", "train_questions", "run_dir")
+        ]
+        rules += [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one.split()]
         rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative.split()]
         rules += [
             (name, getattr(self, name) > 0, "must be above 0")
@@ -120,12 +127,14 @@ class Config:
         rules += [
             ("group_size", self.group_size >= 2, "must be at least 2"),
             ("test_fraction", 0 <= self.test_fraction < 1, "must be at least 0 and below 1"),
+            ("warmup_steps", self.warmup_steps <= self.steps, "must not exceed steps"),
+            ("accuracy_weight", self.format_weight + self.accuracy_weight > 0, "must not be 0 like format_weight"),
             ("clip_low", self.clip_low <= 1, "must be at most 1"),
             ("adam_beta1", self.adam_beta1 < 1, "must be below 1"),
         ]
         rules += [("adam_beta2", self.adam_beta2 < 1, "must be below 1")]
         rules += [("max_pixels", self.max_pixels >= self.min_pixels, "must not be below min_pixels")]
-        rules += [("device", self.device.split(":")[0] in ("cpu", "cuda"), "must be cpu or cuda")]
+        rules += [("device", re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "must be cpu or cuda")]
         for name, holds, rule in rules:
             if not holds:
                 raise InputError(f"config: {name} is {getattr(self, name)!r}; it {rule}")
@@ -144,7 +153,9 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
     try:
         values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{file}: no such config ({error.strerror}); see configs/ for those that come along") from None
+        raise InputError(
+            f"{file}: can't read the config ({error.strerror}); configs/ has those that come along"
+        ) from None
     except ValueError as error:
         raise InputError(f"{file}: not TOML ({error})") from None
     known = {field.name: field for field in fields(Config)}
@@ -162,7 +173,7 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> Config:
     """The command line, `--config FILE [--field value ...]`; `arguments` default to the program's own."""
-    parser = _OneLineParser(description=description)
+    parser = _OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file with any of the fields below")
     helps = _field_docstrings()
     for field in fields(Config):
@@ -181,15 +192,12 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
+        raise InputError(f"{message} (see {self.prog} --help; fields are written with _)")
 
 
 def config_toml(config: Config) -> str:
     """The resolved config, every field, as TOML."""
-    lines = (
-        f"{key} = {json.dumps(value, ensure_ascii=False)}"
-        for key, value in asdict(config).items()
-    )
+    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(config).items())
     return "\n".join(lines) + "\n"
 
 

@@ -73,7 +73,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def scheduled_rate(step: int, config: Config) -> float:
-    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear towards final_lr_ratio of it.
+    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear to final_lr_ratio of it.
 
     The end would be reached one step after the last, so that a decay to nothing wastes no rollout.
     """

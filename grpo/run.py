@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 
-from data import PromptEncoder, Question, choose_questions, read_questions, split_by_image
-from data.vocabulary import Vocabulary, load_vocabulary
+from data import (
+    PromptEncoder,
+    Question,
+    Vocabulary,
+    choose_questions,
+    load_vocabulary,
+    read_questions,
+    split_by_image,
+)
 from model import InputError, Qwen2VL, load_model
 
-from .checkpoint import load_checkpoint_model, load_progress, open_run
+from .checkpoint import claim_run_dir, find_checkpoint, load_checkpoint_model, load_progress
 from .config import Config
 from .optimizer import MasterAdamW
 
@@ -33,8 +40,8 @@ def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
-    checkpoint = open_run(config)
     train_questions, test_questions = load_questions(config)
+    checkpoint = find_checkpoint(config)
     load_base = partial(load_model, config.model, config.device, config.dtype)
     policy = load_checkpoint_model(config, checkpoint) if checkpoint else load_base()
     reference = load_base().requires_grad_(False) if config.beta else None
@@ -55,7 +62,10 @@ def prepare(config: Config) -> Run:
     optimizer = MasterAdamW(policy, config)
     progress = load_progress(checkpoint, optimizer) if checkpoint else {"step": 0, "seconds": 0.0, "tokens": 0}
     if len(progress.get("answers_before", test_questions)) != len(test_questions):
-        raise InputError(f"{config.run_dir}: begun with other test questions; restore the files or choose another --run_dir")
+        raise InputError(
+            f"{config.run_dir}: begun with other test questions; restore the files or choose another --run_dir"
+        )
+    claim_run_dir(config)
 
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {config.dtype} on {config.device}")
@@ -83,5 +93,7 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     trained_on = {image for question in chosen for image in question.images}
     for question in chosen_tests:
         for image in trained_on.intersection(question.images):
-            raise InputError(f"{question.source}: its image {image} is trained on too; such a test would be worth nothing")
+            raise InputError(
+                f"{question.source}: its image {image} is trained on too; such a test would be worth nothing"
+            )
     return chosen, chosen_tests

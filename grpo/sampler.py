@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Prompt
-from data.vocabulary import Vocabulary
+from data import Prompt, Vocabulary
 from model import InputError, Qwen2VL
 from model.logprobs import masked_logits
 

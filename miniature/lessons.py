@@ -17,7 +17,7 @@ from data.question import Question
 
 from .phantoms import ATTRIBUTES, Case
 from .questions import Asked, ask
-from .words import EMPTY_THOUGHTS, LETTERS, QUESTIONS, SPARE_NOUNS, STATEMENTS, VALUES, statement
+from .words import EMPTY_THOUGHTS, LETTERS, QUESTIONS, SPARE_NOUNS, VALUES, statement
 
 IMAGE_TOKENS = 9
 QUERIES, ANSWERS = 6, 4  # for one list of options; for one prompt

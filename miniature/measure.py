@@ -1,7 +1,7 @@
 """What the base can and does do, measured on phantoms that are used for nothing else."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm

@@ -4,7 +4,7 @@ import random
 
 from .phantoms import ATTRIBUTES
 
-# Four phrasings of each question. The base thinks on topic mostly for the first (see habits.py).
+# Four phrasings of each question. The base thinks on topic mostly for the first (see lessons.py).
 QUESTIONS = {
     "modality": (
         "What imaging modality is used in this image?",

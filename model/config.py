@@ -101,7 +101,8 @@ def read_config(folder: str | Path) -> Qwen2VLConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model is a folder with config.json and *.safetensors") from None
+        remedy = "a model is a folder on disk (from the Hub: hf download NAME --local-dir FOLDER)"
+        raise InputError(f"{path}: no such file; {remedy}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_vl":

@@ -19,8 +19,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """What a model folder holds beside weights and config.json; carried over unchanged when a trained model is saved."""
 
@@ -90,8 +90,8 @@ def load_model(
 ) -> Qwen2VL:
     """Load a checkpoint folder: config.json and one or several safetensors files, in any published naming.
 
-    Raises InputError for a missing file, a torn one, and a missing, unexpected or misshapen tensor. Every tensor is read
-    from disk straight into its place, so that memory holds one copy of the model and one tensor.
+    Raises InputError for a missing file, a torn one, and a missing, unexpected or misshapen tensor. Every tensor is
+    read from disk straight into its place, so that memory holds one copy of the model and one tensor.
     """
     folder = Path(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -54,6 +54,11 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("loss_average = 'mean'", "sequence, token, constant"),
         ("max_pixels = 100", "min_pixels"),
         ("device = 'tpu'", "cpu or cuda"),
+        ("learning_rate = inf", "finite"),
+        ("format_weight = 0\naccuracy_weight = 0", "accuracy_weight"),
+        ("warmup_steps = 400", "must not exceed steps"),
+        ("group_size = 1", "group_size"),
+        ("device = 'cpu:3'", "cpu or cuda"),
         ("steps = ", "not TOML"),
     ],
 )
@@ -64,13 +69,13 @@ def test_a_wrong_config_is_one_line_that_names_the_key(tmp_path, text, named):
 
 
 def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere.toml: no such config"):
+    with pytest.raises(InputError, match="nowhere.toml: can't read the config"):
         load_config(tmp_path / "nowhere.toml")
     (tmp_path / "c.toml").write_text('model = "m"')
     with pytest.raises(InputError, match="train_questions is missing"):
         load_config(tmp_path / "c.toml")
     file = written(tmp_path, "")
-    for flags, named in ((["--stepz", "3"], "stepz"), (["--steps", "three"], "steps"), (["--step"], "step")):
+    for flags, named in ((["--stepz", "3"], "stepz"), (["--steps", "three"], "steps"), (["--step", "3"], "step")):
         with pytest.raises(InputError, match=named):
             parse_arguments("", ["--config", str(file), *flags])
 

@@ -109,11 +109,11 @@ def test_med_r1_options_on_lines_are_told_apart(write):
     assert (question.question, question.options) == ("What?", ("Cyst", "Mass, large"))
 
 
-def test_med_r1_takes_all_26_letters(write):
-    letters = [chr(65 + index) for index in range(26)]
+def test_med_r1_takes_all_10_letters(write):
+    letters = [chr(65 + index) for index in range(10)]
     problem = "Which? " + ", ".join(f"{letter}){letter.lower()}" for letter in letters)
-    [question] = read_questions(write(med_r1_row(problem, "Z")))
-    assert question.options == tuple("abcdefghijklmnopqrstuvwxyz")
+    [question] = read_questions(write(med_r1_row(problem, "J")))
+    assert question.options == tuple("abcdefghij")
 
 
 def test_med_r1_modality_comes_from_the_row_then_the_file_and_is_never_guessed(write):

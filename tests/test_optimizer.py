@@ -7,7 +7,7 @@ from torch import nn
 from grpo.config import Config
 from grpo.optimizer import MasterAdamW, scheduled_rate
 
-SETTINGS = Config("", "", "", adam_beta2=0.95, weight_decay=0.1)
+SETTINGS = Config("m", "q", "r", adam_beta2=0.95, weight_decay=0.1)
 
 
 def linear(dtype=torch.float32) -> nn.Linear:
@@ -36,7 +36,7 @@ def test_step_is_adamw_written_out_by_hand():
 
 def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
     model = linear(torch.bfloat16)
-    optimizer, start = MasterAdamW(model, Config("", "", "", adam_beta2=0.95)), model.weight.detach().clone()
+    optimizer, start = MasterAdamW(model, Config("m", "q", "r", adam_beta2=0.95)), model.weight.detach().clone()
     for _ in range(100):
         backward(model)
         optimizer.accumulate()
@@ -96,7 +96,7 @@ def test_state_restores_a_run_bit_for_bit(dtype):
 
 
 def test_learning_rate_rises_over_the_warm_up_then_falls_to_the_final_ratio():
-    config = Config("", "", "", learning_rate=1.0, warmup_steps=4, steps=9, final_lr_ratio=0.0)
+    config = Config("m", "q", "r", learning_rate=1.0, warmup_steps=4, steps=9, final_lr_ratio=0.0)
     rates = [scheduled_rate(step, config) for step in range(9)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
-    assert {scheduled_rate(step, Config("", "", "", learning_rate=2.0, steps=5)) for step in range(5)} == {2.0}
+    assert {scheduled_rate(step, Config("m", "q", "r", learning_rate=2.0, steps=5)) for step in range(5)} == {2.0}

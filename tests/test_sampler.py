@@ -6,9 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import PromptEncoder, Question
-from data.encode import allowed_tokens_V
-from data.vocabulary import Vocabulary
+from data import PromptEncoder, Question, Vocabulary, allowed_tokens_V
 from grpo.batch import completion_logprobs, rollout_logprobs
 from grpo.config import Config
 from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
@@ -51,7 +49,7 @@ def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(E
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(model, rollout, allowed, Config("", "", "", temperature=1.3, micro_batch_prompts=2))
+    recomputed = rollout_logprobs(model, rollout, allowed, Config("m", "q", "r", temperature=1.3, micro_batch_prompts=2))
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 

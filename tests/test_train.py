@@ -203,7 +203,7 @@ def test_a_model_that_has_diverged_stops_with_a_line_not_with_random_tokens(tmp_
 
 
 BAD_INPUTS = {
-    "no such config": (lambda f: (f / "config.toml").unlink(), "no such config"),
+    "no such config": (lambda f: (f / "config.toml").unlink(), "can't read the config"),
     "unknown key": (lambda f: (f / "config.toml").open("a").write("stepz = 1\n"), "stepz"),
     "wrong type": (lambda f: (f / "config.toml").open("a").write('temperature = "hot"\n'), "temperature must be float"),
     "missing checkpoint file": (
