@@ -1,4 +1,4 @@
-"""What the base can and does do, measured on phantoms that are used for nothing else."""
+"""What the base can and does do, measured on phantoms that no stage trains on."""
 
 import random
 from dataclasses import dataclass
