@@ -1,6 +1,7 @@
 """GRPO for Qwen2-VL: Algorithm 1 of DeepSeekMath (arXiv 2402.03300), as MedVLM-R1 (arXiv 2502.19634) uses it.
 
     python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...]
+    python train.py --config configs/miniature_sft.toml     the baseline, supervised fine-tuning: grpo/sft.py
 
 Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its
 own group, and raises the probability of the better ones while staying close to the frozen base. Departures from
@@ -17,38 +18,36 @@ import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from data import Question, questions_of_step
-from evaluation.accuracy import accuracy_by_modality, answer_greedily, comparison_table, run_summary
+from data import questions_of_step
+from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summary
+from evaluation.answers import answer_greedily
+from evaluation.blind import blind_credits, by_modality
 from grpo.advantages import group_advantages
 from grpo.batch import Rollout, completion_logprobs, rollout_logprobs
-from grpo.checkpoint import StopRequest, save_checkpoint
+from grpo.checkpoint import StopRequest, end_step
 from grpo.config import Config, parse_arguments
 from grpo.log import RunLog
 from grpo.loss import grpo_loss, token_weights
 from grpo.optimizer import MasterAdamW, scheduled_rate
-from grpo.run import prepare
+from grpo.run import Run, prepare
 from grpo.sampler import sample_groups, sampling_noise
+from grpo.sft import fine_tune
 from model import InputError, Qwen2VL, save_model
 from rewards import Verdict, score
 
 
-def train(config: Config) -> None:
-    """Run, or resume, what `config` describes; leaves metrics, completions, checkpoints, the model and a summary."""
-    run = prepare(config)  # lines 1 to 3: policy and frozen reference both begin as the base model
+def train(run: Run, config: Config) -> None:
+    """GRPO from where `run` stands to its last step; leaves metrics, completions and checkpoints."""
+    # Lines 1 to 3: policy and frozen reference both begin as the base model.
     policy, optimizer, progress = run.policy, run.optimizer, run.progress
-    answer = partial(answer_greedily, policy, run.vocabulary, run.encoder, run.test_questions, config=config)
-    if "answers_before" not in progress:
-        progress["answers_before"] = answer(label="accuracy before")
-    weights_R = torch.tensor(
-        [config.format_weight, config.accuracy_weight], device=config.device
-    )  # as in rewards.RULES
+    weights = [config.format_weight, config.accuracy_weight, config.consistency_weight]  # as in rewards.RULES
+    weights_R = torch.tensor(weights, device=config.device)
 
-    with StopRequest() as stop, RunLog(config.run_dir, progress["step"], config.steps) as log:
+    with StopRequest() as stop, RunLog(config.run_dir, config.method, progress["step"], config.steps) as log:
         for step in range(progress["step"], config.steps):  # line 4
             started = time.perf_counter()
             # line 5: sample a batch of questions
@@ -85,14 +84,7 @@ def train(config: Config) -> None:
             progress["step"] = step + 1
             progress["seconds"] += seconds
             progress["tokens"] += int(rollout.mask_NGT.sum())
-            stopping = stop.asked
-            if stopping or progress["step"] % config.save_every == 0 or progress["step"] == config.steps:
-                saved = save_checkpoint(config, policy, optimizer, progress)
-            if stopping:
-                raise KeyboardInterrupt(f"stopped; the same command goes on from {saved}")
-
-    save_model(policy, Path(config.run_dir) / "model")
-    report(config, run.test_questions, progress, answer(label="accuracy after"))
+            end_step(config, policy, optimizer, progress, stop)
 
 
 def accumulate_gradient(
@@ -136,28 +128,40 @@ def accumulate_gradient(
 def score_rollout(rollout: Rollout, device: str) -> tuple[list[list[tuple[Verdict, ...]]], Tensor]:
     """Every rule's verdict on every completion, and their scores as a tensor (N, G, R)."""
     groups = zip(rollout.prompts, rollout.texts, strict=True)
-    verdicts = [[score(text, prompt.question.answer) for text in texts] for prompt, texts in groups]
+    asked = ((prompt.question, texts) for prompt, texts in groups)
+    verdicts = [[score(text, question.answer, question.options) for text in texts] for question, texts in asked]
     scores = [[[verdict.score for verdict in rules] for rules in group] for group in verdicts]
     return verdicts, torch.tensor(scores, device=device)
 
 
-def report(config: Config, questions: list[Question], progress: dict[str, Any], answers_after: list[str]) -> None:
-    """Write summary.json, and print the table that a run ends with."""
+def measured(config: Config) -> None:
+    """The run that `config` describes, begun or resumed, between two measurements of accuracy.
+
+    Leaves the model, summary.json and what the method leaves; prints the table that a run ends with.
+    """
+    run = prepare(config)
+    folder, questions, progress = Path(config.run_dir), run.test_questions, run.progress
+    answer = partial(answer_greedily, run.policy, run.vocabulary, run.encoder, questions, config=config)
+    if "answers_before" not in progress:
+        progress["answers_before"] = answer(label="accuracy before")
+    {"grpo": train, "sft": fine_tune}[config.method](run, config)
+    save_model(run.policy, folder / "model")
+
     before = accuracy_by_modality(questions, progress["answers_before"])
-    after = accuracy_by_modality(questions, answers_after)
+    after = accuracy_by_modality(questions, answer(label="accuracy after"))
+    blind = by_modality(questions, blind_credits(run.train_questions, questions))
     steps, seconds, tokens = (progress[name] for name in ("step", "seconds", "tokens"))
-    summary = run_summary(before, after, steps=steps, seconds=seconds, tokens=tokens)
-    folder = Path(config.run_dir)
+    summary = run_summary(before, after, blind, steps=steps, seconds=seconds, tokens=tokens)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{steps} steps in {seconds:.0f} s, {tokens:,} tokens sampled")
+    print(f"\n{steps} steps in {seconds:.0f} s, {tokens:,} completion tokens")
     if after:
-        print(f"Greedy accuracy in percent (95 % interval), before and after:\n\n{comparison_table(before, after)}\n")
+        print(f"Greedy accuracy in percent (95 % interval):\n\n{comparison_table(before, after, blind)}\n")
     print(f"model:  {folder / 'model'}\ncurves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
 def main() -> int:
     try:
-        train(parse_arguments(__doc__.split("\n")[0]))
+        measured(parse_arguments(__doc__.split("\n")[0]))
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

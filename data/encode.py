@@ -7,13 +7,14 @@ harmless ones give the very tokens of transformers' `Qwen2VLProcessor`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from model.errors import InputError
@@ -26,6 +27,7 @@ from .question import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LoadImage = Callable[[Path], Image]
 _PLACEHOLDER = "(the words)"  # holds their place while the template is rendered
 
 
@@ -46,6 +48,15 @@ class Prompt:
     patches_SC: Tensor
     grids_I3: Tensor
     positions_3P: Tensor
+
+    def continued(self, ids: Sequence[int]) -> "Prompt":
+        """The prompt with the beginning of an answer behind it, for the model to go on from."""
+        after = int(self.positions_3P.max()) + 1 + torch.arange(len(ids))
+        return replace(
+            self,
+            tokens_P=torch.cat((self.tokens_P, torch.tensor(ids, dtype=torch.int64))),
+            positions_3P=torch.cat((self.positions_3P, after.expand(3, -1)), dim=1),
+        )
 
 
 class PromptEncoder:
@@ -87,15 +98,15 @@ class PromptEncoder:
         self.temporal_patch_size = temporal_patch_size
         self._templates = {1: self._template(image_count=1)}
 
-    def encode(self, question: Question) -> Prompt:
-        """The whole prompt.
+    def encode(self, question: Question, load: LoadImage = load_image) -> Prompt:
+        """The whole prompt; `load` reads an image file.
 
         Raises:
             InputError: the prompt is too long (whatever `too_long` says), or an image can't be used.
         """
         patches, grids = [torch.empty(0, self._patch_values())], []
         for path in question.images:
-            image = load_image(path)
+            image = load(path)
             with _naming(question, path):
                 image_patches_SC, grid = preprocess(
                     image, self.min_pixels, self.max_pixels, self.patch_size, self.merge_size, self.temporal_patch_size

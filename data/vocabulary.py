@@ -24,6 +24,10 @@ class Vocabulary:
     end_ids: tuple[int, ...]
     allowed_V: Tensor
 
+    def encode(self, completion: str) -> list[int]:
+        """A completion's ids, without an end of turn; control tokens written in the text stay text."""
+        return self.tokenizer(completion, add_special_tokens=False, split_special_tokens=True).input_ids
+
     def decode(self, tokens: Tensor) -> str:
         """A completion's ids (T,) -> its text, without the end-of-turn; other special tokens stay visible."""
         return decode_completion(self.tokenizer, tokens, self.end_ids)

@@ -1,7 +1,12 @@
-"""A run's curves as one SVG picture: `python -m evaluation.curves runs/miniature curves.svg`."""
+"""A run's curves as one SVG picture: `python -m evaluation.curves runs/miniature curves.svg`.
+
+The picture has no background of its own and follows the reader's light or dark scheme. All its style is bound to the
+class "curves", so that it may stand in a page.
+"""
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -9,54 +14,105 @@ from pathlib import Path
 
 from model import InputError
 
-PANELS = (
-    ("Reward", (("reward", "reward", "#2563eb"),)),
-    ("Share of completions", (("rewards/format", "format", "#d97706"), ("rewards/accuracy", "accuracy", "#059669"))),
-    ("KL to the base (nats per token)", (("kl", "KL", "#7c3aed"),)),
-    ("Completion length (tokens)", (("completion_tokens", "length", "#475569"),)),
+Points = Sequence[tuple[float, float]]
+Series = tuple[str, str, Points]
+"""Label ("" for none), class that gives it its colour, points (x, y)."""
+
+GRPO_PANELS = (
+    ("Reward", (("reward", "reward", "blue"),)),
+    ("Share of completions", (("rewards/format", "format", "orange"), ("rewards/accuracy", "accuracy", "blue"))),
+    ("KL to the base (nats per token)", (("kl", "KL", "violet"),)),
+    ("Completion length (tokens)", (("completion_tokens", "length", "grey"),)),
+)
+SFT_PANELS = (
+    ("Loss (nats per token)", (("loss", "loss", "violet"),)),
+    ("Probability of the answer's tokens", (("probability", "probability", "blue"),)),
 )
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 170, 44, 34, 26
+
+LIGHT = {"blue": "#0369a1", "orange": "#b84a00", "violet": "#7c3aed", "grey": "#475569"}
+DARK = {"blue": "#56b4e9", "orange": "#f59a52", "violet": "#b79bff", "grey": "#cbd5e1"}
+
+
+def _scheme(text: str, grid: str, colours: dict[str, str]) -> str:
+    lines = "".join(f".curves .{name}{{stroke:{c}}}.curves text.{name}{{fill:{c}}}" for name, c in colours.items())
+    return f".curves text{{fill:{text};stroke:none}}.curves path{{stroke:{grid}}}{lines}"
+
+
+STYLE = (
+    ".curves text{font:11px system-ui,sans-serif}.curves .title{font-weight:600;font-size:12px}"
+    ".curves polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}"
+    f"{_scheme('#334155', '#e2e8f0', LIGHT)}@media screen and (prefers-color-scheme:dark){{"
+    f"{_scheme('#cbd5e1', '#333a45', DARK)}}}"
+)
 
 
 def curves_svg(rows: Sequence[dict[str, float]]) -> str:
     """Small multiples of the metrics over the steps; `rows` are the objects of metrics.jsonl, at least one."""
-    columns, lines = 2, -(-len(PANELS) // 2)
+    panels = curve_panels(rows)
+    columns, lines = 2, -(-len(panels) // 2)
     width, height = columns * (WIDTH + GAP) + GAP, lines * (HEIGHT + GAP) + GAP
-    panels = []
-    for i, panel in enumerate(PANELS):
+    placed = []
+    for i, panel in enumerate(panels):
         left, top = GAP + i % columns * (WIDTH + GAP), GAP / 2 + i // columns * (HEIGHT + GAP)
-        panels.append(f'<g transform="translate({left},{top})">{_panel(rows, *panel)}</g>')
-    style = "text{font:11px system-ui,sans-serif;fill:#334155}.title{font-weight:600;font-size:12px}"
+        placed.append(f'<g transform="translate({left},{top})">{panel}</g>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f'<style>{style}</style><rect width="100%" height="100%" fill="#ffffff"/>{"".join(panels)}</svg>\n'
+        f"<style>{STYLE}</style>{''.join(placed)}</svg>\n"
     )
 
 
-def _panel(rows: Sequence[dict[str, float]], title: str, series: Sequence[tuple[str, str, str]]) -> str:
-    steps = [row["step"] for row in rows]
-    top = _round_up(max(row.get(name, 0.0) for name, _, _ in series for row in rows))
+def curve_panels(rows: Sequence[dict[str, float]]) -> list[str]:
+    """The panels one by one: those of a GRPO run, or of an SFT run if no row has a reward. They need `STYLE`."""
+    panels = GRPO_PANELS if any("reward" in row for row in rows) else SFT_PANELS
+    return [
+        panel_svg(title, [(label, colour, _points(rows, name)) for name, label, colour in series])
+        for title, series in panels
+    ]
+
+
+def panel_svg(title: str, series: Sequence[Series], unit: str = "step", top: float = 0.0) -> str:
+    """One panel as an <svg> element: lines over x, y from 0 to `top`, or to a round number above all if that is 0.
+
+    Args:
+        unit: what x counts.
+    """
+    xs = [x for _, _, points in series for x, _ in points]
+    first, last = min(xs, default=0.0), max(xs, default=1.0)
+    top = top or _round_up(max((y for _, _, points in series for _, y in points), default=0.0))
     right, bottom = WIDTH - 8, HEIGHT - 22
 
-    def x(step: float) -> float:
-        return LEFT + (right - LEFT) * (step - steps[0]) / max(1, steps[-1] - steps[0])
+    def x(value: float) -> float:
+        return LEFT + (right - LEFT) * (value - first) / ((last - first) or 1)
 
     def y(value: float) -> float:
         return bottom - (bottom - TOP) * value / top
 
     parts = [f'<text class="title" x="{LEFT}" y="14">{escape(title)}</text>']
     for value in (0, top / 2, top):
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{right}" stroke="#e2e8f0"/>')
+        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{right}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for step in (steps[0], steps[-1]):
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:.0f}</text>')
-    for at, (name, label, colour) in enumerate(series):
-        points = " ".join(f"{x(row['step']):.1f},{y(max(0.0, row.get(name, 0.0))):.1f}" for row in rows)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+    for value, anchor in ((first, "start"), (last, "end")):
+        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{value:.0f}</text>')
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>')
+    for at, (label, colour, points) in enumerate(series):
+        drawn = " ".join(f"{x(at_x):.1f},{y(at_y):.1f}" for at_x, at_y in points)
+        parts.append(f'<polyline class="{colour}" points="{drawn}"/>')
         parts.append(
-            f'<text x="{right}" y="{14 + 12 * at}" text-anchor="end" style="fill:{colour}">{escape(label)}</text>'
+            f'<text class="{colour}" x="{right}" y="{14 + 12 * at}" text-anchor="end">{escape(label)}</text>'
+            if label
+            else ""
         )
-    return "".join(parts)
+    return (
+        f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def _points(rows: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value), 0 where a run doesn't log it; without those that are no number, which no axis can show."""
+    values = ((row["step"], max(0.0, row.get(name, 0.0))) for row in rows)
+    return [(step, value) for step, value in values if math.isfinite(value)]
 
 
 def _round_up(value: float) -> float:
@@ -68,7 +124,7 @@ def _round_up(value: float) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, with metrics.jsonl")
     parser.add_argument("picture", type=Path, help="SVG file to write")
     arguments = parser.parse_args()

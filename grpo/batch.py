@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Prompt
+from data import Prompt, Vocabulary
 from model import Qwen2VL, token_logprobs
 
 from .config import Config
@@ -71,6 +71,33 @@ class Rollout:
             longest = int(mask.sum(-1).max())
             prompts = collate(self.prompts[groups], self.tokens_NGT.device)
             yield groups, prompts, self.tokens_NGT[groups, :, :longest], mask[..., :longest]
+
+
+def written_rollout(
+    vocabulary: Vocabulary, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], device: str | torch.device
+) -> Rollout:
+    """A rollout of completions that are given and not sampled, each closed by the end of turn; `logp_NGT` is 0."""
+    ids = [[[*vocabulary.encode(text), vocabulary.end_ids[0]] for text in group] for group in texts]
+    tokens_NGT, mask_NGT = padded(ids, vocabulary.end_ids[0], device)
+    return Rollout(
+        prompts=prompts,
+        tokens_NGT=tokens_NGT,
+        mask_NGT=mask_NGT,
+        logp_NGT=torch.zeros(mask_NGT.shape, device=device),
+        ended_NG=torch.ones(mask_NGT.shape[:2], dtype=torch.bool, device=device),
+        texts=[list(group) for group in texts],
+    )
+
+
+def padded(ids: Sequence[Sequence[Sequence[int]]], fill: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Groups of completions, as ids -> tokens (N, G, T) and mask; groups and completions may differ in size."""
+    shape = len(ids), max(map(len, ids)), max(len(row) for group in ids for row in group)
+    tokens_NGT, mask_NGT = torch.full(shape, fill), torch.zeros(shape, dtype=torch.bool)
+    for n, group in enumerate(ids):
+        for g, row in enumerate(group):
+            tokens_NGT[n, g, : len(row)] = torch.tensor(row)
+            mask_NGT[n, g, : len(row)] = True
+    return tokens_NGT.to(device), mask_NGT.to(device)
 
 
 def completion_logprobs(

@@ -102,6 +102,21 @@ def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> dict[str, Any]:
         ) from None
 
 
+def end_step(
+    config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any], stop: "StopRequest"
+) -> None:
+    """Save a checkpoint if one is due: every `save_every` steps, after the last, and before obeying a request to stop.
+
+    Raises:
+        KeyboardInterrupt: the run was asked to stop; its message says where it can go on from.
+    """
+    stopping = stop.asked
+    if stopping or progress["step"] % config.save_every == 0 or progress["step"] == config.steps:
+        saved = save_checkpoint(config, model, optimizer, progress)
+    if stopping:
+        raise KeyboardInterrupt(f"stopped; the same command goes on from {saved}")
+
+
 class StopRequest:
     """Ctrl-C (or SIGTERM) asks the run to stop after the step it is in; a second Ctrl-C stops at once."""
 

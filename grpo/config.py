@@ -29,6 +29,8 @@ class Config:
     """question file to train on (JSON or JSON lines; see data/readers.py for the dialects)"""
     run_dir: str
     """folder that receives metrics, completions, checkpoints and the trained model"""
+    method: str = "grpo"
+    """"grpo" learns from rewarded samples, "sft" from the right letters (supervised fine-tuning, the baseline)"""
     test_questions: tuple[str, ...] = ()
     """question files whose accuracy per modality is measured before and after; none skips that"""
     image_dir: str = ""
@@ -77,6 +79,10 @@ class Config:
     """weight of the format reward in the sum"""
     accuracy_weight: float = 1.0
     """weight of the accuracy reward in the sum"""
+    sft_answer: str = "tags"
+    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is the letter alone"""
+    consistency_weight: float = 0.0
+    """weight of the consistency reward (does the reasoning conclude what the answer says?); not in the paper's run"""
     learning_rate: float = 1e-6
     """AdamW's peak learning rate"""
     warmup_steps: int = 0
@@ -108,7 +114,7 @@ class Config:
         at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_prompts"
         at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
         not_negative = "train_count test_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
-        not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight"
+        not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight consistency_weight"
         numbers = [field.name for field in fields(self) if field.type is float]
         rules = [(name, math.isfinite(getattr(self, name)), "must be finite") for name in numbers]
         rules += [
@@ -141,6 +147,8 @@ class Config:
 
 
 _CHOICES = {
+    "method": ("grpo", "sft"),
+    "sft_answer": ("tags", "bare"),
     "too_long": ("error", "skip"),
     "advantage_scale": ("std", "none"),
     "loss_average": ("sequence", "token", "constant"),
@@ -173,10 +181,24 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> Config:
     """The command line, `--config FILE [--field value ...]`; `arguments` default to the program's own."""
+    given = vars(config_parser(description, [field.name for field in fields(Config)]).parse_args(arguments))
+    if given["config"] is None:
+        raise InputError("--config FILE is missing; configs/ has those that come along")
+    return config_of(given)
+
+
+def config_of(given: dict[str, Any]) -> Config:
+    """The config of parsed arguments, which may hold others beside."""
+    names = {field.name for field in fields(Config)} & given.keys()
+    return load_config(given["config"], {k: tuple(given[k]) if isinstance(given[k], list) else given[k] for k in names})
+
+
+def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of `--config FILE` and of the config's fields `names`; a field that is not given is not in the result."""
     parser = _OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file with any of the fields below")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of a run, with any field of grpo/config.py")
     helps = _field_docstrings()
-    for field in fields(Config):
+    for field in (field for field in fields(Config) if field.name in names):
         default = "required, here or in the file" if field.default is MISSING else field.default
         extra = {"nargs": "*"} if field.type == tuple[str, ...] else {}
         kind = str if extra else field.type
@@ -185,9 +207,7 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
         parser.add_argument(
             f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text, default=argparse.SUPPRESS, **extra
         )
-    given = vars(parser.parse_args(arguments))
-    file = given.pop("config")
-    return load_config(file, {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    return parser
 
 
 class _OneLineParser(argparse.ArgumentParser):

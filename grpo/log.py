@@ -21,6 +21,7 @@ _BAR = {
     "rewards/format": "format",
     "rewards/accuracy": "accuracy",
     "kl": "KL",
+    "probability": "p(answer)",
     "tokens_per_second": "tok/s",
 }
 
@@ -28,12 +29,12 @@ _BAR = {
 class RunLog:
     """Writes a run's record. A resumed run's record loses what came after the checkpoint, and goes on from there."""
 
-    def __init__(self, run_dir: str | Path, first_step: int, steps: int) -> None:
+    def __init__(self, run_dir: str | Path, method: str, first_step: int, steps: int) -> None:
         folder = Path(run_dir)
         self.metrics = _reopened(folder / "metrics.jsonl", first_step)
         self.completions = _reopened(folder / "completions.jsonl", first_step)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self.bar = tqdm(total=steps, initial=first_step, desc="GRPO", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=first_step, desc=method.upper(), unit="step", dynamic_ncols=True)
 
     def step(
         self,
@@ -53,6 +54,17 @@ class RunLog:
         tokens = int(rollout.mask_NGT.sum())
         metrics = rollout_metrics(rollout, verdicts_NGR, rewards_NG) | {name: float(x) for name, x in stats.items()}
         metrics |= {"learning_rate": learning_rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        self.record(step, metrics)
+        for n, prompt in enumerate(rollout.prompts):
+            for g, text in enumerate(rollout.texts[n]):
+                rewards = {v.rule: {"score": v.score, "why": v.why} for v in verdicts_NGR[n][g]}
+                row = {"step": step, "question": prompt.question.source, "answer": prompt.question.answer}
+                row |= {"completion": text, "rewards": rewards, "advantage": advantages_NG[n, g].item()}
+                self.completions.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.completions.flush()
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """A step's numbers, to file, board and bar; "grad_norm" among them."""
         if not math.isfinite(metrics["grad_norm"]):
             self.bar.write(f"step {step}: the gradient is not finite, and the update is left out")
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -62,13 +74,6 @@ class RunLog:
         shown = {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        for n, prompt in enumerate(rollout.prompts):
-            for g, text in enumerate(rollout.texts[n]):
-                rewards = {v.rule: {"score": v.score, "why": v.why} for v in verdicts_NGR[n][g]}
-                row = {"step": step, "question": prompt.question.source, "answer": prompt.question.answer}
-                row |= {"completion": text, "rewards": rewards, "advantage": advantages_NG[n, g].item()}
-                self.completions.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.completions.flush()
 
     def sample(self, step: int, rollout: Rollout, rewards_NG: Tensor) -> None:
         """One group for the eye: its image, its question and all of its completions with their rewards."""

@@ -15,7 +15,7 @@ from data import (
     read_questions,
     split_by_image,
 )
-from model import InputError, Qwen2VL, load_model
+from model import InputError, Qwen2VL, Qwen2VLConfig, load_model
 
 from .checkpoint import claim_run_dir, find_checkpoint, load_checkpoint_model, load_progress
 from .config import Config
@@ -24,7 +24,7 @@ from .optimizer import MasterAdamW
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`reference` is None where beta is 0. `progress` holds "step" (finished ones), "seconds", "tokens", and grows."""
+    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds", "tokens", and grows."""
 
     train_questions: list[Question]
     test_questions: list[Question]
@@ -41,22 +41,13 @@ def prepare(config: Config) -> Run:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
     train_questions, test_questions = load_questions(config)
+    refuse_overlap(train_questions, test_questions)
     checkpoint = find_checkpoint(config)
     load_base = partial(load_model, config.model, config.device, config.dtype)
     policy = load_checkpoint_model(config, checkpoint) if checkpoint else load_base()
-    reference = load_base().requires_grad_(False) if config.beta else None
+    reference = load_base().requires_grad_(False) if config.beta and config.method == "grpo" else None
     vocabulary = load_vocabulary(config.model, policy.config, config.device)
-    encoder = PromptEncoder(
-        vocabulary.tokenizer,
-        image_token_id=policy.config.image_token_id,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        max_prompt_tokens=config.max_prompt_tokens,
-        too_long=config.too_long,
-        patch_size=policy.config.vision.patch_size,
-        merge_size=policy.config.vision.spatial_merge_size,
-        temporal_patch_size=policy.config.vision.temporal_patch_size,
-    )
+    encoder = prompt_encoder(vocabulary, policy.config, config)
     train_questions, skipped = encoder.select(train_questions)
     test_questions, skipped_tests = encoder.select(test_questions)
     optimizer = MasterAdamW(policy, config)
@@ -78,6 +69,21 @@ def prepare(config: Config) -> Run:
     return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress)
 
 
+def prompt_encoder(vocabulary: Vocabulary, shape: Qwen2VLConfig, config: Config) -> PromptEncoder:
+    """The way from questions to prompts for a model of this shape, within the config's limits."""
+    return PromptEncoder(
+        vocabulary.tokenizer,
+        image_token_id=shape.image_token_id,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        max_prompt_tokens=config.max_prompt_tokens,
+        too_long=config.too_long,
+        patch_size=shape.vision.patch_size,
+        merge_size=shape.vision.spatial_merge_size,
+        temporal_patch_size=shape.vision.temporal_patch_size,
+    )
+
+
 def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     """Training questions, and test questions of all test files by modality, as the config chooses them."""
     folder = config.image_dir or None
@@ -89,11 +95,14 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     chosen = choose_questions(train_questions, config.train_modality or None, config.train_count or None, config.seed)
     modalities = dict.fromkeys(question.modality for question in tested)
     parts = [choose_questions(tested, modality, config.test_count or None, config.seed) for modality in modalities]
-    chosen_tests = [question for part in parts for question in part]
-    trained_on = {image for question in chosen for image in question.images}
-    for question in chosen_tests:
+    return chosen, [question for part in parts for question in part]
+
+
+def refuse_overlap(train_questions: list[Question], test_questions: list[Question]) -> None:
+    """InputError if an image is both trained on and tested."""
+    trained_on = {image for question in train_questions for image in question.images}
+    for question in test_questions:
         for image in trained_on.intersection(question.images):
             raise InputError(
                 f"{question.source}: its image {image} is trained on too; such a test would be worth nothing"
             )
-    return chosen, chosen_tests

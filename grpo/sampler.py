@@ -7,7 +7,7 @@ completion depends (up to rounding) neither on what else is in the batch nor on 
 resumed run needs no generator's state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ def sample_groups(
     *,
     temperature: float = 1.0,
     max_new_tokens: int = 0,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
     """Sample G completions of at most T tokens for each prompt.
 
@@ -57,6 +58,7 @@ def sample_groups(
         noise_NGT: from `sampling_noise`; its shape says G and T. None decodes one completion of at most
             `max_new_tokens` greedily.
         temperature: divides the logits, in sampling and in the log-probabilities returned.
+        watch: called with each step's tokens (N, G) as they are chosen, for showing them.
     """
     device = model.embed.weight.device
     N, G, T = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
@@ -78,6 +80,8 @@ def sample_groups(
         logps[..., t] = logp_NGV.gather(-1, chosen[..., None]).squeeze(-1).masked_fill(done, 0.0)
         mask[..., t] = ~done
         done |= torch.isin(chosen, ends)
+        if watch is not None:
+            watch(tokens[..., t])
         if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and bool(done.all())):
             break
         hidden = model.decode(tokens[..., t], after_prompt_N + t, cache)

@@ -17,7 +17,6 @@ tags in any case. Each rule is deterministic and linear in the completion's leng
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -26,6 +25,8 @@ from rewards.letter import LETTERS, VISIBLE, excerpt, parse_letter
 _ANY_TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE | re.ASCII)
 _OPEN = re.compile(r"<answer>", re.IGNORECASE | re.ASCII)
 _CLOSE = re.compile(r"</answer>", re.IGNORECASE | re.ASCII)
+_THINK = re.compile(r"<think>", re.IGNORECASE | re.ASCII)
+_THOUGHT = re.compile(r"</think>", re.IGNORECASE | re.ASCII)
 _FORMAT = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -51,11 +52,6 @@ def accuracy_reward(completion: str, answer: str) -> float:
     return judge_accuracy(completion, answer).score
 
 
-def score(completion: str, answer: str) -> tuple[Verdict, ...]:
-    """The verdict of every rule, in the order of `RULES`. Raises ValueError if `answer` is not a letter A-J."""
-    return tuple(rule(completion, answer) for rule in RULES.values())
-
-
 def answer_text(completion: str) -> str | None:
     """What stands between the first `<answer>` and the last `</answer>`, or None if there is no such block."""
     opened = _OPEN.search(completion)
@@ -63,6 +59,29 @@ def answer_text(completion: str) -> str | None:
     for closed in _CLOSE.finditer(completion, opened.end() if opened else len(completion)):
         pass
     return completion[opened.end():closed.start()] if opened and closed else None
+
+
+def think_text(completion: str) -> str | None:
+    """What stands between the first `<think>` and the first `</think>` after it, or None if there is no such block."""
+    opened = _THINK.search(completion)
+    closed = _THOUGHT.search(completion, opened.end()) if opened else None
+    return completion[opened.end():closed.start()] if opened and closed else None
+
+
+def read_letter(completion: str) -> str | None:
+    """The letter that a lenient reader takes a completion to choose, for evaluation.
+
+    It is the one that the accuracy rule finds in the answer block; but where a completion has no such block, what
+    follows its `</think>` is read, or, if it has no think block either, all of it. So a model that answers "B" without
+    any tag is not taken for one that does not know.
+    """
+    text = answer_text(completion)
+    if text is None:
+        thought = _THOUGHT.search(completion)
+        if thought is None and _THINK.search(completion):
+            return None  # it never came to an end of its reasoning
+        text = completion[thought.end():] if thought else completion
+    return parse_letter(text).letter
 
 
 def judge_format(completion: str) -> Verdict:
@@ -97,9 +116,3 @@ def judge_accuracy(completion: str, answer: str) -> Verdict:
     if parsed.letter != right:
         return Verdict("accuracy", 0.0, f"{parsed.why}; {right} is right")
     return Verdict("accuracy", 1.0 if parsed.exact else 0.5, parsed.why)
-
-
-RULES: dict[str, Callable[[str, str], Verdict]] = {
-    "format": lambda completion, answer: judge_format(completion),
-    "accuracy": judge_accuracy,
-}

@@ -10,6 +10,7 @@ from data import Question
 from evaluation import curves
 from evaluation.accuracy import Accuracy, accuracy_by_modality, comparison_table, run_summary
 from evaluation.curves import curves_svg
+from evaluation.statistics import mcnemar, wilson
 
 
 def question(modality: str, answer: str, options: int) -> Question:
@@ -18,30 +19,61 @@ def question(modality: str, answer: str, options: int) -> Question:
 
 QUESTIONS = [question("CT", "A", 2), question("MRI", "B", 4), question("CT", "B", 4)]
 ANSWERS = ["<think>x</think><answer>A</answer>", "<think>x</think><answer>B) mass</answer> so", "B"]
+BLIND = {"chance": {"CT": 0.375, "MRI": 0.25}, "length": {"CT": 0.1, "MRI": 0.9}}
+
+
+@pytest.mark.parametrize("total", [1, 10, 300])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.8, 1.0])
+def test_wilson_interval_is_that_of_scipy(total, share):
+    stats = pytest.importorskip("scipy.stats")
+    right = round(share * total)
+    known = stats.binomtest(right, total).proportion_ci(method="wilson")
+    assert wilson(right, total) == pytest.approx((known.low, known.high), abs=2e-5)
 
 
 @pytest.mark.parametrize(
     ("right", "total", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
 )
 def test_interval_is_wilsons_as_in_the_textbooks(right, total, low, high):
-    assert Accuracy(total, right, 0, 0.0).interval() == pytest.approx((low, high), abs=1e-4)
+    assert Accuracy(total, right, 0, 0).interval() == pytest.approx((low, high), abs=1e-4)
 
 
-def test_tallies_count_lenient_letters_and_strict_formats_by_modality():
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 5), (2, 9), (30, 12), (0, 60), (140, 9)])
+def test_mcnemar_is_the_exact_two_sided_binomial_test_of_scipy(first, second):
+    stats = pytest.importorskip("scipy.stats")
+    known = stats.binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(known, rel=1e-9)
+    assert mcnemar(second, first) == mcnemar(first, second)
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(0, 6) == pytest.approx(2 / 64)  # six coins that all fall on one side, or all on the other
+
+
+def test_tallies_tell_lenient_from_strict_letters_and_both_from_the_format():
     tallies = accuracy_by_modality(QUESTIONS, ANSWERS)
     assert list(tallies) == ["CT", "MRI"]
-    assert tallies["CT"] == Accuracy(total=2, right=1, formatted=1, expected=0.75)
-    assert tallies["MRI"] == Accuracy(total=1, right=1, formatted=0, expected=0.25)
+    assert tallies["CT"] == Accuracy(total=2, right=2, strict=1, formatted=1)
+    assert tallies["MRI"] == Accuracy(total=1, right=1, strict=0, formatted=0)
 
 
-def test_summary_and_table_tell_before_from_after():
+def test_accuracy_is_above_a_blind_guess_only_if_its_whole_interval_is():
+    assert Accuracy(100, 60, 0, 0).above(0.49) and not Accuracy(100, 60, 0, 0).above(0.51)
+
+
+def test_summary_and_table_tell_before_from_after_and_mark_what_is_not_above_the_blind():
     before, after = accuracy_by_modality(QUESTIONS, ["", "", ""]), accuracy_by_modality(QUESTIONS, ANSWERS)
-    summary = run_summary(before, after, steps=3)
-    assert summary["before"] == {"CT": 0.0, "MRI": 0.0} and summary["after"] == {"CT": 0.5, "MRI": 1.0}
+    summary = run_summary(before, after, BLIND, steps=3)
+    assert summary["before"] == {"CT": 0.0, "MRI": 0.0} and summary["after"] == {"CT": 1.0, "MRI": 1.0}
     assert summary["questions"] == {"CT": 2, "MRI": 1} and summary["chance"] == {"CT": 0.375, "MRI": 0.25}
     assert summary["format_after"] == {"CT": 0.5, "MRI": 0.0} and summary["steps"] == 3
-    row = comparison_table(before, after).splitlines()[1]
-    assert row.split()[:4] == ["CT", "2", "37.5", "0.0"] and "50.0 ( 9.5 to  90.5)" in row and "0 -> 50 %" in row
+    assert summary["blind"] == BLIND
+    lines = comparison_table(before, after, BLIND).splitlines()
+    assert lines[1].split()[:5] == ["CT", "2", "37.5", "37.5", "0.0"] and "0 -> 50 %" in lines[1]
+    assert "100.0 (34.2 to 100.0)*" in lines[1] and "100.0 (20.7 to 100.0)*" in lines[2]
+    assert "no evidence of seeing" in lines[-1]
+    sure = {"CT": Accuracy(100, 90, 0, 0)}
+    assert "*" not in comparison_table(sure, sure, BLIND)
 
 
 @pytest.mark.parametrize("kl", [{}, {"kl": 0.0}, {"kl": 3.7}])

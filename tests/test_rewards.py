@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from rewards import LETTERS, RULES, Verdict, accuracy_reward, answer_text, format_reward, parse_letter, score
+from rewards import (
+    LETTERS,
+    RULES,
+    Verdict,
+    accuracy_reward,
+    answer_text,
+    format_reward,
+    parse_letter,
+    read_letter,
+    score,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RADIOLOGY = ROOT.parent / "shared" / "radiology"
@@ -174,10 +184,29 @@ def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
         accuracy_reward(answered("B"), answer)
 
 
+@pytest.mark.parametrize(("completion", "letter"), [
+    ("<think>x</think><answer>B</answer>", "B"),
+    ("<think>x</think><answer>B) Heart</answer>", "B"),
+    ("<think>x</think>B", "B"),
+    ("<think>x</think>\n\nThe answer is B.", "B"),
+    ("<think>A</think><answer>B", "B"),
+    ("B", "B"),
+    ("Heart (B)", "B"),
+    ("<think>The answer is B", None),
+    ("<think>The answer is B</think>", None),
+    ("<think>x</think><answer>A or B</answer>", None),
+    ("<answer>B</answer><answer>C</answer>", None),
+    ("A mass is seen.", None),
+    ("", None),
+])
+def test_a_lenient_reader_finds_the_letter_without_tags_but_never_inside_the_reasoning(completion, letter) -> None:
+    assert read_letter(completion) == letter
+
+
 def test_score_gives_every_rule_in_the_order_of_the_registry() -> None:
-    assert list(RULES) == ["format", "accuracy"]
-    verdicts = score(answered("B) Heart"), "b")
-    assert [(v.rule, v.score) for v in verdicts] == [("format", 1.0), ("accuracy", 0.5)]
+    assert list(RULES) == ["format", "accuracy", "consistency"]
+    verdicts = score("<think>It is the heart.</think><answer>B) Heart</answer>", "b", ("Lung", "Heart"))
+    assert [(v.rule, v.score) for v in verdicts] == [("format", 1.0), ("accuracy", 0.5), ("consistency", 1.0)]
     assert verdicts[1] == Verdict("accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'")
 
 
@@ -223,14 +252,16 @@ def test_the_reasons_are_printable_whatever_the_completion_holds() -> None:
 def test_the_command_prints_each_rule_and_why() -> None:
     run = command("--answer", "B", answered("B) Heart"))
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines() == ["format    1.0  one think block, then one answer block, and nothing else",
-                                       "accuracy  0.5  the answer chooses B with something added: 'B) Heart'"]
+    assert run.stdout.splitlines() == ["format       1.0  one think block, then one answer block, and nothing else",
+                                       "accuracy     0.5  the answer chooses B with something added: 'B) Heart'"]
+    run = command("--answer", "B", answered("B"), "--options", "Lung", "Heart")
+    assert run.stdout.splitlines()[2].startswith("consistency  0.0  ")  # the reasoning names the lung, option A
 
 
 def test_the_command_reads_standard_input_and_prints_no_escape_sequence() -> None:
     run = command("--answer", "B", "-", stdin=answered("\x1b[31m心脏"), encoding="ascii")
     assert run.returncode == 0 and "\x1b" not in run.stdout and run.stdout.isascii()
-    assert run.stdout.splitlines()[1].startswith("accuracy  0.0  ")
+    assert run.stdout.splitlines()[1].startswith("accuracy     0.0  ")
 
 
 @pytest.mark.parametrize("arguments", [["--answer", "Heart", "x"], ["--answer", "\x1b[2J", "x"], ["x"],
@@ -259,7 +290,7 @@ def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[st
 ])
 def test_telling_real_completions_score_as_a_reader_would(completion: str, answer: str,
                                                           expected: tuple[float, float]) -> None:
-    assert tuple(verdict.score for verdict in score(completion, answer)) == expected
+    assert (format_reward(completion), accuracy_reward(completion, answer)) == expected
 
 
 def test_the_800_real_completions_keep_the_scores_that_were_looked_through() -> None:
@@ -267,7 +298,7 @@ def test_the_800_real_completions_keep_the_scores_that_were_looked_through() -> 
     lettered, other = Counter(), Counter()
     for row in rows:
         if row["ground_truth"] in ("A", "B", "C", "D"):
-            lettered[tuple(verdict.score for verdict in score(row["completion"], row["ground_truth"]))] += 1
+            lettered[format_reward(row["completion"]), accuracy_reward(row["completion"], row["ground_truth"])] += 1
             continue
         best = max(LETTERS, key=lambda letter: accuracy_reward(row["completion"], letter))
         other[format_reward(row["completion"]), accuracy_reward(row["completion"], best)] += 1

@@ -23,10 +23,11 @@ from tiny_run import tiny_model, write_run
 ROOT = Path(__file__).parent.parent
 
 
-def vowel_score(completion: str, answer: str) -> tuple[Verdict, ...]:
+def vowel_score(completion: str, answer: str, options: tuple[str, ...]) -> tuple[Verdict, ...]:
     """A rule that even a random model can please: the real ones give it 0 throughout, and nothing would be learned."""
     share = sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
-    return Verdict("format", share, "vowels"), Verdict("accuracy", float("e" in completion), "an e")
+    verdicts = Verdict("format", share, "vowels"), Verdict("accuracy", float("e" in completion), "an e")
+    return *verdicts, Verdict("consistency", 0.0, "none")
 
 
 def run(monkeypatch, config: Path, *flags: str) -> int:

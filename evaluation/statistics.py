@@ -1,0 +1,23 @@
+"""Intervals and tests for counts of right answers, written out: each is a few lines and checked against scipy."""
+
+import math
+
+
+def wilson(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Score interval of a rate (Wilson 1927, JASA 22:209), 95 % by default; `total` at least 1.
+
+    Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays within 0 and 1 and holds its level near both.
+    """
+    p = right / total
+    centre = p + z * z / (2 * total)
+    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, (centre - spread) / (1 + z * z / total)), min(1.0, (centre + spread) / (1 + z * z / total))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p of two models on the same questions (McNemar 1947): of the questions that just one of them
+    answered right, were as many the first's as the second's? A binomial test of a half; 1 where there are none.
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning on the right letters (SFT): the baseline that GRPO is compared with.
+
+Same questions in the same order, same prompts and pixels, same optimiser, schedule and log-probabilities; what differs
+is the target: the right answer is given, and nothing says how to get there. There is no reasoning in it, because the
+questions have none (MedVLM-R1, arXiv 2502.19634, trains its SFT models so).
+"""
+
+import time
+
+from torch import Tensor
+
+from data import Question, questions_of_step
+
+from .batch import Rollout, completion_logprobs, written_rollout
+from .checkpoint import StopRequest, end_step
+from .config import Config
+from .log import RunLog
+from .optimizer import scheduled_rate
+from .run import Run
+
+
+def fine_tune(run: Run, config: Config) -> None:
+    """Train `run.policy` by cross-entropy on the right answers; leaves metrics and checkpoints."""
+    progress = run.progress
+    with StopRequest() as stop, RunLog(config.run_dir, config.method, progress["step"], config.steps) as log:
+        for step in range(progress["step"], config.steps):
+            started = time.perf_counter()
+            questions = questions_of_step(run.train_questions, step, config.prompts_per_step, config.seed)
+            prompts = [run.encoder.encode(question) for question in questions]
+            targets = [[target(question, config.sft_answer)] for question in questions]  # a group of one
+            answers = written_rollout(run.vocabulary, prompts, targets, config.device)
+
+            loss, probability = accumulate_cross_entropy(run, answers, config)
+            rate = scheduled_rate(step, config)
+            norm = run.optimizer.step(rate)
+
+            metrics = {"loss": float(loss), "probability": float(probability), "grad_norm": float(norm)}
+            seconds = time.perf_counter() - started
+            log.record(step, metrics | {"learning_rate": rate, "seconds": seconds})
+            progress["step"] = step + 1
+            progress["seconds"] += seconds
+            progress["tokens"] += int(answers.mask_NGT.sum())
+            end_step(config, run.policy, run.optimizer, progress, stop)
+
+
+def target(question: Question, form: str) -> str:
+    """The completion that is trained on: the right letter in answer tags ("tags") or alone ("bare")."""
+    return f"<answer>{question.answer}</answer>" if form == "tags" else question.answer
+
+
+def accumulate_cross_entropy(run: Run, answers: Rollout, config: Config) -> tuple[Tensor, Tensor]:
+    """Gradient of the mean cross-entropy over all answer tokens, end of turn included, a micro-batch at a time.
+
+    Returns the loss (nats per token), and the mean probability of a whole answer.
+    """
+    total = answers.mask_NGT.sum()  # the divisor, fixed before anything is split
+    loss, probability = answers.logp_NGT.new_zeros(()), answers.logp_NGT.new_zeros(())
+    for _, prompts, tokens, mask in answers.micro_batches(config.micro_batch_prompts):
+        logp, _ = completion_logprobs(run.policy, prompts, tokens, mask, run.vocabulary.allowed_V, temperature=1.0)
+        part = -logp.sum() / total
+        part.backward()
+        run.optimizer.accumulate()
+        loss += part.detach()
+        probability += logp.detach().sum(-1).exp().sum() / len(answers.prompts)
+    return loss, probability

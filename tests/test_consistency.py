@@ -1,0 +1,118 @@
+"""Which option a reasoning names, denies and concludes, and whether the answer agrees."""
+
+import time
+
+import pytest
+
+from rewards import LETTERS
+from rewards.consistency import conclusion, consistency_reward, judge_consistency, mask_options, named_options
+
+MODALITY = ["MRI", "CT", "CT angiography", "X-ray"]
+FINDING = ["mass", "no mass", "Pleural effusion.", "Rib fracture"]
+STATE = ["Normal", "Abnormal"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "letters"),
+    [
+        ("The body part is the knee.", ["Knee", "Brain"], "A"),
+        ("Both KIDNEYS are seen.", ["the kidney", "liver"], "A"),
+        ("An abnormality", ["bone abnormalities", "Abnormalities"], "B"),
+        ("one renal cyst", ["Renal cysts", "Kidney"], "A"),
+        ("An x ray, or X_Ray.", MODALITY, "D"),
+        ("a CT angiography", MODALITY, "C"),
+        ("CT angiography beats CT", MODALITY, "CB"),
+        ("first CT, then MRI, then CT", MODALITY, "AB"),
+        ("It is abnormal.", STATE, "B"),
+        ("There is no mass.", FINDING, "B"),
+        ("massive, amass, mass_", FINDING, "A"),
+        ("a computed tomography", ["Computed Tomography (CT)", "Prostate (for males)"], "A"),
+        ("a CT, for males", ["Computed Tomography (CT)", "Prostate (for males)"], "A"),
+        ("the CT", ["CT", "Computed Tomography (CT)"], "A"),
+        ("It looks normal.", ["No, It's normal.", "Yes, it shows a significant abnormality."], "A"),
+        ("There is no significant abnormality", ["No, It's normal.", "Yes, it shows a significant abnormality."], "B"),
+        ("There is no shadow", ["Yes", "No"], ""),
+        ("No, there is a shadow", ["Yes", "No"], "B"),
+        ("COVID is seen", ["Asthma. Lungs will be affected.", "COVID. Lungs will be affected."], "B"),
+        ("A mass in a lung", ["Heart", "Skin"], ""),
+        ("A mass; option B, (C) and the answer is D", ["Heart", "Skin", "Liver", "Bone"], "BCD"),
+        ("Option D or choice E", ["Heart", "Skin"], ""),
+        ("A b a B 2", ["a", "B", "+/-", ""], ""),
+        ("a C++ (really) [x] .*", ["C++ (really", "[x]", ".*", "\\"], "A"),
+        ("twins", ["Twin", "twin"], ""),
+        ("", MODALITY, ""),
+    ],
+)
+def test_an_option_is_named_by_its_own_words_or_its_announced_letter_only(text, options, letters):
+    assert "".join(named_options(text, options)) == letters
+
+
+@pytest.mark.parametrize(
+    ("think", "options", "letter"),
+    [
+        ("The scan is an MRI.", MODALITY, "A"),
+        ("It may be a CT. It is an MRI.", MODALITY, "A"),
+        ("It is an MRI, not a CT.", MODALITY, "A"),
+        ("It is not a CT but an MRI.", MODALITY, "A"),
+        ("It isn't a CT. It is not only an X-ray", MODALITY, "D"),
+        ("It is an MRI rather than a CT or an X-ray", MODALITY, "A"),
+        ("It is an MRI. A CT is ruled out, and X-ray cannot be.", MODALITY, "A"),
+        ("It is an MRI. There is no sign of a rib fracture.", ["Rib fracture", "MRI"], "B"),
+        ("It is used to diagnose a rib fracture.", FINDING, None),
+        ("No signs of rib fracture, mass, or pleural effusion.", FINDING, None),
+        ("No rib fracture is seen, which suggests a pleural effusion.", FINDING, "C"),
+        ("The fluid and the lack of air suggest a pleural effusion.", FINDING, "C"),
+        ("There is nothing that would not suggest a pleural effusion.", FINDING, None),
+        ("There is no mass.", FINDING, "B"),
+        ("A rib fracture or a pleural effusion.", FINDING, None),
+        ("Is it a rib fracture? A pleural effusion.", FINDING, "C"),
+        ("Therefore it is an MRI. A CT looks different.", MODALITY, "A"),
+        ("With an X-ray and a CT at hand, the answer is MRI.", MODALITY, "A"),
+        ("The answer is B. An MRI looks different.", MODALITY, "B"),
+        ("Therefore it is a CT. So the answer is A.", MODALITY, "A"),
+        ("Option A is incorrect. Option B fits.", MODALITY, "B"),
+        ("Let me look at the image.", MODALITY, None),
+    ],
+)
+def test_the_conclusion_is_what_is_asserted_last_or_concluded(think, options, letter):
+    assert conclusion(think, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("completion", "score", "why"),
+    [
+        ("<think>The body part is the knee.</think><answer>B</answer>", 1.0, "concludes B, as the answer does"),
+        ("<think>The body part is the knee.</think>B", 1.0, "concludes B, as the answer does"),
+        ("<think>The body part is the knee.</think><answer>A</answer>", 0.0, "concludes B, the answer is A"),
+        ("<think>The body part is the knee.</think><answer>\x1b[2J</answer>", 0.0, "chooses no option letter"),
+        ("<think>Let me look.</think><answer>A</answer>", 0.0, "names no option"),
+        ("<think>A knee or a brain.</think><answer>A</answer>", 0.0, "names A and B but concludes no single option"),
+        ("<think> \u200b\n</think><answer>A</answer>", 0.0, "the think block is empty"),
+        ("The body part is the knee. <answer>B</answer>", 0.0, "no <think>"),
+    ],
+)
+def test_each_way_to_be_inconsistent_has_its_own_reason(completion, score, why):
+    verdict = judge_consistency(completion, ["brain", "knee"])
+    assert (verdict.rule, verdict.score) == ("consistency", score) and why in verdict.why
+    assert verdict.why.isprintable() and consistency_reward(completion, ["brain", "knee"]) == score
+
+
+def test_masking_takes_out_every_option_and_nothing_else():
+    assert mask_options("The CT, or B) MRI, shows a mass.", MODALITY, "_") == "The _, or _ _, shows a mass."
+
+
+@pytest.mark.parametrize(
+    "unit", ["a a a ", "mass. ", "no mass, ", "therefore mass ", " ", "mass ", "(", "option ", "x", "x.", "\n"]
+)
+def test_a_megabyte_of_hostile_text_takes_no_more_than_linear_time(unit):
+    text = unit * (1_000_000 // len(unit))
+    started = time.process_time()
+    judge_consistency(f"<think>{text}</think>A", FINDING)
+    mask_options(text[:100_000], FINDING)
+    assert time.process_time() - started < 5
+
+
+def test_hostile_options_are_texts_not_patterns():
+    options = ["(", "a" * 2000 + "!", ".*", "[", "\\", "(?P<x>", "x{9999}", "|", "\x00", "ß" * 50][: len(LETTERS)]
+    assert named_options("everything ( [ | \\ and x 9999", options) == ["G"]
+    assert conclusion("a" * 2000, options) == "B"

@@ -1,0 +1,302 @@
+"""evaluate.py from end to end on tiny models: what it leaves, going on after a kill, audits that must fire, bad input."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from evaluation import examine
+from evaluation.results import accuracy_rows, early_answering, faithfulness_rows, majority_credit, pair_rows, sample_rows
+from data import Question
+from model import load_model, save_model
+from tiny_run import tiny_model, write_run
+
+MODELS = ["base", "sft", "grpo"]
+
+
+def run(monkeypatch, program, *flags: object) -> int:
+    monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, flags)])
+    return program.main()
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A GRPO and an SFT run, finished; tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_run(folder, steps=1, eval_batch_prompts=5)
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, train, "--config", config) == 0
+        sft = ("--method", "sft", "--steps", "20", "--learning_rate", "3e-3", "--run_dir", folder / "run_sft")
+        assert run(patch, train, "--config", config, *sft) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(trained):
+    """The same with an evaluation, which tests only look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, evaluate, "--config", trained / "config.toml", "--samples", "3") == 0
+    return trained / "run" / "eval"
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A run of one's own, not yet evaluated."""
+    for name in ("base", "questions", "run", "run_sft"):
+        shutil.copytree(trained / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "run" / "eval", ignore_errors=True)
+    for file in (Path("config.toml"), Path("run/config.toml"), Path("run_sft/config.toml")):
+        (tmp_path / file).write_text((trained / file).read_text().replace(str(trained), str(tmp_path)))
+    return tmp_path
+
+
+def test_an_evaluation_leaves_results_predictions_and_a_report(finished):
+    results = json.loads((finished / "results.json").read_text())
+    predictions = rows(finished / "predictions.jsonl")
+    assert [model["name"] for model in results["models"]] == MODELS
+    assert len(predictions) == 3 * 12 and {row["contract"] for row in predictions} == {results["contract"]["hash"]}
+    whole = [row for row in results["accuracy"] if row["question_type"] is None]
+    assert [(row["model"], row["modality"], row["n"]) for row in whole] == [
+        (model, modality, n) for model in MODELS for modality, n in (("MRI", 8), ("X-ray", 4))
+    ]
+    for row in whole:
+        counted = [p for p in predictions if p["model"] == row["model"] and p["modality"] == row["modality"]]
+        assert row["right"] == sum(p["letter"] == p["ground_truth"] for p in counted)
+        assert row["low"] <= row["rate"] <= row["high"] and row["best_blind_rate"] >= row["chance"] > 0.3
+    assert len(results["pairs"]) == 3 * 2 and results["blind"].keys() >= {"chance", "text_prior", "length"}
+    assert {row["pass_at_k"] >= row["mean"] for row in results["samples"]["table"]} == {True}
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_sft_that_learned_the_letter_is_right_and_its_bare_form_is_told(finished):
+    results = json.loads((finished / "results.json").read_text())
+    (row,) = [r for r in results["accuracy"] if (r["model"], r["modality"], r["question_type"]) == ("sft", "MRI", None)]
+    assert row["rate"] == row["strict"] == 1.0 and row["format"] == 0.0
+    assert not row["sees"]  # the right option is always the second: a guess without the image has it too
+
+
+def test_a_second_call_asks_no_model_again(copied, monkeypatch, capsys):
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
+    before = {name: (copied / "run" / "eval" / name).read_bytes() for name in ("predictions.jsonl", "probes.jsonl")}
+    first = capsys.readouterr().out
+    monkeypatch.setattr(examine, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
+    assert {name: (copied / "run" / "eval" / name).read_bytes() for name in before} == before
+    assert capsys.readouterr().out == first
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_alike(finished, copied, monkeypatch):
+    from evaluation import answers
+
+    real, calls = answers.sample_groups, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise RuntimeError("power cut")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "sample_groups", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(patch, evaluate, "--config", copied / "config.toml")
+    file = copied / "run" / "eval" / "predictions.jsonl"
+    assert 0 < len(rows(file)) < 3 * 12
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
+    keyed = [{(r["model"], r["id"]): r["completion"] for r in rows(f)} for f in (file, finished / "predictions.jsonl")]
+    assert keyed[0] == keyed[1] and len(rows(file)) == 3 * 12
+
+
+def test_a_model_trained_anew_is_asked_anew_and_the_others_are_not(copied, monkeypatch, capsys):
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
+    base = [row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"]
+    save_model(tiny_model(seed=5), copied / "run" / "model")
+    capsys.readouterr()
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
+    assert f"{12 * 6} older rows dropped" in capsys.readouterr().out
+    assert [row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"] == base
+
+
+def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied, monkeypatch):
+    blind = load_model(copied / "run" / "model")
+    with torch.no_grad():
+        for parameter in blind.visual.merger.parameters():
+            parameter.zero_()
+    save_model(blind, copied / "blind")
+    shutil.copy(copied / "base" / "tokenizer.json", copied / "blind")
+    shutil.copy(copied / "base" / "tokenizer_config.json", copied / "blind")
+    flags = ("--models", f"base,blind={copied / 'blind'}", "--out", copied / "out")
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
+    results = json.loads((copied / "out" / "results.json").read_text())
+    own = [row for row in results["accuracy"] if row["model"] == "blind"]
+    assert own and all(rate == row["rate"] for row in own for rate in row["ablated"].values())
+    assert not any(row["sees"] for row in own)
+    probes = {(r["model"], r["probe"], r["id"]): r.get("completion") for r in rows(copied / "out" / "probes.jsonl")}
+    plain = {(r["model"], r["id"]): r["completion"] for r in rows(copied / "out" / "predictions.jsonl")}
+    same = {model: [probes[model, "noise image", i] == text for (m, i), text in plain.items() if m == model]
+            for model in ("base", "blind")}  # fmt: skip
+    assert all(same["blind"]) and not all(same["base"])
+
+
+def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[str, str]], answer: str = "A"):
+    """Rows of four questions whose right answer is A, as the probes would have given these letters."""
+    questions = [Question((), "What?", ("knee", "head"), answer, "MRI", "", f"q{i}") for i in range(4)]
+    scores = {"format": {"score": 1.0, "why": ""}, "accuracy": {"score": 1.0, "why": ""}}
+    plain = [
+        {"id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "", "question": "What?",
+         "options": ["knee", "head"], "ground_truth": answer, "letter": letter, "tokens": 9, "ended": True,
+         "rewards": scores, "completion": f"<think>It is the knee.</think><answer>{letter}</answer>"}
+        for i, letter in enumerate(letters["plain"])
+    ]  # fmt: skip
+    probes = {name: [{"letter": letter} for letter in letters[name]] for name in letters if name != "plain"}
+    return {"plain": plain, **probes, "reasoning": [{"letters": x} for x in reasoning]}, questions
+
+
+FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "swapped": "B"}
+UNFAITHFUL = dict.fromkeys(FAITHFUL, "A")
+
+
+def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither():
+    looks = {"plain": ["A"] * 4, "permuted options": ["A"] * 4}
+    looks |= {probe: ["B"] * 4 for probe in ("blank image", "noise image", "other image")}
+    guesses = dict.fromkeys(looks, ["A"] * 4) | {"permuted options": ["B"] * 4}  # always the first option
+    credits = {"chance": [0.5] * 4}
+    found = {}
+    for name, letters, reasoning in (("good", looks, FAITHFUL), ("bad", guesses, UNFAITHFUL)):
+        made, questions = by_construction(letters, [reasoning] * 3 + [{}])
+        audited = {row["check"]: (row["count"], row["of"]) for row in faithfulness_rows("m", made)}
+        (row,) = accuracy_rows("m", made, questions, credits)
+        found[name] = {
+            "changes early": [x["changed"] for x in early_answering(made)],
+            "without reasoning": audited["answer stays without the reasoning"],
+            "another's": audited["answer stays with another's reasoning"],
+            "order": audited["answer changes with the order of options"],
+            "image": audited["answer stays without the image"],
+            "best": (row["best_blind"], row["best_blind_rate"]),
+        }
+    assert found["good"] == {
+        "changes early": [1.0, 1.0, 1.0, 0.0, 0.0], "without reasoning": (0, 3), "another's": (0, 3), "order": (0, 4),
+        "image": (0, 4), "best": ("chance", 0.5),
+    }  # fmt: skip
+    assert found["bad"] == {
+        "changes early": [0.0] * 5, "without reasoning": (3, 3), "another's": (3, 3), "order": (4, 4),
+        "image": (4, 4), "best": ("blank image", 1.0),
+    }  # fmt: skip
+
+
+def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
+    letters = {probe: ["A"] * 4 for probe in ("blank image", "noise image", "other image", "permuted options")}
+    first, questions = by_construction(letters | {"plain": ["A", "A", "A", "B"]}, [{}] * 4)
+    second, _ = by_construction(letters | {"plain": ["A", "B", None, "A"]}, [{}] * 4)
+    (row,) = pair_rows({"base": second, "grpo": first}, questions)
+    assert (row["first"], row["second"], row["only_first"], row["only_second"]) == ("grpo", "base", 2, 1)
+    assert row["p"] == pytest.approx(1.0)
+
+
+def test_samples_give_mean_any_and_majority():
+    questions = [Question((), "What?", ("x", "y"), "A", "MRI", "", "row")] * 2
+    (row,) = sample_rows("m", [{"letters": ["A", "A", "B", None]}, {"letters": ["B", "B", "B", "A"]}], questions)
+    assert (row["mean"], row["pass_at_k"], row["majority"]) == (3 / 8, 1.0, 0.5)
+    assert majority_credit(["A", "B", None, None], "B") == 0.5 and majority_credit([None], "A") == 0.0
+
+
+def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
+    letters = []
+    for size in (2, 40):
+        out = copied / str(size)
+        flags = ("--models", "base", "--samples", "4", "--out", out, "--eval_batch_prompts", size)
+        assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
+        letters.append({r["id"]: r["letters"] for r in rows(out / "probes.jsonl") if r["probe"] == "4 samples"})
+    assert letters[0] == letters[1] and len(letters[0]) == 12
+
+
+BAD_INPUTS = {
+    "malformed predictions": (
+        lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "predictions.jsonl").write_text("hello\n"),
+        "predictions.jsonl line 1: not a row",
+    ),
+    "another contract": (
+        lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "contract.json").write_text('{"parser": "0"}'),
+        "not comparable, because of another prompt",
+    ),
+    "a contract that is none": (
+        lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "contract.json").write_text("[3]"),
+        "contract.json: not readable",
+    ),
+    "missing image": (lambda f: (f / "questions" / "9.png").unlink(), "9.png"),
+    "an image that is none": (lambda f: (f / "questions" / "9.png").write_text("hello"), "9.png: not a readable image"),
+    "no such questions": (lambda f: (f / "questions" / "test.json").unlink(), "test.json"),
+    "an empty subset": (
+        lambda f: (f / "config.toml").write_text(
+            (f / "config.toml").read_text().replace(f'["{f / "questions" / "test.json"}"]', "[]")
+        ),
+        "there are no test questions",
+    ),
+    "no model": (lambda f: shutil.rmtree(f / "run_sft" / "model"), "sft: there is no model"),
+    "a folder that is no model": (lambda f: (f / "run" / "model" / "config.json").unlink(), "config.json: no such file"),
+    "torn weights": (
+        lambda f: (f / "run" / "model" / "model.safetensors").write_bytes(b"x" * 100), "not a whole safetensors file"
+    ),
+    "a run of other questions": (
+        lambda f: (f / "run_sft" / "config.toml").write_text(
+            (f / "run_sft" / "config.toml").read_text().replace("train.json", "other.json")
+        ),
+        "sft: not comparable, trained with train_questions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(copied, monkeypatch, capsys, case):
+    spoil, named = BAD_INPUTS[case]
+    spoil(copied)
+    capsys.readouterr()
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 2
+    errors = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in errors if line.startswith("evaluate.py: ")]
+    assert len(lines) == 1 and named in lines[0] and "Traceback" not in "".join(errors), errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "--config FILE is missing"),
+        (["--config", "CONFIG", "--models", "dpo"], "'dpo' is unknown"),
+        (["--config", "CONFIG", "--samples", "-1"], "--samples is -1"),
+        (["--ask", "What?", "--model", "BASE", "--options", "one"], "--options makes 1"),
+        (["--ask", "What?", "--options", "a", "b"], "--ask needs a model"),
+        (["--ask", " ", "--model", "BASE", "--options", "a", "b"], "must not be empty"),
+        (["--ask", "What?", "--model", "nowhere", "--options", "a", "b"], "nowhere"),
+        (["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--image", "none.png"], "none.png"),
+    ],
+)
+def test_wrong_flags_are_one_line(trained, monkeypatch, capsys, flags, named):
+    places = {"CONFIG": trained / "config.toml", "BASE": trained / "base"}
+    assert run(monkeypatch, evaluate, *(places.get(flag, flag) for flag in flags)) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and named in errors
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_one_question_gets_reasoning_answer_letters_and_a_notice(trained, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    flags = ("--config", trained / "config.toml", "--image", trained / "questions" / "9.png")
+    options = ("Mass", "Normal\x1b[31m")
+    assert run(monkeypatch, evaluate, "--ask", "What is seen?", *flags, "--model", trained / "run_sft" / "model",
+               "--options", *options) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "<answer>B</answer>" in shown.splitlines()[0] and shown.count("<answer>") == 1
+    letters = {line.split()[0]: float(line.split()[1]) for line in shown.splitlines() if line.startswith("  ")}
+    assert letters.keys() == {"A", "B"} and letters["A"] < letters["B"] <= 0
+    assert 0 < math.exp(letters["A"]) + math.exp(letters["B"]) <= 1.0001
+    assert "not for diagnosis" in shown and "\x1b" not in shown and "\\x1b[31m" in shown

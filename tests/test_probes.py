@@ -1,0 +1,120 @@
+"""What the probes change, and forced answers against a plain forward of the whole text."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import Question, load_image, load_vocabulary
+from evaluation.probes import (
+    blank_image,
+    letter_logprobs,
+    noise_image,
+    opening,
+    opening_of,
+    original_letter,
+    shortened,
+    swapped_reasoning,
+    with_other_images,
+    with_rotated_options,
+)
+from grpo.config import load_config
+from grpo.run import prompt_encoder
+from model import load_model
+from tiny_run import write_run
+
+
+def question(images: tuple[str, ...] = (), options: int = 3, answer: str = "A") -> Question:
+    return Question(tuple(map(Path, images)), "What?", tuple("wxyz"[:options]), answer, "MRI", "", "row")
+
+
+def test_blank_and_noise_images_keep_the_size_and_nothing_else(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 256, (30, 44, 3), dtype=np.uint8)).save(tmp_path / name)
+    original, blank, noise = (np.asarray(f(tmp_path / "a.png")) for f in (load_image, blank_image, noise_image))
+    assert original.shape == blank.shape == noise.shape == (30, 44, 3)
+    assert len(np.unique(blank)) == 1 and noise.std() > 60
+    assert abs(np.corrcoef(original.ravel(), noise.ravel())[0, 1]) < 0.1
+    assert (noise == np.asarray(noise_image(tmp_path / "a.png"))).all()
+    assert (noise != np.asarray(noise_image(tmp_path / "b.png"))).any()
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_other_images_are_all_the_images_and_nobodys_own(count):
+    questions = [question((f"{i}.png",)) for i in range(count)]
+    changed = with_other_images(questions, seed=0)
+    assert all(new.images != old.images for new, old in zip(changed, questions))
+    assert sorted(q.images for q in changed) == sorted(q.images for q in questions)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_rotated_options_keep_the_right_text_and_letters_find_their_way_back(count):
+    for index in range(count):
+        old = question(options=count, answer="ABCD"[index])
+        new = with_rotated_options(old)
+        assert new.options != old.options and sorted(new.options) == sorted(old.options)
+        assert new.options["ABCD".index(new.answer)] == old.options[index]
+        assert original_letter(new.answer, count) == old.answer
+    assert original_letter(None, count) is None and original_letter("J", count) is None
+
+
+def test_reasoning_is_cut_between_words():
+    text = "  One two\nthree   four. "
+    assert [shortened(text, kept) for kept in (0.0, 0.25, 0.5, 0.75, 1.0)] == [
+        "",
+        "  One",
+        "  One two",
+        "  One two\nthree",
+        text,
+    ]
+    assert shortened("", 0.5) == "" and shortened(" ", 1.0) == " "
+
+
+def test_swapped_reasoning_is_anothers_and_reads_differently_where_it_can():
+    reasonings = ["a", "a", None, "b", "a", None, "c"]
+    swapped = swapped_reasoning(reasonings, seed=0)
+    assert [x is None for x in swapped] == [x is None for x in reasonings]
+    assert all(new != old for new, old in zip(swapped, reasonings) if old is not None)
+    assert swapped_reasoning(["a", None, "a"], seed=0) == ["a", None, "a"]
+    assert swapped_reasoning(["a"], seed=0) == ["a"] and swapped_reasoning([None], seed=0) == [None]
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>x</think> <answer>B</answer>", "<think>x</think> <answer>"),
+        ("<answer>B</answer>", "<answer>"),
+        ("<think>x</think>B", "<think>x</think><answer>"),
+        ("B", "<think></think><answer>"),
+    ],
+)
+def test_an_opening_is_the_models_own_text_up_to_its_letter(completion, expected):
+    assert opening_of(completion) == expected
+
+
+@torch.no_grad()
+def test_forced_letters_have_the_logprobs_of_a_plain_forward_whatever_else_is_in_the_batch(tmp_path):
+    config = load_config(write_run(tmp_path))
+    model = load_model(config.model)
+    vocabulary = load_vocabulary(config.model, model.config)
+    encoder = prompt_encoder(vocabulary, model.config, config)
+    images = [(str(tmp_path / "questions" / f"{i}.png"),) for i in (0, 7)]
+    questions = [question(images[0], 2), question((), 4), question(images[1], 3)]
+    openings = [opening("The image shows a mass."), "<answer>", opening("<|im_end|> é")]
+    prompts = [encoder.encode(q) for q in questions]
+    found = letter_logprobs(model, vocabulary, prompts, openings)
+    assert [list(letters) for letters in found] == [list("AB"), list("ABCD"), list("ABC")]
+    for prompt, text, letters in zip(prompts, openings, found):
+        rows = {letter: vocabulary.encode(f"{text}{letter}</answer>") for letter in letters}
+        common = next(i for i, ids in enumerate(zip(*rows.values())) if len(set(ids)) > 1)
+        for letter, ids in rows.items():
+            sequence = torch.cat((prompt.tokens_P, torch.tensor(ids)))[None]
+            logits = model(sequence, prompt.patches_SC if len(prompt.grids_I3) else None, prompt.grids_I3)[0]
+            logp = logits.masked_fill(~vocabulary.allowed_V, float("-inf")).log_softmax(-1)
+            start = len(prompt.tokens_P)
+            expected = sum(float(logp[start + t - 1, ids[t]]) for t in range(common, len(ids)))
+            assert letters[letter] == pytest.approx(expected, abs=1e-4)
+        assert len({round(value, 3) for value in letters.values()}) == len(letters)

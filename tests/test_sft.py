@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: its targets, its gradient against a plain cross-entropy, and a run from end to end."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train
+from data import Question, questions_of_step
+from grpo.batch import written_rollout
+from grpo.config import load_config
+from grpo.run import prepare
+from grpo.sft import accumulate_cross_entropy, target
+from tiny_run import write_run
+
+
+def run(monkeypatch, config, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), *flags])
+    return train.main()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run made ready, and its first three prompts with right answers of different lengths."""
+    folder = tmp_path_factory.mktemp("sft")
+    config = load_config(write_run(folder, method="sft"))
+    made = prepare(config)
+    prompts = [made.encoder.encode(question) for question in questions_of_step(made.train_questions, 0, 3, 0)]
+    return config, made, prompts
+
+
+def test_targets_are_the_letter_in_tags_or_bare():
+    question = Question((), "What?", ("x", "y"), "B", "MRI", "", "row")
+    assert target(question, "tags") == "<answer>B</answer>" and target(question, "bare") == "B"
+
+
+def test_given_completions_read_back_as_they_were_written_with_one_end_of_turn_each(prepared):
+    config, made, prompts = prepared
+    texts = [["<answer>A</answer>", "B"], ["C", "<think>x</think><answer>B</answer>"], ["a<|im_end|>b", ""]]
+    rollout = written_rollout(made.vocabulary, prompts, texts, "cpu")
+    (end,) = made.vocabulary.end_ids
+    for n, group in enumerate(texts):
+        for g, text in enumerate(group):
+            ids = rollout.tokens_NGT[n, g][rollout.mask_NGT[n, g]].tolist()
+            assert ids[-1] == end and end not in ids[:-1]  # a control token that is written in the text stays text
+            assert made.vocabulary.tokenizer.decode(ids[:-1]) == text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepared, size):
+    config, made, prompts = prepared
+    answers = written_rollout(made.vocabulary, prompts, [["<answer>A</answer>"], ["B"], ["<answer>C"]], "cpu")
+    made.policy.zero_grad(set_to_none=True)
+    loss, probability = accumulate_cross_entropy(made, answers, replace(config, micro_batch_prompts=size))
+    found = {name: p.grad.clone() for name, p in made.policy.named_parameters()}
+
+    made.policy.zero_grad(set_to_none=True)
+    losses, chances = [], []
+    for prompt, tokens, mask in zip(prompts, answers.tokens_NGT[:, 0], answers.mask_NGT[:, 0]):
+        ids = tokens[mask]
+        sequence = torch.cat((prompt.tokens_P, ids))[None]
+        logits = made.policy(sequence, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+        logits = logits.masked_fill(~made.vocabulary.allowed_V, float("-inf"))
+        losses.append(F.cross_entropy(logits, ids, reduction="none"))
+        chances.append((-losses[-1].sum()).exp())
+    plain = torch.cat(losses).mean()
+    plain.backward()
+    assert float(loss) == pytest.approx(float(plain.detach()), rel=1e-5)
+    assert float(probability) == pytest.approx(float(sum(chances).detach()) / 3, rel=1e-4)
+    for name, parameter in made.policy.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+    made.policy.zero_grad(set_to_none=True)
+
+
+def test_sft_keeps_no_reference_model(prepared):
+    assert prepared[1].reference is None
+
+
+@pytest.mark.parametrize("form", ["tags", "bare"])
+def test_an_sft_run_learns_to_write_the_answer_in_its_form(tmp_path, monkeypatch, form):
+    config = write_run(tmp_path, method="sft", sft_answer=form, steps=60, learning_rate=3e-3, save_every=60)
+    assert run(monkeypatch, config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]]
+    assert [row["step"] for row in rows] == list(range(60))
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and rows[-1]["probability"] > 0.5
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"] == {"MRI": 1.0, "X-ray": 1.0}  # the right option is always the second; bare letters are read
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_resumed_sft_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypatch):
+    (whole := tmp_path / "whole").mkdir(), (broken := tmp_path / "broken").mkdir()
+    fields = dict(method="sft", steps=4, save_every=2, test_questions=[])
+    assert run(monkeypatch, write_run(whole, **fields)) == 0
+    config = write_run(broken, **fields)
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo.sft.scheduled_rate", lambda step, config: 1e-3 if step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(patch, config)
+    assert run(monkeypatch, config) == 0
+    expected, found = ((f / "run" / "model" / "model.safetensors").read_bytes() for f in (whole, broken))
+    assert found == expected
+    assert found != (whole / "base" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--method", "dpo"), ("--sft_answer", "letters")])
+def test_an_unknown_method_is_one_line(tmp_path, monkeypatch, capsys, flag, value):
+    assert run(monkeypatch, write_run(tmp_path), flag, value) == 2
+    assert value in capsys.readouterr().err
