@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from argparse import ArgumentParser
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from typing import Any
 from data import Question, load_vocabulary
 from evaluation.ask import ask
 from evaluation.blind import blind_credits, by_modality
-from evaluation.contract import contract, model_folders, refuse_unlike, weights_digest
-from evaluation.examine import examine, probes_asked
+from evaluation.contract import claim, contract, model_folders, weights_digest
+from evaluation.examine import examine, probes_asked, question_ids
 from evaluation.leakage import leakage
 from evaluation.records import Records
 from evaluation.report import write_report
 from evaluation.results import (
+    ablated_rows,
     accuracy_rows,
     cases,
     early_answering,
@@ -52,10 +52,9 @@ def evaluate(config: Config, names: Sequence[str], out: Path, samples: int) -> N
     questions, skipped = encoder.select(questions)
     if skipped:
         print(f"{skipped} questions left out as longer than {config.max_prompt_tokens} tokens")
-    ids = unique_names(questions)
+    ids = question_ids(questions)
 
     terms = contract(config, encoder, questions)
-    out.mkdir(parents=True, exist_ok=True)
     claim(out / "contract.json", terms)
     weights = {name: weights_digest(folder) for name, folder in folders.items()}
     with (
@@ -65,7 +64,7 @@ def evaluate(config: Config, names: Sequence[str], out: Path, samples: int) -> N
         if predictions.dropped or probes.dropped:
             print(f"{predictions.dropped + probes.dropped} older rows dropped: their models have changed since")
         for name, folder in folders.items():
-            examine(name, folder, config, questions, ids, predictions, probes, samples)
+            examine(name, folder, config, terms, questions, ids, predictions, probes, samples)
         rows_of = {
             name: {
                 probe: (predictions if probe == "plain" else probes).of(name, probe, ids)
@@ -85,6 +84,7 @@ def evaluate(config: Config, names: Sequence[str], out: Path, samples: int) -> N
         "accuracy": [row for name, rows in rows_of.items() for row in accuracy_rows(name, rows, questions, credits)],
         "pairs": pair_rows(rows_of, questions),
         "blind": by_modality(questions, credits),
+        "ablated": {name: ablated_rows(rows, questions) for name, rows in rows_of.items()},
         "faithfulness": [row for name, rows in rows_of.items() for row in faithfulness_rows(name, rows)],
         "early_answering": {name: early_answering(rows) for name, rows in rows_of.items()},
         "leakage": leakage(train, questions),
@@ -103,28 +103,6 @@ def evaluate(config: Config, names: Sequence[str], out: Path, samples: int) -> N
     curves = {name: metrics for name, folder in folders.items() if (metrics := run_metrics(folder.parent))}
     write_report(out / "report.html", results, cases(rows_of, questions, ids), curves)
     print(f"\n{results_table(results)}\n\nreport: {out / 'report.html'}")
-
-
-def unique_names(questions: Sequence[Question]) -> list[str]:
-    """What rows call the questions: where each was read; with a number behind it if two files have one name."""
-    seen: Counter[str] = Counter()
-    names = []
-    for question in questions:
-        seen[question.source] += 1
-        count = seen[question.source]
-        names.append(question.source if count == 1 else f"{question.source} ({count})")
-    return names
-
-
-def claim(file: Path, terms: dict[str, Any]) -> None:
-    """Write the contract, or refuse to go on with an evaluation that was begun under another one."""
-    if file.exists():
-        try:
-            theirs = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{file}: not readable ({error}); delete the folder {file.parent}") from None
-        refuse_unlike(terms, theirs, f"{file.parent} (delete it, or choose another --out)")
-    file.write_text(json.dumps(terms, indent=1) + "\n", encoding="utf-8")
 
 
 def run_metrics(folder: Path) -> list[dict[str, Any]]:

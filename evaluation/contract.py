@@ -22,7 +22,7 @@ from model import InputError
 def contract(config: Config, encoder: PromptEncoder, questions: Sequence[Question]) -> dict[str, Any]:
     """The parts of the contract, by name, and "hash" over them all."""
     parts = {
-        "prompt": digest(_source(prompt), encoder.tokenizer.chat_template or ""),
+        "prompt": prompt_digest(encoder),
         "pixels": digest(_source(images)),
         "min_pixels": config.min_pixels,
         "max_pixels": config.max_pixels,
@@ -31,6 +31,11 @@ def contract(config: Config, encoder: PromptEncoder, questions: Sequence[Questio
         "questions": digest(*(_asked(question) for question in questions)),
     }
     return parts | {"hash": digest(json.dumps(parts, sort_keys=True))}
+
+
+def prompt_digest(encoder: PromptEncoder) -> str:
+    """Of the words around a question: our template and the checkpoint's chat template."""
+    return digest(_source(prompt), encoder.tokenizer.chat_template or "")
 
 
 def refuse_unlike(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
@@ -53,6 +58,18 @@ def weights_digest(folder: str | Path) -> str:
 TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count", "test_fraction",
                  "min_pixels", "max_pixels")  # fmt: skip
 """Fields in which the runs that are compared must agree: same base, questions and pixels."""
+
+
+def claim(file: Path, ours: dict[str, Any]) -> None:
+    """Write the contract, or refuse to go on with an evaluation that was begun under another one."""
+    if file.exists():
+        try:
+            theirs = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{file}: not readable ({error}); delete the folder {file.parent}") from None
+        refuse_unlike(ours, theirs, f"{file.parent} (delete it, or choose another --out)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
 def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """One model, asked everything: its greedy answers, then the same questions with something changed."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ from data import Question, load_image, load_vocabulary
 from data.encode import LoadImage
 from grpo.config import Config
 from grpo.run import prompt_encoder
-from model import load_model
+from model import InputError, load_model
 from rewards import read_letter, score, think_text
 
 from .answers import Answer, answer_questions
+from .contract import prompt_digest
 from .probes import (
     KEPT,
     blank_image,
@@ -35,6 +37,17 @@ ROTATED = "permuted options"
 WHOLE, SWAPPED = "100 %", "swapped"
 
 
+def question_ids(questions: Sequence[Question]) -> list[str]:
+    """What rows call the questions: where each was read; with a number behind it if two files have one name."""
+    seen: Counter[str] = Counter()
+    names = []
+    for question in questions:
+        seen[question.source] += 1
+        count = seen[question.source]
+        names.append(question.source if count == 1 else f"{question.source} ({count})")
+    return names
+
+
 def probes_asked(samples: int) -> tuple[str, ...]:
     """All that a model is asked, by name: the plain questions first, samples (if there are any) last."""
     return (PLAIN, *NO_IMAGE, ROTATED, REASONING, *([f"{samples} samples"] if samples else []))
@@ -44,6 +57,7 @@ def examine(
     name: str,
     folder: Path,
     config: Config,
+    terms: dict[str, Any],
     questions: Sequence[Question],
     ids: Sequence[str],
     predictions: Records,
@@ -54,8 +68,12 @@ def examine(
 
     Args:
         name: what its rows call it.
+        terms: the contract.
         ids: the questions' names in the rows.
         samples: answers to draw for each question, besides the greedy one.
+
+    Raises:
+        InputError: the folder holds no model that can be used, or one whose prompts would be others.
     """
     asked = probes_asked(samples)
     if not any((predictions if probe == PLAIN else probes).missing(name, probe, ids) for probe in asked):
@@ -63,6 +81,8 @@ def examine(
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
     encoder = prompt_encoder(vocabulary, model.config, config)
+    if prompt_digest(encoder) != terms["prompt"]:
+        raise InputError(f"{name}: not comparable, the chat template in {folder} is not that of the base model")
     answers = partial(answer_questions, model, vocabulary, encoder, config=config)
 
     def ask(

@@ -7,6 +7,7 @@ from typing import Any
 from data import Question
 
 from .accuracy import NO_EVIDENCE, Accuracy
+from .blind import by_modality
 from .completions import Completion
 from .examine import NO_IMAGE, PLAIN, REASONING, ROTATED, SWAPPED, WHOLE
 from .faithfulness import audit, flags
@@ -66,6 +67,15 @@ def _accuracy_row(rows: Rows, questions: Sequence[Question], credits: Credits, p
     }
 
 
+def ablated_rows(rows: Rows, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """Accuracy without the image, by the way it is taken away and by modality."""
+    credits = {
+        probe: [float(row["letter"] == question.answer) for row, question in zip(rows[probe], questions, strict=True)]
+        for probe in NO_IMAGE
+    }
+    return by_modality(questions, credits)
+
+
 def pair_rows(rows_of: dict[str, Rows], questions: Sequence[Question]) -> list[Row]:
     """McNemar's test for each two models and each modality; the later model comes first in a pair."""
     table = []
@@ -103,7 +113,9 @@ def faithfulness_rows(model: str, rows: Rows) -> list[Row]:
         ("answer stays without the image", sum(a == c for a, _, c in chosen), len(chosen),
          "With a blank image of the same size the same option is chosen."),
     )  # fmt: skip
-    table = [row for row in audit([completion_of(row) for row in plain]) if row["of"]]
+    table = audit([completion_of(row) for row in plain])
+    if not reasoned:  # nothing but that there is none can be said
+        table = [row for row in table if row["check"] == "has reasoning"]
     for check, count, of, meaning in counts:
         if of:
             low, high = wilson(count, of)

@@ -11,7 +11,7 @@ import torch
 
 import evaluate
 import train
-from evaluation import examine
+from evaluation import compare, examine
 from evaluation.results import accuracy_rows, early_answering, faithfulness_rows, majority_credit, pair_rows, sample_rows
 from data import Question
 from model import load_model, save_model
@@ -130,7 +130,7 @@ def test_a_model_trained_anew_is_asked_anew_and_the_others_are_not(copied, monke
 def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied, monkeypatch):
     blind = load_model(copied / "run" / "model")
     with torch.no_grad():
-        for parameter in blind.visual.merger.parameters():
+        for parameter in blind.visual.merger_fc2.parameters():
             parameter.zero_()
     save_model(blind, copied / "blind")
     shutil.copy(copied / "base" / "tokenizer.json", copied / "blind")
@@ -146,6 +146,25 @@ def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied,
     same = {model: [probes[model, "noise image", i] == text for (m, i), text in plain.items() if m == model]
             for model in ("base", "blind")}  # fmt: skip
     assert all(same["blind"]) and not all(same["base"])
+
+
+def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refused(finished, copied, monkeypatch, capsys):
+    def compared(*flags):
+        capsys.readouterr()
+        return run(monkeypatch, compare, *flags), capsys.readouterr()
+
+    code, shown = compared(finished, finished, "--models", "sft", "base")
+    assert code == 0
+    mri = shown.out.splitlines()[4].split()
+    assert mri[:3] == ["MRI", "8", "100.0"] and int(mri[-3]) + int(mri[-2]) <= 8
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base", "--test_count", "3") == 0
+    for flags, named in (
+        ((finished, copied / "run" / "eval", "--models", "base", "base"), "not comparable, because of another questions"),
+        ((finished, finished, "--models", "base", "dpo"), "holds no answers of 'dpo'; it has base, sft, grpo"),
+        ((finished, copied), "contract.json: can't be read"),
+    ):
+        code, shown = compared(*flags)
+        assert code == 2 and shown.err.count("\n") == 1 and named in shown.err
 
 
 def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[str, str]], answer: str = "A"):
@@ -246,6 +265,12 @@ BAD_INPUTS = {
     "a folder that is no model": (lambda f: (f / "run" / "model" / "config.json").unlink(), "config.json: no such file"),
     "torn weights": (
         lambda f: (f / "run" / "model" / "model.safetensors").write_bytes(b"x" * 100), "not a whole safetensors file"
+    ),
+    "another chat template": (
+        lambda f: (f / "run" / "model" / "chat_template.jinja").write_text(
+            (f / "base" / "chat_template.jinja").read_text().replace("helpful", "useful")
+        ),
+        "grpo: not comparable, the chat template",
     ),
     "a run of other questions": (
         lambda f: (f / "run_sft" / "config.toml").write_text(

@@ -133,6 +133,16 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_consistency_is_measured_in_any_case_and_rewarded_only_if_asked(tmp_path, monkeypatch, weight):
+    verdicts = [Verdict("format", 1.0, ""), Verdict("accuracy", 0.0, ""), Verdict("consistency", 1.0, "")]
+    monkeypatch.setattr(train, "score", lambda completion, answer, options: tuple(verdicts))
+    config = write_run(tmp_path, steps=1, test_questions=[], consistency_weight=weight)
+    assert run(monkeypatch, config) == 0
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["reward"] == 1.0 + weight and row["rewards/consistency"] == 1.0
+
+
 def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path, monkeypatch):
     config = write_run(tmp_path, steps=100000, test_questions=[], save_every=100000)
     command = [sys.executable, "train.py", "--config", str(config)]

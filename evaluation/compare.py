@@ -1,0 +1,80 @@
+"""Two evaluations, model against model: `python -m evaluation.compare runs/a/eval runs/b/eval --models grpo grpo`.
+
+Each question is answered by both, so the test is McNemar's. Evaluations under different contracts (other questions,
+words, pixels, length limit or rules) are refused, with what differs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from model import InputError
+from rewards import read_letter
+
+from .completions import Completion, read_completions
+from .contract import refuse_unlike
+from .statistics import mcnemar, wilson
+
+
+def compare(folders: tuple[Path, Path], models: tuple[str, str]) -> list[str]:
+    """Lines of a table: for each modality both accuracies (percent, 95 % interval), what only one has right, and p."""
+    terms = [_contract(folder) for folder in folders]
+    refuse_unlike(terms[0], terms[1], f"{folders[1]} beside {folders[0]}")
+    first, second = (_answers(folder, model) for folder, model in zip(folders, models, strict=True))
+    if first.keys() != second.keys():
+        raise InputError(f"{folders[1]}: not finished, or not the questions of {folders[0]}; run evaluate.py again")
+    names = [f"{model} ({folder})" for folder, model in zip(folders, models, strict=True)]
+    lines = [f"1: {names[0]}", f"2: {names[1]}", "", f"{'':10}{'n':>5}   {'1':<22}{'2':<22}only 1   only 2   p"]
+    for modality in dict.fromkeys(completion.modality for completion in first.values()):
+        ids = [name for name, completion in first.items() if completion.modality == modality]
+        right = [[read_letter(found[i].completion) == found[i].answer for i in ids] for found in (first, second)]
+        cells = []
+        for marks in right:
+            rate, (low, high) = sum(marks) / len(marks), wilson(sum(marks), len(marks))
+            cells.append(f"{100 * rate:5.1f} ({100 * low:4.1f} to {100 * high:5.1f})")
+        only_first = sum(a and not b for a, b in zip(*right))
+        only_second = sum(b and not a for a, b in zip(*right))
+        p = mcnemar(only_first, only_second)
+        lines.append(f"{modality:10}{len(ids):>5}   {cells[0]:<22}{cells[1]:<22}{only_first:>6}{only_second:>9}   {p:.2g}")
+    return lines
+
+
+def _contract(folder: Path) -> dict[str, Any]:
+    file = folder / "contract.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error.strerror}); give the eval/ folder of a run") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: not readable ({error}); run evaluate.py again") from None
+
+
+def _answers(folder: Path, model: str) -> dict[str, Completion]:
+    """By question, what a model answered."""
+    completions, _ = read_completions(folder / "predictions.jsonl")
+    answers = {completion.id: completion for completion in completions if completion.model == model}
+    if not answers:
+        known = ", ".join(dict.fromkeys(completion.model for completion in completions))
+        raise InputError(f"{folder}: holds no answers of {model!r}; it has {known}")
+    return answers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="compare", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="eval/ folder of a run")
+    parser.add_argument(
+        "--models", nargs=2, default=("grpo", "grpo"), metavar="NAME", help="whose answers, first and second (default: grpo)"
+    )
+    given = parser.parse_args()
+    try:
+        print("\n".join(compare(tuple(given.folders), tuple(given.models))))
+    except InputError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
