@@ -11,7 +11,7 @@ in the run's folder eval/; a killed evaluation goes on where it stopped. The sec
 import json
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +115,8 @@ EVALUATED = ("run_dir", "model", "train_questions", "image_dir", "test_count", "
 
 
 def arguments() -> ArgumentParser:
-    parser = config_parser(__doc__.split("\n")[0], EVALUATED)
+    parser = config_parser(__doc__, EVALUATED)
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument(
         "--models", default="base,sft,grpo", metavar="NAMES",
         help="what to compare: base (the config's model), grpo (the run's), sft (that of the run folder with _sft behind "

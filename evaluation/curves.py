@@ -19,14 +19,14 @@ Series = tuple[str, str, Points]
 """Label ("" for none), class that gives it its colour, points (x, y)."""
 
 GRPO_PANELS = (
-    ("Reward", (("reward", "reward", "blue"),)),
+    ("Reward", (("reward", "", "blue"),)),
     ("Share of completions", (("rewards/format", "format", "orange"), ("rewards/accuracy", "accuracy", "blue"))),
-    ("KL to the base (nats per token)", (("kl", "KL", "violet"),)),
-    ("Completion length (tokens)", (("completion_tokens", "length", "grey"),)),
+    ("KL to the base (nats per token)", (("kl", "", "violet"),)),
+    ("Completion length (tokens)", (("completion_tokens", "", "grey"),)),
 )
 SFT_PANELS = (
-    ("Loss (nats per token)", (("loss", "loss", "violet"),)),
-    ("Probability of the answer's tokens", (("probability", "probability", "blue"),)),
+    ("Loss (nats per token)", (("loss", "", "violet"),)),
+    ("Probability of the whole answer", (("probability", "", "blue"),)),
 )
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 170, 44, 34, 26
 
@@ -35,8 +35,8 @@ DARK = {"blue": "#56b4e9", "orange": "#f59a52", "violet": "#b79bff", "grey": "#c
 
 
 def _scheme(text: str, grid: str, colours: dict[str, str]) -> str:
-    lines = "".join(f".curves .{name}{{stroke:{c}}}.curves text.{name}{{fill:{c}}}" for name, c in colours.items())
-    return f".curves text{{fill:{text};stroke:none}}.curves path{{stroke:{grid}}}{lines}"
+    lines = "".join(f".curves polyline.{name}{{stroke:{c}}}.curves text.{name}{{fill:{c}}}" for name, c in colours.items())
+    return f".curves text{{fill:{text}}}.curves path{{stroke:{grid}}}{lines}"
 
 
 STYLE = (
@@ -111,8 +111,8 @@ def panel_svg(title: str, series: Sequence[Series], unit: str = "step", top: flo
 
 def _points(rows: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
     """(step, value), 0 where a run doesn't log it; without those that are no number, which no axis can show."""
-    values = ((row["step"], max(0.0, row.get(name, 0.0))) for row in rows)
-    return [(step, value) for step, value in values if math.isfinite(value)]
+    values = ((row["step"], row.get(name, 0.0)) for row in rows)
+    return [(step, max(0.0, value)) for step, value in values if math.isfinite(value)]
 
 
 def _round_up(value: float) -> float:

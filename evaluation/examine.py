@@ -1,7 +1,9 @@
 """One model, asked everything: its greedy answers, then the same questions with something changed."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,8 @@ def examine(
         return
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
-    encoder = prompt_encoder(vocabulary, model.config, config)
+    # The questions fit; with another question's image a prompt may become longer than they may be.
+    encoder = prompt_encoder(vocabulary, model.config, replace(config, max_prompt_tokens=sys.maxsize))
     if prompt_digest(encoder) != terms["prompt"]:
         raise InputError(f"{name}: not comparable, the chat template in {folder} is not that of the base model")
     answers = partial(answer_questions, model, vocabulary, encoder, config=config)

@@ -236,4 +236,9 @@ def results_table(results: Row) -> str:
     if pairs:
         lines += ["", "Questions that only one of two models answered right (McNemar's exact test):"]
         lines += [f"{versus:22}{'   '.join(counts)}" for versus, counts in pairs.items()]
+    shared = results["leakage"]
+    known = (shared["same_path"] or 0) + (shared["same_bytes"] or 0)
+    if known or shared["near_duplicates"]:
+        lines += ["", f"Of {shared['test']} test questions {known} show an image that is trained on, and "
+                  f"{shared['near_duplicates'] or 0} a near-duplicate of one."]  # fmt: skip
     return "\n".join(lines)

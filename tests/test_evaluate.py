@@ -148,6 +148,11 @@ def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied,
     assert all(same["blind"]) and not all(same["base"])
 
 
+def test_questions_of_two_files_with_one_name_stay_apart():
+    rows = [Question((), "What?", ("x", "y"), "A", "MRI", "", source) for source in ("t row 1", "t row 2", "t row 1")]
+    assert examine.question_ids(rows) == ["t row 1", "t row 2", "t row 1 (2)"]
+
+
 def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refused(finished, copied, monkeypatch, capsys):
     def compared(*flags):
         capsys.readouterr()
@@ -165,6 +170,12 @@ def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refus
     ):
         code, shown = compared(*flags)
         assert code == 2 and shown.err.count("\n") == 1 and named in shown.err
+
+
+def test_a_tested_image_that_is_trained_on_is_told_in_the_table_not_refused(copied, monkeypatch, capsys):
+    flags = ("--models", "base", "--questions", copied / "questions" / "train.json", "--out", copied / "out")
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
+    assert "Of 8 test questions 8 show an image that is trained on" in capsys.readouterr().out
 
 
 def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[str, str]], answer: str = "A"):
