@@ -11,7 +11,7 @@ from data import Question, Vocabulary, load_vocabulary, option_letter
 from grpo.config import Config, config_of
 from grpo.run import prompt_encoder
 from grpo.sampler import sample_groups
-from model import InputError, load_model
+from model import InputError, load_model, printable
 
 from .probes import letter_logprobs, opening_of
 
@@ -41,7 +41,7 @@ def ask(given: dict[str, Any]) -> None:
     live = Typewriter(vocabulary) if sys.stdout.isatty() else None
     rollout = sample_groups(model, vocabulary, [prompt], None, max_new_tokens=config.max_new_tokens, watch=live)
     text = rollout.texts[0][0]
-    print(live.rest(text) if live else printable(text))
+    print(live.rest(text) if live else shown(text))
     if not bool(rollout.ended_NG[0, 0]):
         print(f"(cut off after {config.max_new_tokens} tokens)")
     (logps,) = letter_logprobs(model, vocabulary, [prompt], [opening_of(text)])
@@ -61,9 +61,9 @@ def asked_question(text: str, images: list[Path], options: list[str]) -> Questio
     return Question(tuple(images), text, tuple(options), option_letter(0), "unknown", "", "--ask")
 
 
-def printable(text: str) -> str:
-    """Text without the control characters that would move a terminal's cursor or change its colours."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+def shown(text: str) -> str:
+    """A completion for the terminal: its lines stay lines."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 class Typewriter:
@@ -81,4 +81,4 @@ class Typewriter:
     def rest(self, text: str) -> str:
         """What of the text has not been shown yet; it counts as shown from now on."""
         new, self.shown = text[len(self.shown) :], text
-        return printable(new)
+        return shown(new)

@@ -65,11 +65,6 @@ def plain_text(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(". ")
 
 
-def printable(text: str) -> str:
-    """The text with every character escaped that could steer a terminal or break the line."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
 def _credit(question: Question, chosen: Sequence[int]) -> float:
     return (right_index(question) in chosen) / len(chosen)
 
@@ -142,7 +137,7 @@ def main() -> int:
             for files in (arguments.train, arguments.test)
         )
     except InputError as error:
-        print(f"blind: {printable(str(error))}", file=sys.stderr)
+        print(f"blind: {error}", file=sys.stderr)
         return 2
     print(json.dumps(by_modality(test, blind_credits(train, test)), indent=2))
     return 0

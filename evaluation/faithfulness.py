@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import InputError
+from model import InputError, printable
 from rewards import read_letter, think_text
 from rewards.consistency import conclusion, mask_options, named_options
 from rewards.letter import VISIBLE, excerpt
@@ -200,8 +200,8 @@ def _block(model: str, completions: Sequence[Completion]) -> str:
         modality: {r["check"]: r for r in _audit(model, [c for c in completions if c.modality == modality])}
         for modality in columns
     }
-    heads = "".join(f"{_printable(name)[:14]:>15}" for name in columns)
-    lines = [f"{_printable(model)[:119]}\n{'':32}{'all, 95 % interval':>28}{heads}"]
+    heads = "".join(f"{printable(name)[:14]:>15}" for name in columns)
+    lines = [f"{printable(model)[:119]}\n{'':32}{'all, 95 % interval':>28}{heads}"]
     for row in rows:
         interval = f"({100 * row['low']:.1f} to {100 * row['high']:.1f})"
         cells = "".join(_cell(rates[name].get(row["check"])) for name in columns)
@@ -211,10 +211,6 @@ def _block(model: str, completions: Sequence[Completion]) -> str:
 
 def _cell(row: dict[str, Any] | None) -> str:
     return f"{100 * row['rate']:.0f} % of {row['of']}".rjust(15) if row else f"{'-':>15}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def main() -> int:
@@ -227,7 +223,7 @@ def main() -> int:
         if not completions:
             raise InputError(f"{arguments.completions}: no line has options and a letter as `ground_truth`: add them")
     except InputError as error:
-        print(f"faithfulness: {_printable(str(error))}", file=sys.stderr)
+        print(f"faithfulness: {error}", file=sys.stderr)
         return 2
     print(table(completions))
     print(f"\n{len(completions)} completions read, {skipped} skipped (no options, or a ground truth that is no letter)")

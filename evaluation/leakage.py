@@ -32,9 +32,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Question, load_image, read_questions
-from model import InputError
+from model import InputError, printable
 
-from .blind import plain_text, printable, right_index
+from .blind import plain_text, right_index
 
 SIDE = 24  # pixels of a thumbnail
 NEAR = 0.03  # distance up to which two images are near-duplicates
@@ -249,7 +249,7 @@ def main() -> int:
         )
         result = leakage(train, test)
     except InputError as error:
-        print(f"leakage: {printable(str(error))}", file=sys.stderr)
+        print(f"leakage: {error}", file=sys.stderr)
         return 2
     print(summary(result))
     return 0

@@ -52,14 +52,14 @@ def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str,
             be read becomes a box that says so.
         runs: by model the rows of its run's metrics.jsonl, for the curves.
     """
-    results, cases = OPTIONAL | shown(results), shown(list(cases))
-    pictures, cases = with_pictures(cases)
+    results = OPTIONAL | shown(results)
+    pictures, cases = shown(with_pictures(cases))
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8") + curves.STYLE
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # keys in their order
-    environment.filters |= {"percent": percent, "p_value": p_value}
+    environment.filters |= {"percent": percent, "p_value": p_value, "words": lambda name: name.replace("_", " ")}
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     types = [row for row in results["accuracy"] if row["question_type"] is not None]
     modalities = _distinct(whole, "modality")
@@ -129,7 +129,7 @@ def picture(path: str) -> Row:
     try:
         image = load_image(path)
     except InputError as error:
-        return {"name": name, "why": shown(str(error).removeprefix(f"{path}: "))}
+        return {"name": name, "why": str(error).removeprefix(f"{path}: ").replace(path, name)}
     width, height = image.size
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -143,7 +143,7 @@ def verdict(results: Row, whole: Sequence[Row]) -> list[Markup]:
     sentences = []
     for model in results["models"]:
         rows = [row for row in whole if row["model"] == model["name"]]
-        seen, unseen = ([_against(row) for row in rows if row["sees"] is sees] for sees in (True, False))
+        seen, unseen = ([_against(row) for row in rows if bool(row["sees"]) == sees] for sees in (True, False))
         above = Markup("<b>{}</b> is above the best guess without the image on {}").format(model["name"], _listed(seen))
         if seen and unseen:
             sentences.append(above + Markup("; on {} there is <b>no evidence of seeing</b>.").format(_listed(unseen)))

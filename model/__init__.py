@@ -1,7 +1,7 @@
 """Qwen2-VL in plain PyTorch: `load_model`, `save_model`, and the model itself."""
 
 from .config import Qwen2VLConfig, VisionConfig, read_config
-from .errors import InputError
+from .errors import InputError, printable
 from .logprobs import token_logprobs
 from .qwen2vl import Qwen2VL
 from .weights import load_model, save_model
@@ -12,6 +12,7 @@ __all__ = [
     "Qwen2VLConfig",
     "VisionConfig",
     "load_model",
+    "printable",
     "read_config",
     "save_model",
     "token_logprobs",

@@ -8,7 +8,8 @@ import pytest
 
 from data import Question, read_questions
 from evaluation import blind
-from evaluation.blind import blind_credits, by_modality, plain_text, printable
+from evaluation.blind import blind_credits, by_modality, plain_text
+from model import printable
 
 RADIOLOGY = Path(__file__).parents[2] / "shared" / "radiology"
 TRAIN, TEST = RADIOLOGY / "omnimedvqa_mri_questions.json", RADIOLOGY / "medvlm_r1_test_questions.json"

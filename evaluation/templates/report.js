@@ -2,9 +2,9 @@
 // Data is shown with textContent only: completions and questions are hostile text.
 
 const $ = (id) => document.getElementById(id);
-const [models, images, cases] = ["models", "images", "cases"].map((name) => JSON.parse($(`${name}-data`).textContent));
-const COLOURS = 6, CHUNK = 60;
-const colour = new Map(models.map((name, place) => [name, `m${place % COLOURS}`]));
+const [colours, images, cases] = ["colours", "images", "cases"].map((name) => JSON.parse($(`${name}-data`).textContent));
+const colour = new Map(colours), models = [...colour.keys()];
+const CHUNK = 60;  // rows drawn at a time
 const form = $("filters"), box = $("box"), list = $("list"), article = $("case");
 const controls = [...form.elements].filter((control) => control.name);
 let visible = [];  // places in `cases` that pass the filters, in order

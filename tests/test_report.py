@@ -1,0 +1,489 @@
+"""The report: what it says, that it loads nothing and runs nothing of others, and that a reader can work with it."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.curves import STYLE, curve_panels
+from evaluation.report import percent, shown, verdict, write_report
+from evaluation.statistics import wilson
+
+MODELS = ("base", "sft", "grpo")
+HOSTILE = "<script>window.hacked=1</script></script><!--<img src=x onerror=window.hacked=1>{{ 7919*7919 }} \u2028 & \"'"
+STEERING = "\u202eabc\u202c \x00 \x1b[31m \ud800"
+
+
+def picture(folder, number, side=84):
+    """A disc of its own size and place on black."""
+    y, x = np.mgrid[:side, :side]
+    disc = (x - 20 - number % 40) ** 2 + (y - 20 - number // 40) ** 2 < (8 + number % 9) ** 2
+    file = folder / f"scan{number}.png"
+    Image.fromarray((disc * 200 + y % 50).astype(np.uint8)).save(file)
+    return str(file)
+
+
+def answer(model, letter, truth, thought="I see a disc.", flags=(), **fields):
+    return {
+        "model": model, "letter": letter, "tokens": 12, "ended": True, "flags": list(flags),
+        "completion": f"<think>{thought}</think><answer>{letter}</answer>",
+        "rewards": {"accuracy": {"score": float(letter == truth), "why": f"the answer is exactly {letter}"}},
+        "probes": {"blank image": "A", "permuted options": letter},
+    } | fields  # fmt: skip
+
+
+def case(folder, number, models=MODELS, **fields):
+    """A question; base is right on every second, grpo always, sft never."""
+    truth = "AB"[number % 3 % 2]
+    letters = {"base": truth if number % 2 else "C", "sft": None, "grpo": truth}
+    flags = {"base": ["names no option"] if number % 5 == 0 else [], "sft": ["no reasoning"], "grpo": []}
+    return {
+        "id": f"test.json row {number + 1}", "modality": ("MRI", "CT", "X-ray")[number % 3],
+        "question_type": ("Diagnosis", "Anatomy")[number % 2], "question": f"What is seen in scan {number}?",
+        "options": ["disc", "ring", f"shape {number}"], "ground_truth": truth, "images": [picture(folder, number)],
+        "answers": [answer(model, letters[model], truth, flags=flags[model]) for model in models],
+    } | fields  # fmt: skip
+
+
+def accuracy(model, modality, right, n, kind=None, blind=0.5):
+    low, high = wilson(right, n)
+    return {
+        "model": model, "modality": modality, "question_type": kind, "n": n, "right": right, "rate": right / n,
+        "low": low, "high": high, "strict": right / n, "format": 1.0, "tokens": 12.5, "cut_off": 0.01, "chance": 0.375,
+        "best_blind": "text_prior", "best_blind_rate": blind, "sees": low > blind,
+    }  # fmt: skip
+
+
+def results(models=MODELS, **parts):
+    """Only what must be there, and `parts`."""
+    right = {"base": 40, "sft": 55, "grpo": 90}
+    rows = [accuracy(model, modality, right[model], 100) for model in models for modality in ("MRI", "CT")]
+    return {"name": "tiny", "models": [{"name": model, "folder": f"runs/{model}"} for model in models], "accuracy": rows} | parts
+
+
+def full_results():
+    check = {"check": "names an option", "count": 9, "of": 10, "rate": 0.9, "low": 0.6, "high": 0.98}
+    rates = {"MRI": 0.375, "CT": 0.5}
+    kinds = [accuracy(model, "MRI", 9, 10, "Diagnosis") for model in MODELS]
+    kinds += [accuracy(model, "CT", 9, 10, "Anatomy") for model in MODELS]
+    early = [{"kept": kept / 4, "changed": 0.5 - kept / 8, "right": 0.4} for kept in range(5)]
+    pair = {"kind": "near_duplicate", "train": "train.json row 1", "test": "test.json row 2", "distance": 0.01}
+    return results(
+        contract={"prompt": "aa11", "max_new_tokens": 40, "hash": "f00d"}, train_modality="MRI", seconds=12.5,
+        files=["test.json"], train_questions="train.json",
+        accuracy=results()["accuracy"] + kinds,
+        pairs=[{"first": "grpo", "second": "base", "modality": "MRI", "only_first": 55, "only_second": 5, "p": 1e-11},
+               {"first": "grpo", "second": "base", "modality": "CT", "only_first": 9, "only_second": 7, "p": 0.8}],
+        blind={"chance": rates, "text_prior": {"MRI": 0.53, "CT": 0.3}},
+        ablated={"grpo": {"blank image": {"MRI": 0.41, "CT": 0.39}}},
+        faithfulness=[check | {"model": model, "meaning": "It names one."} for model in MODELS],
+        early_answering={"grpo": early, "sft": []},
+        leakage={"train": 6, "test": 9, "same_path": 0, "same_bytes": None, "near_duplicates": None, "same_question": 3,
+                 "missing_images": 4, "answers_seen": {"MRI": 1.0}, "pairs": [pair], "pairs_total": 70},
+        samples={"k": 8, "temperature": 0.9, "table": [
+            {"model": "grpo", "modality": "MRI", "mean": 0.5, "pass_at_k": 0.875, "majority": 0.625}]},
+    )  # fmt: skip
+
+
+RUNS = {
+    "sft": [{"step": step, "loss": 1 / (step + 1), "probability": 0.5} for step in range(4)],
+    "grpo": [{"step": step, "reward": 1.0, "kl": 0.1 * step, "completion_tokens": 12.0} for step in range(4)],
+}
+
+
+class Page(HTMLParser):
+    """A page's elements, what each script element holds, and the text a reader sees."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.elements, self.scripts, self.shown_text, self.inside = [], {}, [], None
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.text = re.sub(r"\s+", " ", " ".join(self.shown_text))
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.inside = dict(attributes).get("id", tag) if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[self.inside] = self.scripts.get(self.inside, "") + data
+        else:
+            self.shown_text.append(data)
+
+    def json(self, name):
+        return json.loads(self.scripts[f"{name}-data"])
+
+    def ids(self):
+        return {attributes.get("id") for _, attributes in self.elements}
+
+
+@pytest.fixture
+def report(tmp_path):
+    def _report(results, cases=(), runs=None):
+        write_report(tmp_path / "report.html", results, cases, runs or {})
+        return Page(tmp_path / "report.html")
+
+    return _report
+
+
+def test_the_page_loads_nothing_and_allows_only_its_own_script(tmp_path, report):
+    page = report(full_results(), [case(tmp_path, 0)], RUNS)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "poster", "data", "xlink:href", "background", "formaction"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"url\(|@import|image-set", page.scripts["style"])
+    assert "innerHTML" not in page.scripts["script"] and "insertAdjacentHTML" not in page.scripts["script"]
+    (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(page.scripts["script"].encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; img-src data:;") and f"script-src 'sha256-{digest}';" in policy
+
+
+def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_path, report):
+    tame = report(full_results() | {"name": "x"}, [case(tmp_path, 0)], RUNS)
+    evil = json.loads(json.dumps(full_results()).replace("grpo", "GRPO_NAME"))
+    evil = json.loads(json.dumps(evil), object_hook=lambda row: {
+        key: (HOSTILE + STEERING if value in ("GRPO_NAME", "Anatomy", "It names one.", "test.json row 2", "f00d") else value)
+        for key, value in row.items()
+    })  # fmt: skip
+    text = HOSTILE + STEERING
+    one = case(tmp_path, 0, id=text, modality=text, question_type=text, question=text, options=[text, "b"])
+    one["answers"][2] |= {"model": text, "completion": text, "flags": [text], "probes": {text: text}}
+    page = report(evil | {"name": text}, [one], {text: RUNS["grpo"]})
+    assert {tag for tag, _ in page.elements} == {tag for tag, _ in tame.elements}
+    assert page.source.count("<script") == page.source.count("</script>") == 4
+    assert not any(steering in page.source for steering in ("\u202e", "\x00", "\x1b", "\u2028"))
+    (found,) = page.json("cases")
+    assert found["question"] == shown(text) == found["answers"][2]["completion"]
+    assert "{{ 7919*7919 }}" in found["id"] and str(7919 * 7919) not in page.source
+
+
+def test_characters_that_steer_the_display_become_code_points_and_others_stay():
+    assert shown({"a\u202e": ["\x00\ud800", 1, None]}) == {"a⟨U+202E⟩": ["⟨U+0000⟩⟨U+D800⟩", 1, None]}
+    assert shown("עברית\t日本語\n👩\u200d⚕️ é\r\n") == "עברית\t日本語\n👩\u200d⚕️ é\n"
+    assert shown([math.nan, math.inf, 0.5]) == [None, None, 0.5]
+
+
+def test_an_image_that_is_gone_is_a_box_and_each_image_is_kept_once_and_small(tmp_path, report):
+    wide = picture(tmp_path, 500, side=600)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    cases = [case(tmp_path, number, images=images) for number, images in enumerate(
+        ([wide], [str(tmp_path / "gone.png"), wide], [str(broken)], [])
+    )]  # fmt: skip
+    page = report(results(), cases)
+    images = page.json("images")
+    assert [one["images"] for one in page.json("cases")] == [[0], [1, 0], [2], []]
+    assert images[0]["width"] == 600 and images[1]["why"] == "no such image file" and "not a readable" in images[2]["why"]
+    assert str(tmp_path) not in json.dumps(images)  # a page is passed on; where its maker keeps files is not
+    drawn = Image.open(io.BytesIO(base64.b64decode(images[0]["src"].partition(",")[2])))
+    assert max(drawn.size) == 160
+
+
+OPTIONAL = ("pairs", "blind", "ablated", "faithfulness", "early_answering", "leakage", "samples", "contract", "files",
+            "train_modality", "train_questions", "seconds")  # fmt: skip
+
+
+def test_parts_that_are_absent_none_or_empty_have_no_section(report):
+    page = report(results())
+    assert not {"blind", "reasoning", "leakage", "training"} & page.ids() and "accuracy" in page.ids()
+    assert "in domain" not in page.text and "Model against model" not in page.text
+    for nothing in (None, [], {}):
+        assert report(results() | dict.fromkeys(OPTIONAL[:7], nothing)).text == page.text
+    whole = report(full_results(), [], RUNS)
+    assert {"blind", "reasoning", "leakage", "training"} <= whole.ids()
+    for part in OPTIONAL:
+        report({name: value for name, value in full_results().items() if name != part}, [], RUNS)
+
+
+def test_the_numbers_are_in_the_page(report):
+    text = report(full_results(), [], RUNS).text
+    for fact in ("90.0 %", "82.6 – 94.5", "MRI in domain", "CT out of domain", "55 : 5 p < 0.001", "9 : 7 p = 0.80",
+                 "53.0 % best", "9 of 10", "It names one.", "not compared", "4 image files are missing", "1 of 70",
+                 "87.5 % any right", "62.5 % majority right", "f00d", "best blind 50.0 %, text prior"):  # fmt: skip
+        assert fact in text.replace("\xa0", " "), fact
+
+
+def test_a_meaning_that_differs_between_models_stands_with_each(report):
+    rows = full_results()["faithfulness"]
+    page = report(full_results() | {"faithfulness": [rows[0], rows[1] | {"meaning": "Quite another."}]})
+    assert page.text.count("It names one.") == 1 and page.text.count("Quite another.") == 1
+    assert report(full_results()).text.count("It names one.") == 1
+
+
+def test_a_modality_without_questions_of_a_type_has_a_dash(report):
+    page = report(full_results())
+    types = page.text.partition("By type of question")[2].partition("Of 8 sampled")[0]
+    assert types.count("–") == 6 and types.count("9 of 10") == 6
+
+
+def test_verdict_says_who_sees_where_and_who_is_better():
+    whole = full_results()["accuracy"][:6]
+    whole[1]["sees"] = True
+    sentences = [re.sub("</?b>", "", str(sentence)).replace("\xa0", " ") for sentence in verdict(full_results(), whole)]
+    assert sentences == [
+        "base is above the best guess without the image on CT (40.0 % against 50.0 %); on MRI (40.0 % against 50.0 %) "
+        "there is no evidence of seeing.",
+        "sft shows no evidence of seeing on MRI (55.0 % against 50.0 %) or CT (55.0 % against 50.0 %).",
+        "grpo is above the best guess without the image on MRI (90.0 % against 50.0 %) and CT (90.0 % against 50.0 %).",
+        "Against base, grpo is better on MRI and not measurably different on CT.",
+    ]
+
+
+def test_one_model_alone_is_compared_with_nobody(tmp_path, report):
+    page = report(results(models=("grpo",)), [case(tmp_path, 1, models=("grpo",))], {"grpo": RUNS["grpo"]})
+    assert "1 model ·" in page.text and "Against" not in page.text
+    assert page.json("colours") == [["grpo", "m0"]]
+
+
+def test_rates_that_were_not_measured_are_dashes():
+    assert percent(None) == "–" and percent(0.5) == "50.0" and percent(0.005, 0) == "0"
+
+
+def test_curves_of_a_run_without_rewards_are_those_of_its_loss_and_skip_what_is_no_number():
+    loss, probability = curve_panels(RUNS["sft"] + [{"step": 4, "loss": math.nan, "probability": 0.6}])
+    assert "Loss" in loss and "Probability" in probability and "nan" not in loss
+    points = [len(re.search('points="([^"]*)"', panel)[1].split()) for panel in (loss, probability)]
+    assert points == [4, 5] and len(curve_panels(RUNS["grpo"])) == 4
+
+
+def test_style_of_the_curves_touches_nothing_else_in_a_page():
+    rules = re.findall(r"([^{}]+)\{[^{}]*\}", re.sub(r"@media[^{]*\{", "", STYLE))
+    assert rules and all(selector.startswith(".curves ") for selector in rules)
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser for all tests of this file."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[test]'")
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("needs Chromium: install chromium, chromium-browser or google-chrome")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The URL of a report of twelve cases, the last ones hostile or odd; and its cases."""
+    folder = tmp_path_factory.mktemp("small")
+    cases = [case(folder, number) for number in range(12)]
+    cases[9] |= {"id": "a&b=c#d %20 é", "question": HOSTILE + STEERING, "options": [HOSTILE, "x" * 3000]}
+    cases[9]["answers"][0] |= {"completion": HOSTILE + "<think>" + "w" * 20_000, "ended": False}
+    cases[9]["answers"][1] |= {"completion": "", "rewards": {}, "flags": [], "probes": {}}
+    cases[10] |= {"images": [str(folder / "gone.png")]}
+    cases[11] |= {"images": [], "question_type": ""}
+    write_report(folder / "report.html", full_results(), cases, RUNS)
+    return (folder / "report.html").as_uri(), cases
+
+
+@pytest.fixture
+def visit(chromium):
+    """visit(url) -> an open page; at the end nothing may have failed, nor anything but the page been asked for."""
+    contexts, errors, requests = [], [], []
+
+    def _visit(url, width=1280, height=900, **options):
+        contexts.append(chromium.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(5000)
+        page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(url)
+        return page
+
+    yield _visit
+    for context in contexts:
+        context.close()
+    assert errors == []
+    loaded = [url.partition("#")[0] for url in requests if not url.startswith("data:")]
+    assert loaded and all(url.startswith("file:") and url.endswith("/report.html") for url in loaded)
+
+
+def count(page):
+    return page.locator("#count b").inner_text()
+
+
+def chosen(page):
+    return page.locator("#case .id").inner_text()
+
+
+def right(one, model):
+    return any(a["model"] == model and a["letter"] == one["ground_truth"] for a in one["answers"])
+
+
+def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
+    url, cases = small
+    page = visit(url)
+    assert count(page) == "12 of 12" and page.locator("#list li").count() == 12
+    filters = {
+        "modality": ("MRI", lambda one: one["modality"] == "MRI"),
+        "type": ("Diagnosis", lambda one: one["question_type"] == "Diagnosis"),
+        "is.base": ("wrong", lambda one: not right(one, "base")),
+        "is.grpo": ("right", lambda one: right(one, "grpo")),
+        "flag": ("base: names no option", lambda one: "names no option" in one["answers"][0]["flags"]),
+    }
+    for name, (value, passes) in filters.items():
+        page.locator(f'[name="{name}"]').select_option(value)
+        expected = [one["id"] for one in cases if passes(one)]
+        assert 0 < len(expected) and count(page) == f"{len(expected)} of 12", name
+        assert page.locator("#list li").count() == len(expected) and chosen(page) == expected[0]
+        page.get_by_role("button", name="Clear").click()
+        page.locator("#count b", has_text="12 of 12").wait_for()
+    page.locator('[name="is.base"]').select_option("wrong")
+    page.locator('[name="modality"]').select_option("CT")
+    both = [one for one in cases if one["modality"] == "CT" and not right(one, "base")]
+    assert count(page) == f"{len(both)} of 12"
+    assert page.locator("#count").inner_text().split() == [
+        str(len(both)), "of", "12", "shown", "base", "0", "right", "sft", "0", "right", "grpo", str(len(both)), "right"
+    ]  # fmt: skip
+    page.reload()
+    assert count(page) == f"{len(both)} of 12"  # the address holds the filters
+
+
+def test_search_finds_text_of_questions_and_answers_and_says_when_nothing_fits(visit, small):
+    page = visit(small[0])
+    for text, expected in (("scan 7", 1), ("SHAPE 3", 1), ("i see a disc", 12), ("nothing like it", 0)):
+        page.locator('[name="q"]').fill(text)
+        assert count(page) == f"{expected} of 12"
+    assert page.locator("#case").inner_text() == "No question passes these filters."
+
+
+def test_keys_walk_through_the_cases(visit, small):
+    page = visit(small[0])
+    for key, row in (("j", 2), ("ArrowRight", 3), ("j", 4), ("k", 3), ("ArrowLeft", 2), ("k", 1), ("k", 1)):
+        page.keyboard.press(key)
+        assert chosen(page) == f"test.json row {row}", key
+    assert page.locator("#list [aria-current]").count() == 1
+    page.keyboard.press("/")
+    page.keyboard.type("jk 7")  # in the search these are letters
+    assert page.locator('[name="q"]').input_value() == "jk 7"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement === document.body")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("j")
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.get_by_role("button", name="Clear").click()
+    page.locator("#list a").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert chosen(page) == "test.json row 2"
+    assert page.evaluate("document.activeElement.matches('[aria-current]')")
+
+
+def test_a_case_can_be_linked_whatever_it_is_called(visit, small):
+    page = visit(small[0])
+    page.locator("#list a").nth(9).click()
+    assert chosen(page) == "a&b=c#d %20 é"
+    again = visit(page.url)
+    assert chosen(again) == "a&b=c#d %20 é" and again.locator("#case").is_visible()
+    lost = visit(small[0] + "#case=gone")
+    assert "No question is called “gone”" in lost.locator("#case").inner_text()
+
+
+def test_links_of_leaking_pairs_lead_to_their_cases(visit, small):
+    page = visit(small[0])
+    page.locator("#leakage summary").click()
+    page.locator("#leakage a").click()
+    assert chosen(page) == "test.json row 2"
+
+
+def test_hostile_text_stays_text(visit, small):
+    page = visit(small[0] + "#case=a%26b%3Dc%23d+%2520+%C3%A9")
+    assert page.locator("#case h3").inner_text().startswith("<script>window.hacked=1</script></script><!--<img src=x")
+    assert page.locator("#case h3").inner_text().count("⟨U+") >= 4
+    assert "</script><!--<img" in page.locator("#case .card").first.inner_text()
+    assert "Reasoning (no closing tag)" in page.locator("#case .card").first.inner_text()
+    assert "Nothing was answered." in page.locator("#case .card").nth(1).inner_text()
+    assert page.locator("#case script, #case img:not([src^='data:'])").count() == 0
+    assert page.evaluate("typeof window.hacked") == "undefined"
+
+
+def test_the_policy_stops_a_script_that_got_in_all_the_same(chromium, small):
+    page = chromium.new_page()
+    page.goto(small[0])
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'}))")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=window.hacked=1>')")
+    page.wait_for_timeout(100)
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    page.close()
+
+
+def test_a_case_shows_reasoning_answer_rules_and_probes_apart_and_its_image_large(visit, small):
+    page = visit(small[0] + "#case=test.json+row+2")
+    card = page.locator("#case .card").last
+    assert card.locator(".think .said").inner_text() == "I see a disc." and card.locator(".answer .said").inner_text() == "B"
+    assert "the answer is exactly B" in card.locator(".rules").inner_text()
+    card.locator("summary").click()
+    assert card.locator(".probes").inner_text().split() == ["blank", "image", "A", "permuted", "options", "B"]
+    assert page.locator("#case .options .right").inner_text().split() == ["B", "ring", "✓", "right", "base", "grpo"]
+    page.locator("#case .enlarge").click()
+    assert "84 × 84 pixels" in page.locator("#large").inner_text()
+    page.keyboard.press("Escape")
+    assert not page.locator("#large").is_visible()
+    page.goto(small[0] + "#case=test.json+row+11")
+    assert "gone.png: no such image file" in page.locator("#case .gone").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(visit, small, scheme):
+    page = visit(small[0], color_scheme=scheme)
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor, "
+                            "getComputedStyle(document.querySelector('.note')).color, "
+                            "getComputedStyle(document.querySelector('.curves text')).fill]")  # fmt: skip
+    ink, paper, note, curve = (luminance(colour) for colour in colours)
+    assert (paper > 0.9) == (scheme == "light")
+    for text in (ink, note, curve):
+        assert (max(text, paper) + 0.05) / (min(text, paper) + 0.05) >= 4.5  # WCAG 2 AA
+
+
+def luminance(colour):
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_nothing_is_wider_than_a_phone(visit, small):
+    page = visit(small[0] + "#case=a%26b%3Dc%23d+%2520+%C3%A9", width=390, height=844)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.querySelector('#accuracy .scroll').scrollWidth") > 390  # that one scrolls by itself
+    page = visit(small[0], width=390, height=844)
+    assert page.locator("#box").evaluate("(box) => box.scrollTop") == 0
+    page.locator("#list a").nth(3).click()
+    assert chosen(page) == "test.json row 4" and page.locator("#case .id").is_visible()
+    assert 0 <= page.locator("#case").bounding_box()["y"] < 400  # the case comes to the reader
+
+
+def test_nine_hundred_cases_with_images_open_within_three_seconds(visit, tmp_path):
+    cases = [case(tmp_path, number) for number in range(900)]
+    write_report(tmp_path / "report.html", full_results(), cases, RUNS)
+    started = time.perf_counter()
+    page = visit((tmp_path / "report.html").as_uri())
+    page.locator("#case .id").wait_for()
+    assert time.perf_counter() - started < 3
+    assert count(page) == "900 of 900" and page.locator("#list li").count() < 200  # the others when they are scrolled to
+    page.locator("#box").evaluate("(box) => box.scrollTo(0, box.scrollHeight)")
+    page.locator("#list li").nth(100).wait_for()
+    page.evaluate("location.hash = 'case=test.json+row+900'")
+    page.locator("#case .id", has_text="test.json row 900").wait_for()
+    assert page.locator("#list li").count() == 900
