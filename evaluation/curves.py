@@ -35,7 +35,10 @@ DARK = {"blue": "#56b4e9", "orange": "#f59a52", "violet": "#b79bff", "grey": "#c
 
 
 def _scheme(text: str, grid: str, colours: dict[str, str]) -> str:
-    lines = "".join(f".curves polyline.{name}{{stroke:{c}}}.curves text.{name}{{fill:{c}}}" for name, c in colours.items())
+    lines = "".join(
+        f".curves polyline.{name}{{stroke:{colour}}}.curves text.{name}{{fill:{colour}}}"
+        for name, colour in colours.items()
+    )
     return f".curves text{{fill:{text}}}.curves path{{stroke:{grid}}}{lines}"
 
 

@@ -100,7 +100,7 @@ def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str,
 
 
 def shown(value: Any) -> Any:
-    """The same strings, lists and dicts with every character that could steer the display as its code point, ⟨U+202E⟩.
+    """The same strings, lists and dicts, with characters that could steer the display as code points: ⟨U+202E⟩.
 
     Numbers that JSON doesn't know (NaN, infinity) become None.
     """

@@ -67,7 +67,8 @@ def results(models=MODELS, **parts):
     """Only what must be there, and `parts`."""
     right = {"base": 40, "sft": 55, "grpo": 90}
     rows = [accuracy(model, modality, right[model], 100) for model in models for modality in ("MRI", "CT")]
-    return {"name": "tiny", "models": [{"name": model, "folder": f"runs/{model}"} for model in models], "accuracy": rows} | parts
+    named = [{"name": model, "folder": f"runs/{model}"} for model in models]
+    return {"name": "tiny", "models": named, "accuracy": rows} | parts
 
 
 def full_results():
@@ -154,12 +155,11 @@ def test_the_page_loads_nothing_and_allows_only_its_own_script(tmp_path, report)
 
 def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_path, report):
     tame = report(full_results() | {"name": "x"}, [case(tmp_path, 0)], RUNS)
-    evil = json.loads(json.dumps(full_results()).replace("grpo", "GRPO_NAME"))
-    evil = json.loads(json.dumps(evil), object_hook=lambda row: {
-        key: (HOSTILE + STEERING if value in ("GRPO_NAME", "Anatomy", "It names one.", "test.json row 2", "f00d") else value)
-        for key, value in row.items()
-    })  # fmt: skip
     text = HOSTILE + STEERING
+    evil = json.dumps(full_results())
+    for tame_text in ("grpo", "Anatomy", "It names one.", "test.json row 2", "f00d"):
+        evil = evil.replace(f'"{tame_text}"', json.dumps(text))  # values and keys
+    evil = json.loads(evil)
     one = case(tmp_path, 0, id=text, modality=text, question_type=text, question=text, options=[text, "b"])
     one["answers"][2] |= {"model": text, "completion": text, "flags": [text], "probes": {text: text}}
     page = report(evil | {"name": text}, [one], {text: RUNS["grpo"]})
@@ -187,7 +187,8 @@ def test_an_image_that_is_gone_is_a_box_and_each_image_is_kept_once_and_small(tm
     page = report(results(), cases)
     images = page.json("images")
     assert [one["images"] for one in page.json("cases")] == [[0], [1, 0], [2], []]
-    assert images[0]["width"] == 600 and images[1]["why"] == "no such image file" and "not a readable" in images[2]["why"]
+    assert images[0]["width"] == 600
+    assert images[1]["why"] == "no such image file" and "not a readable" in images[2]["why"]
     assert str(tmp_path) not in json.dumps(images)  # a page is passed on; where its maker keeps files is not
     drawn = Image.open(io.BytesIO(base64.b64decode(images[0]["src"].partition(",")[2])))
     assert max(drawn.size) == 160
@@ -206,7 +207,7 @@ def test_parts_that_are_absent_none_or_empty_have_no_section(report):
     whole = report(full_results(), [], RUNS)
     assert {"blind", "reasoning", "leakage", "training"} <= whole.ids()
     for part in OPTIONAL:
-        report({name: value for name, value in full_results().items() if name != part}, [], RUNS)
+        report({name: value for name, value in full_results().items() if name != part})
 
 
 def test_the_numbers_are_in_the_page(report):
@@ -301,10 +302,11 @@ def visit(chromium):
     contexts, errors, requests = [], [], []
 
     def _visit(url, width=1280, height=900, **options):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **options))
+        size = {"width": width, "height": height}
+        contexts.append(chromium.new_context(viewport=size, reduced_motion="reduce", **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(5000)
-        page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("console", lambda message: errors.append(message.text) if message.type != "log" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(url)
@@ -421,7 +423,8 @@ def test_hostile_text_stays_text(visit, small):
 def test_the_policy_stops_a_script_that_got_in_all_the_same(chromium, small):
     page = chromium.new_page()
     page.goto(small[0])
-    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'}))")
+    script = "Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'})"
+    page.evaluate(f"document.body.append({script})")
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=window.hacked=1>')")
     page.wait_for_timeout(100)
     assert page.evaluate("typeof window.hacked") == "undefined"
@@ -431,7 +434,8 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(chromium, small):
 def test_a_case_shows_reasoning_answer_rules_and_probes_apart_and_its_image_large(visit, small):
     page = visit(small[0] + "#case=test.json+row+2")
     card = page.locator("#case .card").last
-    assert card.locator(".think .said").inner_text() == "I see a disc." and card.locator(".answer .said").inner_text() == "B"
+    assert card.locator(".think .said").inner_text() == "I see a disc."
+    assert card.locator(".answer .said").inner_text() == "B"
     assert "the answer is exactly B" in card.locator(".rules").inner_text()
     card.locator("summary").click()
     assert card.locator(".probes").inner_text().split() == ["blank", "image", "A", "permuted", "options", "B"]
@@ -481,7 +485,8 @@ def test_nine_hundred_cases_with_images_open_within_three_seconds(visit, tmp_pat
     page = visit((tmp_path / "report.html").as_uri())
     page.locator("#case .id").wait_for()
     assert time.perf_counter() - started < 3
-    assert count(page) == "900 of 900" and page.locator("#list li").count() < 200  # the others when they are scrolled to
+    assert count(page) == "900 of 900"
+    assert page.locator("#list li").count() < 200  # the others when they are scrolled to
     page.locator("#box").evaluate("(box) => box.scrollTo(0, box.scrollHeight)")
     page.locator("#list li").nth(100).wait_for()
     page.evaluate("location.hash = 'case=test.json+row+900'")
