@@ -325,6 +325,8 @@ def count(page):
 
 
 def chosen(page):
+    """The open case's name, once the page has done what was asked: a link's click arrives as an event of its own."""
+    page.evaluate("() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 50))")
     return page.locator("#case .id").inner_text()
 
 
