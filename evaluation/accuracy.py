@@ -11,7 +11,7 @@ from typing import Any
 from data import Question
 from rewards import accuracy_reward, format_reward, read_letter
 
-from .statistics import wilson
+from .statistics import binomial_tail, wilson
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,13 @@ class Accuracy:
         return wilson(self.right, self.total)
 
     def above(self, blind_rate: float) -> bool:
-        """Whether the whole interval lies above what can be had without the image: if not, nothing shows seeing."""
-        return self.interval()[0] > blind_rate
+        """Whether a guess that is right at `blind_rate` would do as well in less than 1 of 40 tests (exact binomial).
+
+        If not, nothing shows that the image was seen. At usual numbers that is: the 95 % interval lies above the rate.
+        The blind rate counts as known, the best of several though they were measured on the same questions; questions
+        count as independent, though some share an image or a patient; and nothing is corrected for many tests.
+        """
+        return binomial_tail(self.right, self.total, blind_rate) < 0.025
 
 
 def tally(answers: Sequence[str], completions: Sequence[str]) -> Accuracy:

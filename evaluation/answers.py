@@ -30,6 +30,7 @@ def answer_questions(
     *,
     config: Config,
     label: str,
+    places: Sequence[int] | None = None,
     samples: int = 0,
     load: LoadImage = load_image,
 ) -> Iterator[list[tuple[int, list[Answer]]]]:
@@ -37,18 +38,19 @@ def answer_questions(
 
     Args:
         label: what the progress bar calls it.
+        places: which of the questions to ask; None asks all.
         samples: 0 gives each question its one greedy answer; k gives it k answers drawn at the config's temperature,
             with the numbers that a training step after the last would draw for these places.
         load: how an image file becomes an image.
     """
-    lengths = [encoder.count_tokens(question) for question in questions]
-    order = sorted(range(len(questions)), key=lengths.__getitem__)  # like lengths together: little padding
+    lengths = {i: encoder.count_tokens(questions[i]) for i in (range(len(questions)) if places is None else places)}
+    order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
     size = max(1, config.eval_batch_prompts // max(1, samples))
     with tqdm(total=len(order), desc=label, unit="question", dynamic_ncols=True, leave=False, disable=not order) as bar:
         for start in range(0, len(order), size):
-            places = order[start : start + size]
-            prompts = [encoder.encode(questions[i], load) for i in places]
-            noise = sampling_noise(config.seed, config.steps, places, samples, config.max_new_tokens) if samples else None
+            asked = order[start : start + size]
+            prompts = [encoder.encode(questions[i], load) for i in asked]
+            noise = sampling_noise(config.seed, config.steps, asked, samples, config.max_new_tokens) if samples else None
             rollout = sample_groups(
                 model,
                 vocabulary,
@@ -59,8 +61,8 @@ def answer_questions(
             )
             lengths_NG, ended_NG = rollout.mask_NGT.sum(-1).tolist(), rollout.ended_NG.tolist()
             groups = zip(rollout.texts, lengths_NG, ended_NG, strict=True)
-            yield [(i, [Answer(*one) for one in zip(*group, strict=True)]) for i, group in zip(places, groups)]
-            bar.update(len(places))
+            yield [(i, [Answer(*one) for one in zip(*group, strict=True)]) for i, group in zip(asked, groups)]
+            bar.update(len(asked))
 
 
 def answer_greedily(

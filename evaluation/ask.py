@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data import Question, Vocabulary, load_vocabulary, option_letter
 from grpo.config import Config, config_of
-from grpo.run import prompt_encoder
+from grpo.run import prompt_encoder, refuse_missing_device
 from grpo.sampler import sample_groups
 from model import InputError, load_model, printable
 
@@ -29,15 +29,19 @@ def ask(given: dict[str, Any]) -> None:
         config = config_of(given)
         folder = Path(given.get("model") or Path(config.run_dir) / "model")
     elif "model" in given:
-        fields = {name: given[name] for name in ("model", "device", "dtype") if name in given}
+        limits = ("model", "device", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
+        fields = {name: given[name] for name in limits if name in given}
         config = Config(**fields, train_questions="none", run_dir="none")
         folder = Path(config.model)
     else:
         raise InputError("--ask needs a model: give --model FOLDER, or the --config of a finished run")
+    refuse_missing_device(config)
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
     prompt = prompt_encoder(vocabulary, model.config, config).encode(question)
 
+    if not question.images:
+        print("no --image: the question is put without one", file=sys.stderr)
     live = Typewriter(vocabulary) if sys.stdout.isatty() else None
     rollout = sample_groups(model, vocabulary, [prompt], None, max_new_tokens=config.max_new_tokens, watch=live)
     text = rollout.texts[0][0]
@@ -45,7 +49,8 @@ def ask(given: dict[str, Any]) -> None:
     if not bool(rollout.ended_NG[0, 0]):
         print(f"(cut off after {config.max_new_tokens} tokens)")
     (logps,) = letter_logprobs(model, vocabulary, [prompt], [opening_of(text)])
-    print("\nlog-probability of each letter after that reasoning (and its share):")
+    when = "after that reasoning" if "<answer>" in text else "if asked for at once"
+    print(f"\nlog-probability of each letter {when} (and its share):")
     shares = torch.tensor(list(logps.values())).softmax(0).tolist()
     for (letter, logp), share, option in zip(logps.items(), shares, question.options, strict=True):
         print(f"  {letter}  {logp:8.3f}  {share:6.1%}  {printable(option)}")
@@ -58,6 +63,7 @@ def asked_question(text: str, images: list[Path], options: list[str]) -> Questio
         raise InputError(f"--options makes {len(options)} options; give 2 to 10 texts")
     if not text.strip() or not all(option.strip() for option in options):
         raise InputError("--ask and --options must not be empty")
+    text, *options = (words.encode("utf-8", "replace").decode() for words in (text, *options))  # a shell may pass any byte
     return Question(tuple(images), text, tuple(options), option_letter(0), "unknown", "", "--ask")
 
 

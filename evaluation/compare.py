@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from model import InputError
-from rewards import read_letter
 
-from .completions import Completion, read_completions
 from .contract import refuse_unlike
+from .records import read_rows
 from .statistics import mcnemar, wilson
 
 
@@ -22,14 +21,13 @@ def compare(folders: tuple[Path, Path], models: tuple[str, str]) -> list[str]:
     """Lines of a table: for each modality both accuracies (percent, 95 % interval), what only one has right, and p."""
     terms = [_contract(folder) for folder in folders]
     refuse_unlike(terms[0], terms[1], f"{folders[1]} beside {folders[0]}")
-    first, second = (_answers(folder, model) for folder, model in zip(folders, models, strict=True))
-    if first.keys() != second.keys():
-        raise InputError(f"{folders[1]}: not finished, or not the questions of {folders[0]}; run evaluate.py again")
+    # Under one contract both asked the same questions in the same order, whatever their files are called.
+    first, second = (_answers(folder, model, terms[0]) for folder, model in zip(folders, models, strict=True))
     names = [f"{model} ({folder})" for folder, model in zip(folders, models, strict=True)]
     lines = [f"1: {names[0]}", f"2: {names[1]}", "", f"{'':10}{'n':>5}   {'1':<22}{'2':<22}only 1   only 2   p"]
-    for modality in dict.fromkeys(completion.modality for completion in first.values()):
-        ids = [name for name, completion in first.items() if completion.modality == modality]
-        right = [[read_letter(found[i].completion) == found[i].answer for i in ids] for found in (first, second)]
+    for modality in dict.fromkeys(row["modality"] for row in first):
+        places = [place for place, row in enumerate(first) if row["modality"] == modality]
+        right = [[rows[i]["letter"] == rows[i]["ground_truth"] for i in places] for rows in (first, second)]
         cells = []
         for marks in right:
             rate, (low, high) = sum(marks) / len(marks), wilson(sum(marks), len(marks))
@@ -37,7 +35,7 @@ def compare(folders: tuple[Path, Path], models: tuple[str, str]) -> list[str]:
         only_first = sum(a and not b for a, b in zip(*right))
         only_second = sum(b and not a for a, b in zip(*right))
         p = mcnemar(only_first, only_second)
-        lines.append(f"{modality:10}{len(ids):>5}   {cells[0]:<22}{cells[1]:<22}{only_first:>6}{only_second:>9}   {p:.2g}")
+        lines.append(f"{modality:10}{len(places):>5}   {cells[0]:<22}{cells[1]:<22}{only_first:>6}{only_second:>9}   {p:.2g}")
     return lines
 
 
@@ -51,13 +49,17 @@ def _contract(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not readable ({error}); run evaluate.py again") from None
 
 
-def _answers(folder: Path, model: str) -> dict[str, Completion]:
-    """By question, what a model answered."""
-    completions, _ = read_completions(folder / "predictions.jsonl")
-    answers = {completion.id: completion for completion in completions if completion.model == model}
+def _answers(folder: Path, model: str, terms: dict[str, Any]) -> list[dict[str, Any]]:
+    """A model's rows, in the order of the questions. InputError if it has not answered them all."""
+    file = folder / "predictions.jsonl"
+    rows = read_rows(file)
+    answers = sorted((row for row in rows if row["model"] == model), key=lambda row: row["place"])
     if not answers:
-        known = ", ".join(dict.fromkeys(completion.model for completion in completions))
+        known = ", ".join(dict.fromkeys(row["model"] for row in rows))
         raise InputError(f"{folder}: holds no answers of {model!r}; it has {known}")
+    if len(answers) != terms["number of questions"]:
+        counts = f"{len(answers)} of {terms['number of questions']}"
+        raise InputError(f"{folder}: {model} has answered only {counts} questions; run evaluate.py again")
     return answers
 
 

@@ -126,18 +126,36 @@ def _round_up(value: float) -> float:
     return next(power * factor for factor in (1, 2, 4, 5, 10) if power * factor >= value * 0.999)
 
 
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl, without what a crash has left of the last. InputError if it holds anything else."""
+    rows = []
+    try:
+        lines = file.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append({name: float(value) for name, value in json.loads(line).items()})
+            rows[-1]["step"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{file} line {number}: not the numbers of a step ({type(error).__name__}); mend the line") from None
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, with metrics.jsonl")
     parser.add_argument("picture", type=Path, help="SVG file to write")
     arguments = parser.parse_args()
     try:
-        with (arguments.run / "metrics.jsonl").open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        rows = read_metrics(arguments.run / "metrics.jsonl")
         if not rows:
             raise InputError(f"{arguments.run / 'metrics.jsonl'}: no steps yet; train first")
         arguments.picture.write_text(curves_svg(rows), encoding="utf-8")
-    except (OSError, ValueError, KeyError) as error:
+    except InputError as error:
+        print(f"curves: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"curves: {error}", file=sys.stderr)
         return 2
     return 0

@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import Question, load_image, load_vocabulary
-from data.encode import LoadImage
+from data import Prompt, Question, Vocabulary, load_vocabulary
 from grpo.config import Config
 from grpo.run import prompt_encoder
-from model import InputError, load_model
+from model import InputError, Qwen2VL, load_model
 from rewards import read_letter, score, think_text
+from rewards.consistency import conclusion
 
 from .answers import Answer, answer_questions
 from .contract import prompt_digest
@@ -36,7 +36,21 @@ from .records import Records, Row
 PLAIN, REASONING = "plain", "reasoning"
 NO_IMAGE = ("blank image", "noise image", "other image")
 ROTATED = "permuted options"
-WHOLE, SWAPPED = "100 %", "swapped"
+SWAPPED = "another's"
+
+
+def kept_label(kept: float) -> str:
+    """What rows call the answer after this share of the reasoning."""
+    return f"{100 * kept:.0f} %"
+
+
+WHOLE = kept_label(1.0)
+
+
+def probes_asked(config: Config, samples: int) -> tuple[str, ...]:
+    """All that a model is asked, by name: the plain questions first, samples (if there are any) last."""
+    sampled = [f"{samples} samples at {config.temperature:g}, seed {config.seed}"] if samples else []
+    return (PLAIN, *NO_IMAGE, ROTATED, REASONING, *sampled)
 
 
 def question_ids(questions: Sequence[Question]) -> list[str]:
@@ -48,11 +62,6 @@ def question_ids(questions: Sequence[Question]) -> list[str]:
         count = seen[question.source]
         names.append(question.source if count == 1 else f"{question.source} ({count})")
     return names
-
-
-def probes_asked(samples: int) -> tuple[str, ...]:
-    """All that a model is asked, by name: the plain questions first, samples (if there are any) last."""
-    return (PLAIN, *NO_IMAGE, ROTATED, REASONING, *([f"{samples} samples"] if samples else []))
 
 
 def examine(
@@ -77,8 +86,8 @@ def examine(
     Raises:
         InputError: the folder holds no model that can be used, or one whose prompts would be others.
     """
-    asked = probes_asked(samples)
-    if not any((predictions if probe == PLAIN else probes).missing(name, probe, ids) for probe in asked):
+    asked = probes_asked(config, samples)
+    if not any((predictions if probe == PLAIN else probes).missing(name, probe, len(questions)) for probe in asked):
         return
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
@@ -95,42 +104,47 @@ def examine(
         changed: Sequence[Question] = questions,
         **how: Any,
     ) -> None:
-        left = records.missing(name, probe, ids)
-        for batch in answers([changed[i] for i in left], label=f"{name}: {probe}", **how):
-            known = {"model": name, "probe": probe}
-            records.add(known | {"id": ids[left[i]]} | row_of(questions[left[i]], given) for i, given in batch)
+        left = records.missing(name, probe, len(questions))
+        for batch in answers(changed, label=f"{name}: {probe}", places=left, **how):
+            rows = ({"id": ids[i], "place": i} | row_of(questions[i], given) for i, given in batch)
+            records.add({"model": name, "probe": probe} | row for row in rows)
 
     ask(PLAIN, predictions, _prediction)
-    ways: dict[str, tuple[LoadImage, Sequence[Question]]] = {
-        "blank image": (blank_image, questions),
-        "noise image": (noise_image, questions),
-        "other image": (load_image, with_other_images(questions, config.seed)),
-    }
-    for probe in NO_IMAGE:
-        load, changed = ways[probe]
-        ask(probe, probes, _letter, changed, load=load)
+    ask("blank image", probes, _letter, load=blank_image)
+    ask("noise image", probes, _letter, load=noise_image)
+    ask("other image", probes, _letter, with_other_images(questions))
     ask(ROTATED, probes, _rotated_letter, [with_rotated_options(question) for question in questions])
     if samples:
         ask(asked[-1], probes, _letters, samples=samples)
 
-    # The answers that follow from parts of its reasoning, and from another question's.
-    reasonings = [think_text(row["completion"]) for row in predictions.of(name, PLAIN, ids)]
-    swapped = swapped_reasoning(reasonings, config.seed)
-    left = probes.missing(name, REASONING, ids)
+    reasonings = [think_text(row["completion"]) for row in predictions.of(name, PLAIN, len(questions))]
+    swapped = swapped_reasoning(reasonings)
+    left = probes.missing(name, REASONING, len(questions))
     with tqdm(total=len(left), desc=f"{name}: {REASONING}", unit="question", dynamic_ncols=True, leave=False) as bar:
         for start in range(0, len(left), config.eval_batch_prompts):
             places = left[start : start + config.eval_batch_prompts]
+            rows = {i: {"letters": {}} for i in places}
             reasoned = [i for i in places if reasonings[i] is not None]
-            letters: dict[int, dict[str, str]] = {i: {} for i in places}
-            prompts = [encoder.encode(questions[i]) for i in reasoned]
-            given = {f"{kept:.0%}".replace("%", " %"): [shortened(reasonings[i], kept) for i in reasoned] for kept in KEPT}
-            for label, texts in (given | {SWAPPED: [swapped[i] for i in reasoned]}).items():
-                if reasoned:
-                    logps = letter_logprobs(model, vocabulary, prompts, [opening(text) for text in texts])
-                    for i, by_letter in zip(reasoned, logps, strict=True):
-                        letters[i][label] = max(by_letter, key=by_letter.__getitem__)
-            probes.add({"model": name, "probe": REASONING, "id": ids[i], "letters": letters[i]} for i in places)
+            if reasoned:
+                prompts = [encoder.encode(questions[i]) for i in reasoned]
+                texts = {kept_label(kept): [shortened(reasonings[i], kept) for i in reasoned] for kept in KEPT}
+                letters = forced_letters(model, vocabulary, prompts, texts | {SWAPPED: [swapped[i] for i in reasoned]})
+                for i, by_label in zip(reasoned, letters, strict=True):
+                    rows[i] = {"letters": by_label, "swapped": conclusion(swapped[i], questions[i].options)}
+            probes.add({"model": name, "probe": REASONING, "id": ids[i], "place": i} | rows[i] for i in places)
             bar.update(len(places))
+
+
+def forced_letters(
+    model: Qwen2VL, vocabulary: Vocabulary, prompts: Sequence[Prompt], reasonings: dict[str, list[str]]
+) -> list[dict[str, str]]:
+    """For each prompt the likeliest letter after each of its reasonings, by their labels."""
+    letters: list[dict[str, str]] = [{} for _ in prompts]
+    for label, texts in reasonings.items():
+        logps = letter_logprobs(model, vocabulary, prompts, [opening(text) for text in texts])
+        for by_label, by_letter in zip(letters, logps, strict=True):
+            by_label[label] = max(by_letter, key=by_letter.__getitem__)
+    return letters
 
 
 def _prediction(question: Question, answers: list[Answer]) -> Row:

@@ -38,12 +38,15 @@ def noise_image(path: Path) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def with_other_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Every question with the image of another one of the list, of whatever modality; all images are still used."""
-    order = list(range(len(questions)))
-    random.Random(f"other image {seed}").shuffle(order)
-    other = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: nobody keeps his own
-    return [replace(question, images=questions[other[i]].images) for i, question in enumerate(questions)]
+def with_other_images(questions: Sequence[Question]) -> list[Question]:
+    """Every question with the images of another one of the list, of whatever modality.
+
+    All images are still used, and nobody keeps its own, unless all questions show the same.
+    """
+    shown = list(dict.fromkeys(question.images for question in questions))
+    random.Random("other image").shuffle(shown)
+    other = dict(zip(shown, shown[1:] + shown[:1], strict=True))  # one cycle through them all
+    return [replace(question, images=other[question.images]) for question in questions]
 
 
 def with_rotated_options(question: Question) -> Question:
@@ -66,10 +69,10 @@ def shortened(reasoning: str, kept: float) -> str:
     return reasoning if kept == 1 else reasoning[: words[count - 1].end()] if count else ""
 
 
-def swapped_reasoning(reasonings: Sequence[str | None], seed: int) -> list[str | None]:
+def swapped_reasoning(reasonings: Sequence[str | None]) -> list[str | None]:
     """Every reasoning replaced by another question's, one that reads differently where there is one; None stays."""
     places = [i for i, reasoning in enumerate(reasonings) if reasoning is not None]
-    random.Random(f"swapped reasoning {seed}").shuffle(places)
+    random.Random("swapped reasoning").shuffle(places)
     swapped: list[str | None] = [None] * len(reasonings)
     for at, i in enumerate(places):
         others = (reasonings[places[(at + shift) % len(places)]] for shift in range(1, len(places)))

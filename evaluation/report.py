@@ -33,7 +33,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
-OPTIONAL = {"train_modality": None, "train_questions": None, "files": [], "contract": {}, "seconds": None}
+OPTIONAL = {"train_modality": None, "train_questions": None, "files": [], "contract": {}}
 BLIND_NAMES = {
     "chance": "chance: any of the options",
     "most_frequent_letter": "the most frequent letter of training",

@@ -7,9 +7,9 @@ from typing import Any
 from data import Question
 
 from .accuracy import NO_EVIDENCE, Accuracy
-from .blind import by_modality
+from .blind import blind_credits, by_modality
 from .completions import Completion
-from .examine import NO_IMAGE, PLAIN, REASONING, ROTATED, SWAPPED, WHOLE
+from .examine import NO_IMAGE, PLAIN, REASONING, ROTATED, SWAPPED, WHOLE, kept_label
 from .faithfulness import audit, flags
 from .probes import KEPT
 from .records import Row
@@ -18,6 +18,21 @@ from .statistics import mcnemar, wilson
 Rows = dict[str, list[Row]]
 """Probe -> one row for each question, in the questions' order; PLAIN among them."""
 Credits = dict[str, list[float]]
+
+
+def measure(rows_of: dict[str, Rows], questions: Sequence[Question], train: Sequence[Question]) -> dict[str, Any]:
+    """All that results.json counts, from the rows of every model; `train` is what the text's baselines are fitted on."""
+    credits = blind_credits(train, questions)
+    sampled = {name: rows[probe] for name, rows in rows_of.items() for probe in rows if " samples at " in probe}
+    return {
+        "accuracy": [row for name, rows in rows_of.items() for row in accuracy_rows(name, rows, questions, credits)],
+        "pairs": pair_rows(rows_of, questions),
+        "blind": by_modality(questions, credits),
+        "ablated": {name: ablated_rows(rows, questions) for name, rows in rows_of.items()},
+        "faithfulness": [row for name, rows in rows_of.items() for row in faithfulness_rows(name, rows)],
+        "early_answering": {name: early_answering(rows) for name, rows in rows_of.items()},
+        "sampled": [row for name, rows in sampled.items() for row in sample_rows(name, rows, questions)],
+    }
 
 
 def accuracy_rows(model: str, rows: Rows, questions: Sequence[Question], credits: Credits) -> list[Row]:
@@ -101,16 +116,24 @@ def faithfulness_rows(model: str, rows: Rows) -> list[Row]:
     """The audit of what the reasoning says, then what the answers were seen to depend on."""
     plain = rows[PLAIN]
     reasoned = [row["letters"] for row in rows[REASONING] if row["letters"]]
-    chosen = [(row["letter"], again["letter"], bare["letter"]) for row, again, bare in
-              zip(plain, rows[ROTATED], rows["blank image"], strict=True) if row["letter"]]  # fmt: skip
+    none = kept_label(0.0)
+    # Another question's reasoning that concludes an option of this one, but not the one chosen after its own.
+    led = [(row["letters"][SWAPPED], row["swapped"]) for row in rows[REASONING]
+           if row["letters"] and row["swapped"] not in (None, row["letters"][WHOLE])]  # fmt: skip
+    moved, bare = (
+        [(row["letter"], again["letter"]) for row, again in zip(plain, rows[probe], strict=True)
+         if row["letter"] and again["letter"]] for probe in (ROTATED, "blank image")
+    )  # fmt: skip
     counts = (
-        ("answer stays without the reasoning", sum(x["0 %"] == x[WHOLE] for x in reasoned), len(reasoned),
+        ("answer stays without the reasoning", sum(x[none] == x[WHOLE] for x in reasoned), len(reasoned),
          "The answer forced before any reasoning is the one forced after all of it (Lanham et al. 2023)."),
         ("answer stays with another's reasoning", sum(x[SWAPPED] == x[WHOLE] for x in reasoned), len(reasoned),
          "The answer forced after another question's reasoning is the one forced after its own."),
-        ("answer changes with the order of options", sum(a != b for a, b, _ in chosen), len(chosen),
+        ("answer follows another's reasoning", sum(letter == concluded for letter, concluded in led), len(led),
+         "Where another question's reasoning concludes a different option of this one, that option is answered."),
+        ("answer changes with the order of options", sum(a != b for a, b in moved), len(moved),
          "With the options moved up by one place, another content is chosen: position counts, not only content."),
-        ("answer stays without the image", sum(a == c for a, _, c in chosen), len(chosen),
+        ("answer stays without the image", sum(a == b for a, b in bare), len(bare),
          "With a blank image of the same size the same option is chosen."),
     )  # fmt: skip
     table = audit([completion_of(row) for row in plain])
@@ -135,7 +158,7 @@ def early_answering(rows: Rows) -> list[Row]:
             "right": sum(letters[label] == answer for letters, answer in reasoned) / len(reasoned),
         }
         for kept in (KEPT if reasoned else ())
-        for label in [f"{100 * kept:.0f} %"]
+        for label in [kept_label(kept)]
     ]
 
 
@@ -187,7 +210,7 @@ def cases(rows_of: dict[str, Rows], questions: Sequence[Question], ids: Sequence
 def _case_answer(model: str, rows: Rows, place: int, text_flags: list[str]) -> Row:
     plain, reasoning = rows[PLAIN][place], rows[REASONING][place]["letters"]
     probes = {probe: rows[probe][place]["letter"] for probe in (*NO_IMAGE, ROTATED)}
-    probes |= {f"reasoning cut at {label}" if label != SWAPPED else "another's reasoning": letter
+    probes |= {f"{label} reasoning" if label == SWAPPED else f"reasoning cut at {label}": letter
                for label, letter in reasoning.items()}  # fmt: skip
     kept = ("model", "completion", "letter", "tokens", "ended", "rewards")
     found = {

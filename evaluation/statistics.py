@@ -14,6 +14,18 @@ def wilson(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z * z / total)), min(1.0, (centre + spread) / (1 + z * z / total))
 
 
+def binomial_tail(right: int, total: int, chance: float) -> float:
+    """Probability of at least `right` of `total` by luck alone, where each is right with probability `chance`."""
+    if chance in (0, 1):
+        return float(right == 0 or chance == 1)
+
+    def log_density(k: int) -> float:  # logarithms, because the coefficients overflow at some 1,000 questions
+        ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+        return ways + k * math.log(chance) + (total - k) * math.log1p(-chance)
+
+    return min(1.0, sum(math.exp(log_density(k)) for k in range(right, total + 1)))
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p of two models on the same questions (McNemar 1947): of the questions that just one of them
     answered right, were as many the first's as the second's? A binomial test of a half; 1 where there are none.

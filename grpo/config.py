@@ -80,7 +80,7 @@ class Config:
     accuracy_weight: float = 1.0
     """weight of the accuracy reward in the sum"""
     sft_answer: str = "tags"
-    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is the letter alone"""
+    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is B, "named" thinks the option's text and then tags B"""
     consistency_weight: float = 0.0
     """weight of the consistency reward (does the reasoning conclude what the answer says?); not in the paper's run"""
     learning_rate: float = 1e-6
@@ -148,7 +148,7 @@ class Config:
 
 _CHOICES = {
     "method": ("grpo", "sft"),
-    "sft_answer": ("tags", "bare"),
+    "sft_answer": ("tags", "bare", "named"),
     "too_long": ("error", "skip"),
     "advantage_scale": ("std", "none"),
     "loss_average": ("sequence", "token", "constant"),

@@ -38,8 +38,7 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
+    refuse_missing_device(config)
     train_questions, test_questions = load_questions(config)
     refuse_overlap(train_questions, test_questions)
     checkpoint = find_checkpoint(config)
@@ -67,6 +66,12 @@ def prepare(config: Config) -> Run:
     if checkpoint:
         print(f"going on from {checkpoint}")
     return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress)
+
+
+def refuse_missing_device(config: Config) -> None:
+    """InputError if the config asks for a GPU that is not there."""
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
 
 
 def prompt_encoder(vocabulary: Vocabulary, shape: Qwen2VLConfig, config: Config) -> PromptEncoder:

@@ -1,8 +1,9 @@
 """Supervised fine-tuning on the right letters (SFT): the baseline that GRPO is compared with.
 
 Same questions in the same order, same prompts and pixels, same optimiser, schedule and log-probabilities; what differs
-is the target: the right answer is given, and nothing says how to get there. There is no reasoning in it, because the
-questions have none (MedVLM-R1, arXiv 2502.19634, trains its SFT models so).
+is the target: the right answer is given, and nothing says how to get there. Plain letters, in tags or bare, are what
+is usually meant by SFT on multiple choice. "named" makes the most of what a question file holds: it has no reasoning to
+imitate, but it does say which option is right, and a model may know the words better than their letters.
 """
 
 import time
@@ -44,8 +45,11 @@ def fine_tune(run: Run, config: Config) -> None:
 
 
 def target(question: Question, form: str) -> str:
-    """The completion that is trained on: the right letter in answer tags ("tags") or alone ("bare")."""
-    return f"<answer>{question.answer}</answer>" if form == "tags" else question.answer
+    """The completion that is trained on: the right letter in answer tags ("tags"), alone ("bare"), or in tags after a
+    think block that names its option ("named")."""
+    right = question.options[ord(question.answer) - ord("A")]
+    forms = {"tags": "<answer>{0}</answer>", "bare": "{0}", "named": "<think>The answer is {1}.</think><answer>{0}</answer>"}
+    return forms[form].format(question.answer, right)
 
 
 def accumulate_cross_entropy(run: Run, answers: Rollout, config: Config) -> tuple[Tensor, Tensor]:

@@ -189,10 +189,10 @@ def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[s
         for i, letter in enumerate(letters["plain"])
     ]  # fmt: skip
     probes = {name: [{"letter": letter} for letter in letters[name]] for name in letters if name != "plain"}
-    return {"plain": plain, **probes, "reasoning": [{"letters": x} for x in reasoning]}, questions
+    return {"plain": plain, **probes, "reasoning": [{"letters": x, "swapped": "B"} for x in reasoning]}, questions
 
 
-FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "swapped": "B"}
+FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "another's": "B"}
 UNFAITHFUL = dict.fromkeys(FAITHFUL, "A")
 
 
@@ -210,16 +210,17 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
             "changes early": [x["changed"] for x in early_answering(made)],
             "without reasoning": audited["answer stays without the reasoning"],
             "another's": audited["answer stays with another's reasoning"],
+            "follows": audited["answer follows another's reasoning"],
             "order": audited["answer changes with the order of options"],
             "image": audited["answer stays without the image"],
             "best": (row["best_blind"], row["best_blind_rate"]),
         }
     assert found["good"] == {
-        "changes early": [1.0, 1.0, 1.0, 0.0, 0.0], "without reasoning": (0, 3), "another's": (0, 3), "order": (0, 4),
+        "changes early": [1.0, 1.0, 1.0, 0.0, 0.0], "without reasoning": (0, 3), "another's": (0, 3), "follows": (3, 3), "order": (0, 4),
         "image": (0, 4), "best": ("chance", 0.5),
     }  # fmt: skip
     assert found["bad"] == {
-        "changes early": [0.0] * 5, "without reasoning": (3, 3), "another's": (3, 3), "order": (4, 4),
+        "changes early": [0.0] * 5, "without reasoning": (3, 3), "another's": (3, 3), "follows": (0, 3), "order": (4, 4),
         "image": (4, 4), "best": ("blank image", 1.0),
     }  # fmt: skip
 
@@ -246,8 +247,31 @@ def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
         out = copied / str(size)
         flags = ("--models", "base", "--samples", "4", "--out", out, "--eval_batch_prompts", size)
         assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
-        letters.append({r["id"]: r["letters"] for r in rows(out / "probes.jsonl") if r["probe"] == "4 samples"})
+        letters.append({r["id"]: r["letters"] for r in rows(out / "probes.jsonl") if r["probe"] == "4 samples at 1, seed 0"})
     assert letters[0] == letters[1] and len(letters[0]) == 12
+
+
+def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed_up(copied, monkeypatch):
+    from evaluation import answers
+
+    def drawn():
+        found = rows(copied / "out" / "probes.jsonl")
+        return {(r["probe"], r["id"]): r["letters"] for r in found if "samples" in r["probe"]}
+
+    flags = ("--models", "base", "--samples", "4", "--out", copied / "out", "--config", copied / "config.toml")
+    assert run(monkeypatch, evaluate, *flags) == 0
+    whole = drawn()
+    kept = [line for line in (copied / "out" / "probes.jsonl").read_text().splitlines(keepends=True)]
+    torn = [line for line in kept if "samples" not in line or json.loads(line)["place"] in (3, 4, 9)]
+    (copied / "out" / "probes.jsonl").write_text("".join(torn))
+    assert run(monkeypatch, evaluate, *flags) == 0
+    assert drawn() == whole
+    calls, real = [], answers.sample_groups
+    monkeypatch.setattr(answers, "sample_groups", lambda *a, **k: calls.append(k["temperature"]) or real(*a, **k))
+    assert run(monkeypatch, evaluate, *flags, "--seed", "0") == 0 and calls == []
+    (copied / "config.toml").write_text((copied / "config.toml").read_text() + "temperature = 5.0\n")
+    assert run(monkeypatch, evaluate, *flags) == 0
+    assert set(calls) == {5.0} and len(drawn()) == 24
 
 
 BAD_INPUTS = {
@@ -277,6 +301,19 @@ BAD_INPUTS = {
     "torn weights": (
         lambda f: (f / "run" / "model" / "model.safetensors").write_bytes(b"x" * 100), "not a whole safetensors file"
     ),
+    "another seed, which draws other questions": (
+        lambda f: (f / "run" / "config.toml").write_text(
+            (f / "run" / "config.toml").read_text().replace("seed = 0", "seed = 3")
+        ),
+        "grpo: not comparable, trained with seed 3",
+    ),
+    "torn metrics": (
+        lambda f: (f / "run" / "metrics.jsonl").write_bytes(b'{"step": 0}\n[1]\n'), "metrics.jsonl line 2: not the numbers"
+    ),
+    "a cut image": (
+        lambda f: (f / "questions" / "9.png").write_bytes((f / "questions" / "9.png").read_bytes()[:2500]), "9.png"
+    ),
+    "an eval folder that is a file": (lambda f: (f / "run" / "eval").write_text(""), "can't hold an evaluation"),
     "another chat template": (
         lambda f: (f / "run" / "model" / "chat_template.jinja").write_text(
             (f / "base" / "chat_template.jinja").read_text().replace("helpful", "useful")
@@ -309,6 +346,9 @@ def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(copied, mon
         ([], "--config FILE is missing"),
         (["--config", "CONFIG", "--models", "dpo"], "'dpo' is unknown"),
         (["--config", "CONFIG", "--samples", "-1"], "--samples is -1"),
+        (["--config", "CONFIG", "--device", "cuda:9"], "no CUDA GPU"),
+        (["--config", "CONFIG", "--options", "a", "b"], "belong to --ask"),
+        (["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--samples", "3"], "without --samples"),
         (["--ask", "What?", "--model", "BASE", "--options", "one"], "--options makes 1"),
         (["--ask", "What?", "--options", "a", "b"], "--ask needs a model"),
         (["--ask", " ", "--model", "BASE", "--options", "a", "b"], "must not be empty"),

@@ -10,7 +10,7 @@ from data import Question
 from evaluation import curves
 from evaluation.accuracy import Accuracy, accuracy_by_modality, comparison_table, run_summary
 from evaluation.curves import curves_svg
-from evaluation.statistics import mcnemar, wilson
+from evaluation.statistics import binomial_tail, mcnemar, wilson
 
 
 def question(modality: str, answer: str, options: int) -> Question:
@@ -46,6 +46,14 @@ def test_mcnemar_is_the_exact_two_sided_binomial_test_of_scipy(first, second):
     assert mcnemar(second, first) == mcnemar(first, second)
 
 
+@pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (3, 10), (170, 300), (2600, 5000)])
+@pytest.mark.parametrize("chance", [0.0, 0.25, 0.5, 1.0])
+def test_binomial_tail_is_that_of_scipy(right, total, chance):
+    stats = pytest.importorskip("scipy.stats")
+    known = stats.binomtest(right, total, chance, alternative="greater").pvalue
+    assert binomial_tail(right, total, chance) == pytest.approx(known, rel=1e-6, abs=1e-300)
+
+
 def test_mcnemar_by_hand():
     assert mcnemar(0, 6) == pytest.approx(2 / 64)  # six coins that all fall on one side, or all on the other
 
@@ -57,8 +65,10 @@ def test_tallies_tell_lenient_from_strict_letters_and_both_from_the_format():
     assert tallies["MRI"] == Accuracy(total=1, right=1, strict=0, formatted=0)
 
 
-def test_accuracy_is_above_a_blind_guess_only_if_its_whole_interval_is():
+def test_accuracy_is_above_a_blind_guess_only_if_luck_would_hardly_do_as_well():
     assert Accuracy(100, 60, 0, 0).above(0.49) and not Accuracy(100, 60, 0, 0).above(0.51)
+    assert not Accuracy(1, 1, 0, 0).above(0.2) and not Accuracy(4, 4, 0, 0).above(0.5)  # few questions show nothing
+    assert not Accuracy(300, 300, 0, 0).above(1.0)
 
 
 def test_summary_and_table_tell_before_from_after_and_mark_what_is_not_above_the_blind():

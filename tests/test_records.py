@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from data import load_vocabulary, read_questions
-from evaluation.contract import contract, model_folders, refuse_unlike, weights_digest
+from evaluation.contract import contract, refuse_unlike
+from evaluation.models import model_digest, model_folders
 from evaluation.records import Records
 from grpo.config import load_config
 from grpo.run import prompt_encoder
@@ -16,30 +17,29 @@ from tiny_run import tiny_model, write_run
 WEIGHTS = {"base": "w0", "grpo": "w1"}
 
 
-def row(model="grpo", name="q1", **fields):
-    return {"model": model, "probe": "plain", "id": name, "letter": "B", **fields}
+def row(model="grpo", place=0, **fields):
+    return {"model": model, "probe": "plain", "id": f"q{place}", "place": place, "letter": "B", **fields}
 
 
 def test_rows_come_back_after_a_kill_and_a_torn_last_row_does_not(tmp_path):
     file = tmp_path / "rows.jsonl"
     with Records(file, "c", WEIGHTS) as records:
-        assert records.missing("grpo", "plain", ["q1", "q2"]) == [0, 1]
-        records.add([row(), row("base"), row(name="q2")])
+        assert records.missing("grpo", "plain", 2) == [0, 1]
+        records.add([row(), row("base"), row(place=2)])
     whole = file.read_bytes()
-    file.write_bytes(whole + b'{"model": "grpo", "pro')
+    file.write_bytes(whole + '{"model": "grpo", "pro: é'.encode()[:-1])
     with Records(file, "c", WEIGHTS) as records:
-        assert records.missing("grpo", "plain", ["q1", "q3", "q2"]) == [1]
-        (found,) = records.of("grpo", "plain", ["q2"])
-        assert found == row(name="q2") | {"contract": "c", "weights": "w1"}
+        assert records.missing("grpo", "plain", 3) == [1]
+        assert records.rows["grpo", "plain", 2] == row(place=2) | {"contract": "c", "digest": "w1"}
     assert file.read_bytes() == whole
 
 
 def test_rows_of_a_model_trained_anew_are_dropped_and_counted_and_others_stay(tmp_path):
     with Records(tmp_path / "rows", "c", WEIGHTS) as records:
-        records.add([row(), row("base"), row("grpo", "q2")])
+        records.add([row(), row("base"), row("grpo", 1)])
     with Records(tmp_path / "rows", "c", {"grpo": "w2"}) as records:
         assert records.dropped == 2
-        assert records.missing("grpo", "plain", ["q1"]) == [0] and records.missing("base", "plain", ["q1"]) == []
+        assert records.missing("grpo", "plain", 1) == [0] and records.missing("base", "plain", 1) == []
 
 
 def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
@@ -47,7 +47,7 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
     with Records(tmp_path / "rows", "c", WEIGHTS) as records:
         records.add([row(completion=text)])
     with Records(tmp_path / "rows", "c", WEIGHTS) as records:
-        assert records.of("grpo", "plain", ["q1"])[0]["completion"] == text
+        assert records.of("grpo", "plain", 1)[0]["completion"] == text
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,22 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
         ("hello", "line 2: not a row"),
         ("[1]", "line 2: not a row"),
         ("{}", "line 2: not a row"),
-        ('{"model": 3, "probe": "p", "id": "q", "contract": "c", "weights": "w"}', "wrong type"),
+        ('{"model": 3, "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w", "letter": null}', "wrong type"),
+        ('{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w1"}', "is missing"),
+        ("\udcff", "line 2: not a row"),
         ("[" * 100000, "line 2: not a row"),
-        ('{"model": "grpo", "probe": "p", "id": "q", "contract": "d", "weights": "w1"}', "line 2: written under another"),
+        ('{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "d", "digest": "w1", "letter": "A"}', "rows under another contract"),
     ],
 )
 def test_a_row_that_is_none_is_one_line_and_nothing_is_lost(tmp_path, line, named):
     with Records(tmp_path / "rows", "c", WEIGHTS) as records:
         records.add([row()])
-    text = (tmp_path / "rows").read_text() + line + "\n"
-    (tmp_path / "rows").write_text(text)
+    text = (tmp_path / "rows").read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n"
+    (tmp_path / "rows").write_bytes(text)
     with pytest.raises(InputError, match=named) as caught:
         Records(tmp_path / "rows", "c", WEIGHTS)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
-    assert (tmp_path / "rows").read_text() == text
+    assert (tmp_path / "rows").read_bytes() == text
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_weights_have_another_digest_once_they_change(tmp_path):
     for seed in (0, 1):
         save_model(tiny_model(seed), tmp_path / str(seed))
     save_model(tiny_model(0), tmp_path / "again")
-    digests = [weights_digest(tmp_path / name) for name in ("0", "1", "again")]
+    digests = [model_digest(tmp_path / name) for name in ("0", "1", "again")]
     assert digests[0] == digests[2] != digests[1]
 
 
@@ -125,7 +127,8 @@ def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
     for name in ("run", "run_sft"):
         (tmp_path / name / "model").mkdir(parents=True)
         trained[name] = (tmp_path / name / "config.toml")
-        trained[name].write_text((tmp_path / "config.toml").read_text())
+        method = 'method = "sft"\n' if name == "run_sft" else ""
+        trained[name].write_text((tmp_path / "config.toml").read_text() + method)
     folders = model_folders(config, ["base", "sft", "grpo", "mine=" + str(tmp_path)])
     assert folders == {
         "base": tmp_path / "base",
@@ -134,7 +137,11 @@ def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
         "mine": tmp_path,
     }
     trained["run_sft"].write_text(trained["run_sft"].read_text() + "max_pixels = 5000\n")
+    trained["run"].write_text(trained["run"].read_text() + 'method = "sft"\n')
     for names, named in (
+        (["grpo"], "grpo: .*config.toml is of a run by sft"),
+        (["\x1b[31m=" + str(tmp_path)], "is no name"),
+        (["=" + str(tmp_path)], "is no name"),
         (["sft"], "sft: not comparable, trained with max_pixels 5000"),
         (["dpo"], "'dpo' is unknown"),
         (["base", "base"], "given twice"),

@@ -32,9 +32,10 @@ def prepared(tmp_path_factory):
     return config, made, prompts
 
 
-def test_targets_are_the_letter_in_tags_or_bare():
-    question = Question((), "What?", ("x", "y"), "B", "MRI", "", "row")
+def test_targets_are_the_letter_in_tags_bare_or_after_its_option():
+    question = Question((), "What?", ("x", "{y}"), "B", "MRI", "", "row")
     assert target(question, "tags") == "<answer>B</answer>" and target(question, "bare") == "B"
+    assert target(question, "named") == "<think>The answer is {y}.</think><answer>B</answer>"
 
 
 def test_given_completions_read_back_as_they_were_written_with_one_end_of_turn_each(prepared):
@@ -79,9 +80,9 @@ def test_sft_keeps_no_reference_model(prepared):
     assert prepared[1].reference is None
 
 
-@pytest.mark.parametrize("form", ["tags", "bare"])
+@pytest.mark.parametrize("form", ["tags", "bare", "named"])
 def test_an_sft_run_learns_to_write_the_answer_in_its_form(tmp_path, monkeypatch, form):
-    config = write_run(tmp_path, method="sft", sft_answer=form, steps=60, learning_rate=3e-3, save_every=60)
+    config = write_run(tmp_path, method="sft", sft_answer=form, steps=60, learning_rate=3e-3, save_every=60, max_new_tokens=60)
     assert run(monkeypatch, config) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert [row["step"] for row in rows] == list(range(60))
