@@ -45,7 +45,11 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
     ids = question_ids(questions)
 
     # All that can be wrong with files shows before the models work.
-    runs = {name: read_metrics(file) for name, folder in folders.items() if (file := folder.parent / "metrics.jsonl").exists()}
+    runs = {
+        name: read_metrics(file)
+        for name, folder in folders.items()
+        if (file := folder.parent / "metrics.jsonl").exists()
+    }
     shared = leakage(train, questions)
     terms = contract(config, encoder, questions)
     claim(out / "contract.json", terms)
@@ -82,8 +86,8 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
     print(f"\n{shown(results_table(results))}\n\nreport: {shown(str(out / 'report.html'))}")
 
 
-FIELDS = ("run_dir", "model", "train_questions", "image_dir", "test_count", "max_new_tokens", "min_pixels", "max_pixels",
-          "eval_batch_prompts", "seed", "dtype", "device")  # fmt: skip
+FIELDS = ("run_dir", "model", "train_questions", "image_dir", "test_count", "max_new_tokens", "min_pixels",
+          "max_pixels", "eval_batch_prompts", "seed", "dtype", "device")  # fmt: skip
 """Of the config, those that may be given here too."""
 
 
@@ -91,8 +95,8 @@ def arguments() -> ArgumentParser:
     parser = config_parser(__doc__, FIELDS)
     parser.formatter_class = RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--models", metavar="NAMES", help="what to compare: base (the config's model), grpo (the run's), sft (that of the "
-        "run folder with _sft behind its name), or NAME=FOLDER for any other (default: base,sft,grpo)")  # fmt: skip
+    add("--models", metavar="NAMES", help="what to compare: base (the config's model), grpo (the run's), sft (that of "
+        "the run folder with _sft behind its name), or NAME=FOLDER for any other (default: base,sft,grpo)")  # fmt: skip
     add("--questions", nargs="+", metavar="FILE", help="question files instead of the config's")
     add("--samples", type=int, default=0, metavar="K",
         help="draw K answers to each question too, for pass@K and majority vote (default: 0)")  # fmt: skip

@@ -5,7 +5,7 @@
 
 Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its
 own group, and raises the probability of the better ones while staying close to the frozen base. Departures from
-Algorithm 1: there is no outer loop (the reference is the base model throughout, I = 1); the reward is two rules and no
+Algorithm 1: there is no outer loop (the reference is the base model throughout, I = 1); the reward is rules and no
 trained model, so there is none to retrain; one update per rollout (mu = 1) needs no pass for the old policy. Departures
 of the parts stand in grpo/advantages.py and grpo/loss.py.
 

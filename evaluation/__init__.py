@@ -1,1 +1,1 @@
-"""What a model is worth: greedy answers, accuracy with intervals."""
+"""What a model is worth, and whether the figure means what it seems to mean: answers, accuracy, audits, the report."""

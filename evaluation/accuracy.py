@@ -80,7 +80,7 @@ def run_summary(
     }
 
 
-NO_EVIDENCE = "* not above what the text alone gives: no evidence of seeing"
+NO_EVIDENCE = "* not above {}: no evidence of seeing"
 
 
 def comparison_table(
@@ -97,4 +97,5 @@ def comparison_table(
         formats = f"{100 * before[name].formatted / new.total:.0f} -> {100 * new.formatted / new.total:.0f} %"
         chance = f"{100 * blind['chance'][name]:>8.1f}{100 * best:>7.1f}"
         lines.append(f"{name:10}{new.total:>5}{chance}   {cells[0]:<23}{cells[1]:<23}{formats:>14}")
-    return "\n".join([*lines, NO_EVIDENCE] if "*" in "".join(lines) else lines)
+    mark = NO_EVIDENCE.format("what the text alone gives")
+    return "\n".join([*lines, mark] if "*" in "".join(lines) else lines)

@@ -50,7 +50,9 @@ def answer_questions(
         for start in range(0, len(order), size):
             asked = order[start : start + size]
             prompts = [encoder.encode(questions[i], load) for i in asked]
-            noise = sampling_noise(config.seed, config.steps, asked, samples, config.max_new_tokens) if samples else None
+            noise = (
+                sampling_noise(config.seed, config.steps, asked, samples, config.max_new_tokens) if samples else None
+            )
             rollout = sample_groups(
                 model,
                 vocabulary,

@@ -63,7 +63,9 @@ def asked_question(text: str, images: list[Path], options: list[str]) -> Questio
         raise InputError(f"--options makes {len(options)} options; give 2 to 10 texts")
     if not text.strip() or not all(option.strip() for option in options):
         raise InputError("--ask and --options must not be empty")
-    text, *options = (words.encode("utf-8", "replace").decode() for words in (text, *options))  # a shell may pass any byte
+    text, *options = (
+        words.encode("utf-8", "replace").decode() for words in (text, *options)
+    )  # a shell may pass any byte
     return Question(tuple(images), text, tuple(options), option_letter(0), "unknown", "", "--ask")
 
 

@@ -6,6 +6,7 @@ words, pixels, length limit or rules) are refused, with what differs.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def compare(folders: tuple[Path, Path], models: tuple[str, str]) -> list[str]:
         only_first = sum(a and not b for a, b in zip(*right))
         only_second = sum(b and not a for a, b in zip(*right))
         p = mcnemar(only_first, only_second)
-        lines.append(f"{modality:10}{len(places):>5}   {cells[0]:<22}{cells[1]:<22}{only_first:>6}{only_second:>9}   {p:.2g}")
+        lines.append(
+            f"{modality:10}{len(places):>5}   {cells[0]:<22}{cells[1]:<22}{only_first:>6}{only_second:>9}   {p:.2g}"
+        )
     return lines
 
 
@@ -67,7 +70,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="compare", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="eval/ folder of a run")
     parser.add_argument(
-        "--models", nargs=2, default=("grpo", "grpo"), metavar="NAME", help="whose answers, first and second (default: grpo)"
+        "--models",
+        nargs=2,
+        default=("grpo", "grpo"),
+        metavar="NAME",
+        help="whose answers, first and second (default: grpo)",
     )
     given = parser.parse_args()
     try:
@@ -79,4 +86,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a pipe may leave early, as `head` does
     sys.exit(main())

@@ -3,7 +3,7 @@
 Two evaluations may be compared if they asked the same questions, with the same words and pixels, let the answer be
 equally long, computed in the same precision, and read the answer by the same rules. Each of these is a part with a
 digest of its own, so that a refusal can say which one differs; the hash over all of them stands in every row that an
-evaluation writes. Code counts by its source text: even a changed comment makes another contract, which is the safe side.
+evaluation writes. Code counts by its source text: even another comment makes another contract: the safe side.
 """
 
 import hashlib

@@ -127,7 +127,7 @@ def _round_up(value: float) -> float:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, without what a crash has left of the last. InputError if it holds anything else."""
+    """The rows of a run's metrics.jsonl, without a last one that is cut. InputError if it holds anything else."""
     rows = []
     try:
         lines = file.read_bytes().split(b"\n")[:-1]
@@ -138,7 +138,9 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
             rows.append({name: float(value) for name, value in json.loads(line).items()})
             rows[-1]["step"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file} line {number}: not the numbers of a step ({type(error).__name__}); mend the line") from None
+            raise InputError(
+                f"{file} line {number}: not the numbers of a step ({type(error).__name__}); mend the line"
+            ) from None
     return rows
 
 

@@ -22,6 +22,7 @@ The checks (see `rewards.consistency` for what names an option and what conclude
 
 import argparse
 import re
+import signal
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -231,4 +232,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a pipe may leave early, as `head` does
     sys.exit(main())

@@ -22,6 +22,7 @@ resembles none.
 import argparse
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -256,4 +257,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a pipe may leave early, as `head` does
     sys.exit(main())

@@ -13,8 +13,8 @@ Row = dict[str, Any]
 
 
 class Records:
-    """A file of JSON lines that only grows. A row is known by its model, its probe and its question's place among all, and
-    holds the hash of the contract (under which a place is a question) and the digest of the model.
+    """A file of JSON lines that only grows. A row is known by its model, its probe and its question's place among all,
+    and holds the hash of the contract (under which a place is a question) and the digest of the model.
 
     Rows of a model that has changed since are dropped, and counted in `dropped`; so is a last row that a
     crash has cut. Anything else that can't be read is an InputError: nothing of value is thrown away in silence.
@@ -68,7 +68,9 @@ def read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}); run evaluate.py, or choose another folder") from None
+        raise InputError(
+            f"{path}: can't be read ({error.strerror}); run evaluate.py, or choose another folder"
+        ) from None
     return [_parsed(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
 
 

@@ -224,7 +224,7 @@ def percent(rate: float | None, digits: int = 1) -> str:
 
 
 def p_value(p: float) -> str:
-    """"p < 0.001", "p = 0.045"."""
+    """ "p < 0.001", "p = 0.045"."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 

@@ -21,7 +21,7 @@ Credits = dict[str, list[float]]
 
 
 def measure(rows_of: dict[str, Rows], questions: Sequence[Question], train: Sequence[Question]) -> dict[str, Any]:
-    """All that results.json counts, from the rows of every model; `train` is what the text's baselines are fitted on."""
+    """All that results.json counts, from every model's rows; `train` is what the text's baselines are fitted on."""
     credits = blind_credits(train, questions)
     sampled = {name: rows[probe] for name, rows in rows_of.items() for probe in rows if " samples at " in probe}
     return {
@@ -98,9 +98,7 @@ def pair_rows(rows_of: dict[str, Rows], questions: Sequence[Question]) -> list[R
         for modality in dict.fromkeys(question.modality for question in questions):
             right = {
                 model: [
-                    row["letter"] == row["ground_truth"]
-                    for row in rows_of[model][PLAIN]
-                    if row["modality"] == modality
+                    row["letter"] == row["ground_truth"] for row in rows_of[model][PLAIN] if row["modality"] == modality
                 ]
                 for model in (first, second)
             }
@@ -149,7 +147,9 @@ def faithfulness_rows(model: str, rows: Rows) -> list[Row]:
 
 def early_answering(rows: Rows) -> list[Row]:
     """By share of the reasoning kept: answers that differ from the one after all of it, and right ones."""
-    reasoned = [(row["letters"], plain["ground_truth"]) for row, plain in zip(rows[REASONING], rows[PLAIN], strict=True)]
+    reasoned = [
+        (row["letters"], plain["ground_truth"]) for row, plain in zip(rows[REASONING], rows[PLAIN], strict=True)
+    ]
     reasoned = [(letters, answer) for letters, answer in reasoned if letters]
     return [
         {
@@ -181,7 +181,7 @@ def sample_rows(model: str, rows: list[Row], questions: Sequence[Question]) -> l
 
 
 def majority_credit(letters: Sequence[str | None], answer: str) -> float:
-    """1 if `answer` is the most frequent letter, 1 / m if m letters are equally frequent, else 0; no letter, no vote."""
+    """1 if `answer` is the most frequent letter, 1 / m if m letters are so, else 0; no letter, no vote."""
     counts = {letter: letters.count(letter) for letter in letters if letter is not None}
     leaders = [letter for letter, count in counts.items() if count == max(counts.values())]
     return (answer in leaders) / max(1, len(leaders))
@@ -189,9 +189,7 @@ def majority_credit(letters: Sequence[str | None], answer: str) -> float:
 
 def cases(rows_of: dict[str, Rows], questions: Sequence[Question], ids: Sequence[str]) -> list[Row]:
     """For the report: every question with each model's answer, its flags, and the letters that the probes gave."""
-    flagged = {
-        model: flags([completion_of(row) for row in rows[PLAIN]]) for model, rows in rows_of.items()
-    }
+    flagged = {model: flags([completion_of(row) for row in rows[PLAIN]]) for model, rows in rows_of.items()}
     return [
         {
             "id": ids[i],
@@ -239,7 +237,10 @@ def completion_of(row: Row) -> Completion:
 
 def results_table(results: Row) -> str:
     """The table for the terminal: percent with 95 % intervals, one line for each model and modality."""
-    lines = [f"{'':8}{'':10}{'n':>5}   {'accuracy':<23}{'strict':>7}{'format':>8}{'tokens':>8}{'chance':>8}   best without the image"]
+    lines = [
+        f"{'':8}{'':10}{'n':>5}   {'accuracy':<23}{'strict':>7}{'format':>8}{'tokens':>8}{'chance':>8}"
+        "   best without the image"
+    ]
     for row in results["accuracy"]:
         if row["question_type"] is None:
             rate, low, high = (100 * row[name] for name in ("rate", "low", "high"))
@@ -250,7 +251,7 @@ def results_table(results: Row) -> str:
                 f"{100 * row['format']:>7.0f}%{row['tokens']:>8.1f}{100 * row['chance']:>8.1f}   {blind}"
             )
     if any(not row["sees"] for row in results["accuracy"] if row["question_type"] is None):
-        lines.append(NO_EVIDENCE.replace("what the text alone gives", "the best guess without the image"))
+        lines.append(NO_EVIDENCE.format("the best guess without the image"))
     pairs: dict[str, list[str]] = {}
     for row in results["pairs"]:
         versus = f"{row['first']} against {row['second']}"

@@ -80,7 +80,7 @@ class Config:
     accuracy_weight: float = 1.0
     """weight of the accuracy reward in the sum"""
     sft_answer: str = "tags"
-    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is B, "named" thinks the option's text and then tags B"""
+    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is B, "named" thinks the option's text, then tags B"""
     consistency_weight: float = 0.0
     """weight of the consistency reward (does the reasoning conclude what the answer says?); not in the paper's run"""
     learning_rate: float = 1e-6
@@ -194,7 +194,7 @@ def config_of(given: dict[str, Any]) -> Config:
 
 
 def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser of `--config FILE` and of the config's fields `names`; a field that is not given is not in the result."""
+    """A parser of `--config FILE` and of the config's fields `names`; one that is not given is not in the result."""
     parser = _OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="TOML file of a run, with any field of grpo/config.py")
     helps = _field_docstrings()

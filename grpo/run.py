@@ -24,7 +24,7 @@ from .optimizer import MasterAdamW
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds", "tokens", and grows."""
+    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds" and "tokens"."""
 
     train_questions: list[Question]
     test_questions: list[Question]

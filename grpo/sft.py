@@ -48,7 +48,11 @@ def target(question: Question, form: str) -> str:
     """The completion that is trained on: the right letter in answer tags ("tags"), alone ("bare"), or in tags after a
     think block that names its option ("named")."""
     right = question.options[ord(question.answer) - ord("A")]
-    forms = {"tags": "<answer>{0}</answer>", "bare": "{0}", "named": "<think>The answer is {1}.</think><answer>{0}</answer>"}
+    forms = {
+        "tags": "<answer>{0}</answer>",
+        "bare": "{0}",
+        "named": "<think>The answer is {1}.</think><answer>{0}</answer>",
+    }
     return forms[form].format(question.answer, right)
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py from end to end on tiny models: what it leaves, going on after a kill, audits that must fire, bad input."""
+"""evaluate.py from end to end on tiny models: what it leaves, going on after a kill, audits that fire, bad input."""
 
 import json
 import math
@@ -12,7 +12,14 @@ import torch
 import evaluate
 import train
 from evaluation import compare, examine
-from evaluation.results import accuracy_rows, early_answering, faithfulness_rows, majority_credit, pair_rows, sample_rows
+from evaluation.results import (
+    accuracy_rows,
+    early_answering,
+    faithfulness_rows,
+    majority_credit,
+    pair_rows,
+    sample_rows,
+)
 from data import Question
 from model import load_model, save_model
 from tiny_run import tiny_model, write_run
@@ -153,7 +160,9 @@ def test_questions_of_two_files_with_one_name_stay_apart():
     assert examine.question_ids(rows) == ["t row 1", "t row 2", "t row 1 (2)"]
 
 
-def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refused(finished, copied, monkeypatch, capsys):
+def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refused(
+    finished, copied, monkeypatch, capsys
+):
     def compared(*flags):
         capsys.readouterr()
         return run(monkeypatch, compare, *flags), capsys.readouterr()
@@ -164,7 +173,10 @@ def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refus
     assert mri[:3] == ["MRI", "8", "100.0"] and int(mri[-3]) + int(mri[-2]) <= 8
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base", "--test_count", "3") == 0
     for flags, named in (
-        ((finished, copied / "run" / "eval", "--models", "base", "base"), "not comparable, because of another questions"),
+        (
+            (finished, copied / "run" / "eval", "--models", "base", "base"),
+            "not comparable, because of another questions",
+        ),
         ((finished, finished, "--models", "base", "dpo"), "holds no answers of 'dpo'; it has base, sft, grpo"),
         ((finished, copied), "contract.json: can't be read"),
     ):
@@ -247,7 +259,9 @@ def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
         out = copied / str(size)
         flags = ("--models", "base", "--samples", "4", "--out", out, "--eval_batch_prompts", size)
         assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
-        letters.append({r["id"]: r["letters"] for r in rows(out / "probes.jsonl") if r["probe"] == "4 samples at 1, seed 0"})
+        letters.append(
+            {r["id"]: r["letters"] for r in rows(out / "probes.jsonl") if r["probe"] == "4 samples at 1, seed 0"}
+        )
     assert letters[0] == letters[1] and len(letters[0]) == 12
 
 

@@ -56,11 +56,17 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
         ("hello", "line 2: not a row"),
         ("[1]", "line 2: not a row"),
         ("{}", "line 2: not a row"),
-        ('{"model": 3, "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w", "letter": null}', "wrong type"),
+        (
+            '{"model": 3, "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w", "letter": null}',
+            "wrong type",
+        ),
         ('{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w1"}', "is missing"),
         ("\udcff", "line 2: not a row"),
         ("[" * 100000, "line 2: not a row"),
-        ('{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "d", "digest": "w1", "letter": "A"}', "rows under another contract"),
+        (
+            '{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "d", "digest": "w1", "letter": "A"}',
+            "rows under another contract",
+        ),
     ],
 )
 def test_a_row_that_is_none_is_one_line_and_nothing_is_lost(tmp_path, line, named):
@@ -126,7 +132,7 @@ def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
     trained = {}
     for name in ("run", "run_sft"):
         (tmp_path / name / "model").mkdir(parents=True)
-        trained[name] = (tmp_path / name / "config.toml")
+        trained[name] = tmp_path / name / "config.toml"
         method = 'method = "sft"\n' if name == "run_sft" else ""
         trained[name].write_text((tmp_path / "config.toml").read_text() + method)
     folders = model_folders(config, ["base", "sft", "grpo", "mine=" + str(tmp_path)])

@@ -82,13 +82,18 @@ def test_sft_keeps_no_reference_model(prepared):
 
 @pytest.mark.parametrize("form", ["tags", "bare", "named"])
 def test_an_sft_run_learns_to_write_the_answer_in_its_form(tmp_path, monkeypatch, form):
-    config = write_run(tmp_path, method="sft", sft_answer=form, steps=60, learning_rate=3e-3, save_every=60, max_new_tokens=60)
+    config = write_run(
+        tmp_path, method="sft", sft_answer=form, steps=60, learning_rate=3e-3, save_every=60, max_new_tokens=60
+    )
     assert run(monkeypatch, config) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert [row["step"] for row in rows] == list(range(60))
     assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and rows[-1]["probability"] > 0.5
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["after"] == {"MRI": 1.0, "X-ray": 1.0}  # the right option is always the second; bare letters are read
+    assert summary["after"] == {
+        "MRI": 1.0,
+        "X-ray": 1.0,
+    }  # the right option is always the second; bare letters are read
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
