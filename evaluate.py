@@ -11,7 +11,6 @@ in the run's folder eval/; a killed evaluation goes on where it stopped. The sec
 import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from evaluation.leakage import leakage
 from evaluation.models import model_digest, model_folders
 from evaluation.records import Records
 from evaluation.report import write_report
-from evaluation.results import cases, measure, results_table
+from evaluation.results import cases, measure
+from evaluation.table import results_table
 from grpo.config import Config, config_of, config_parser
 from grpo.run import load_questions, prompt_encoder, refuse_missing_device
 from model import InputError, read_config

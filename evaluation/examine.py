@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import Prompt, Question, Vocabulary, load_vocabulary
+from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary
 from grpo.config import Config
 from grpo.run import prompt_encoder
 from model import InputError, Qwen2VL, load_model
@@ -116,7 +116,21 @@ def examine(
     ask(ROTATED, probes, _rotated_letter, [with_rotated_options(question) for question in questions])
     if samples:
         ask(asked[-1], probes, _letters, samples=samples)
+    answer_after_reasonings(name, model, vocabulary, encoder, config, questions, ids, predictions, probes)
 
+
+def answer_after_reasonings(
+    name: str,
+    model: Qwen2VL,
+    vocabulary: Vocabulary,
+    encoder: PromptEncoder,
+    config: Config,
+    questions: Sequence[Question],
+    ids: Sequence[str],
+    predictions: Records,
+    probes: Records,
+) -> None:
+    """Force an answer after each part of the model's own reasoning, and after another question's."""
     reasonings = [think_text(row["completion"]) for row in predictions.of(name, PLAIN, len(questions))]
     swapped = swapped_reasoning(reasonings)
     left = probes.missing(name, REASONING, len(questions))

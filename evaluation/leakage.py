@@ -243,16 +243,13 @@ def main() -> int:
     parser.add_argument("train", type=Path, help="question file of the training set")
     parser.add_argument("test", type=Path, help="question file of the test set")
     parser.add_argument("--image_dir", type=Path, help="folder of both files' images; default: each file's own folder")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     try:
-        train, test = (
-            read_questions(file, arguments.image_dir, check_images=False) for file in (arguments.train, arguments.test)
-        )
-        result = leakage(train, test)
+        train, test = (read_questions(file, given.image_dir, check_images=False) for file in (given.train, given.test))
+        print(summary(leakage(train, test)))
     except InputError as error:
         print(f"leakage: {error}", file=sys.stderr)
         return 2
-    print(summary(result))
     return 0
 
 

@@ -1,6 +1,5 @@
 """What an evaluation keeps on disk, and the contract that says which results may be compared."""
 
-import json
 from dataclasses import replace
 
 import pytest
