@@ -17,7 +17,7 @@ three modalities. Asked a multiple-choice question, it thinks on topic in about 
 the question has one of four phrasings; otherwise it says something empty and guesses a letter. GRPO elicits the latent
 behaviour and generalises it; it teaches no new perception. CT and X-ray are out of domain for GRPO and for SFT, not for
 the base. A letter without a thought was right in 3 of 10 lessons, no better than luck: SFT on plain letters finds
-little to build on here, by design; SFT on answers that name the option first finds almost all that GRPO finds.
+little to build on here, by design; SFT on answers that name the option first comes close to GRPO on MRI only.
 
 ## Measured
 
