@@ -14,7 +14,6 @@ Letters in names: N prompts, G samples of each, R rules, T completion tokens.
 
 import json
 import sys
-import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import questions_of_step
+from data import Prompt, prompts_of_steps
 from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summary
 from evaluation.answers import answer_greedily
 from evaluation.blind import blind_credits, by_modality
@@ -30,7 +29,7 @@ from grpo.advantages import group_advantages
 from grpo.batch import Rollout, completion_logprobs, rollout_logprobs
 from grpo.checkpoint import StopRequest, end_step
 from grpo.config import Config, parse_arguments
-from grpo.log import RunLog
+from grpo.log import RunLog, Stopwatch
 from grpo.loss import grpo_loss, token_weights
 from grpo.optimizer import MasterAdamW, scheduled_rate
 from grpo.run import Run, prepare
@@ -43,48 +42,55 @@ from rewards import Verdict, score
 def train(run: Run, config: Config) -> None:
     """GRPO from where `run` stands to its last step; leaves metrics, completions and checkpoints."""
     # Lines 1 to 3: policy and frozen reference both begin as the base model.
-    policy, optimizer, progress = run.policy, run.optimizer, run.progress
-    weights = [config.format_weight, config.accuracy_weight, config.consistency_weight]  # as in rewards.RULES
-    weights_R = torch.tensor(weights, device=config.device)
-
+    progress, steps = run.progress, range(run.progress["step"], config.steps)
+    prompts_of_step = prompts_of_steps(run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed)
     with StopRequest() as stop, RunLog(config.run_dir, config.method, progress["step"], config.steps) as log:
-        for step in range(progress["step"], config.steps):  # line 4
-            started = time.perf_counter()
-            # line 5: sample a batch of questions
-            questions = questions_of_step(run.train_questions, step, config.prompts_per_step, config.seed)
-            prompts = [run.encoder.encode(question) for question in questions]
-
-            # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
-            noise_NGT = sampling_noise(config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens)
-            rollout = sample_groups(policy, run.vocabulary, prompts, noise_NGT, temperature=config.temperature)
-
-            # line 8: the rewards r_i; line 9: advantages relative to the group
-            verdicts_NGR, rewards_NGR = score_rollout(rollout, config.device)
-            rewards_NG = rewards_NGR @ weights_R
-            advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
-
-            logprobs_of = partial(rollout_logprobs, rollout=rollout, allowed_V=run.vocabulary.allowed_V, config=config)
-            ref_NGT = logprobs_of(run.reference) if run.reference is not None else None
-            # Not the sampler's log-probabilities: the trainer's own, so that the first ratio is exactly 1.
-            old_NGT = logprobs_of(policy) if config.inner_updates > 1 else None
-            rate = scheduled_rate(step, config)
-            for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
-                stats = accumulate_gradient(
-                    policy, optimizer, rollout, advantages_NG, old_NGT, ref_NGT, run.vocabulary.allowed_V, config
-                )
-                if update == 0:  # sampler against trainer before anything has moved: rounding, or a bug
-                    sampler_gap = stats["policy_gap"]
-                stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective, equation 3
-            stats["sampler_gap"] = sampler_gap
-
-            seconds = time.perf_counter() - started
-            log.step(step, rollout, verdicts_NGR, rewards_NG, advantages_NG, stats, rate, seconds)
+        for step in steps:  # line 4
+            clock = Stopwatch(config.device)
+            prompts = next(prompts_of_step)  # line 5: sample a batch of questions
+            clock.lap("prompts")
+            rollout, verdicts_NGR, rewards_NG, advantages_NG, stats = grpo_step(run, config, step, prompts, clock)
+            log.step(step, rollout, verdicts_NGR, rewards_NG, advantages_NG, stats, clock)
             if step % config.log_samples_every == 0:
                 log.sample(step, rollout, rewards_NG)
             progress["step"] = step + 1
-            progress["seconds"] += seconds
+            progress["seconds"] += clock.total
             progress["tokens"] += int(rollout.mask_NGT.sum())
-            end_step(config, policy, optimizer, progress, stop)
+            end_step(config, run.policy, run.optimizer, progress, stop)
+
+
+def grpo_step(
+    run: Run, config: Config, step: int, prompts: list[Prompt], clock: Stopwatch
+) -> tuple[Rollout, list[list[tuple[Verdict, ...]]], Tensor, Tensor, dict[str, Tensor]]:
+    """Lines 6 to 11 for the questions of one step: rollout, verdicts, rewards (N, G), advantages (N, G), statistics."""
+    policy, optimizer, allowed_V = run.policy, run.optimizer, run.vocabulary.allowed_V
+    weights_R = torch.tensor([config.format_weight, config.accuracy_weight, config.consistency_weight])  # rewards.RULES
+
+    # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
+    noise_NGT = sampling_noise(config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens)
+    rollout = sample_groups(policy, run.vocabulary, prompts, noise_NGT, temperature=config.temperature)
+    clock.lap("rollout")
+
+    # line 8: the rewards r_i; line 9: advantages relative to the group
+    verdicts_NGR, rewards_NGR = score_rollout(rollout)
+    rewards_NG = (rewards_NGR @ weights_R).to(config.device)
+    advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
+    clock.lap("rewards")
+
+    logprobs_of = partial(rollout_logprobs, rollout=rollout, allowed_V=allowed_V, config=config)
+    ref_NGT = logprobs_of(run.reference) if run.reference is not None else None
+    clock.lap("reference")
+    # Not the sampler's log-probabilities: the trainer's own, so that the first ratio is exactly 1.
+    old_NGT = logprobs_of(policy) if config.inner_updates > 1 else None
+    rate = scheduled_rate(step, config)
+    for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
+        stats = accumulate_gradient(policy, optimizer, rollout, advantages_NG, old_NGT, ref_NGT, allowed_V, config)
+        clock.lap("update")
+        if update == 0:  # sampler against trainer before anything has moved: rounding, or a bug
+            sampler_gap = stats["policy_gap"]
+        stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective, equation 3
+        clock.lap("optimizer")
+    return rollout, verdicts_NGR, rewards_NG, advantages_NG, stats | {"sampler_gap": sampler_gap, "learning_rate": rate}
 
 
 def accumulate_gradient(
@@ -125,13 +131,13 @@ def accumulate_gradient(
     return totals
 
 
-def score_rollout(rollout: Rollout, device: str) -> tuple[list[list[tuple[Verdict, ...]]], Tensor]:
+def score_rollout(rollout: Rollout) -> tuple[list[list[tuple[Verdict, ...]]], Tensor]:
     """Every rule's verdict on every completion, and their scores as a tensor (N, G, R)."""
     groups = zip(rollout.prompts, rollout.texts, strict=True)
     asked = ((prompt.question, texts) for prompt, texts in groups)
     verdicts = [[score(text, question.answer, question.options) for text in texts] for question, texts in asked]
     scores = [[[verdict.score for verdict in rules] for rules in group] for group in verdicts]
-    return verdicts, torch.tensor(scores, device=device)
+    return verdicts, torch.tensor(scores)
 
 
 def measured(config: Config) -> None:

@@ -5,7 +5,7 @@ from .images import load_image, preprocess
 from .prompt import prompt_text
 from .question import Question, canonical_modality, option_letter
 from .readers import read_questions
-from .stream import questions_of_step
+from .stream import prompts_of_steps, questions_of_step
 from .subset import choose_questions, split_by_image
 from .vocabulary import Vocabulary, allowed_tokens_V, decode_completion, load_vocabulary
 
@@ -23,6 +23,7 @@ __all__ = [
     "option_letter",
     "preprocess",
     "prompt_text",
+    "prompts_of_steps",
     "questions_of_step",
     "read_questions",
     "split_by_image",

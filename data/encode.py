@@ -104,15 +104,26 @@ class PromptEncoder:
         Raises:
             InputError: the prompt is too long (whatever `too_long` says), or an image can't be used.
         """
-        patches, grids = [torch.empty(0, self._patch_values())], []
+        return self.assemble(question, self.see(question, load))
+
+    def see(self, question: Question, load: LoadImage = load_image) -> list[tuple[Tensor, tuple[int, int, int]]]:
+        """Patches (S, C) and grid of each image: the slow half of `encode`, which any thread may do."""
+        seen = []
         for path in question.images:
             image = load(path)
             with _naming(question, path):
-                image_patches_SC, grid = preprocess(
-                    image, self.min_pixels, self.max_pixels, self.patch_size, self.merge_size, self.temporal_patch_size
-                )
-            patches.append(image_patches_SC)
-            grids.append(grid)
+                seen.append(
+                    preprocess(
+                        image, self.min_pixels, self.max_pixels, self.patch_size, self.merge_size,
+                        self.temporal_patch_size,
+                    )
+                )  # fmt: skip
+        return seen
+
+    def assemble(self, question: Question, seen: list[tuple[Tensor, tuple[int, int, int]]]) -> Prompt:
+        """The other half of `encode`: words around what was seen. One thread at a time may use the tokenizer."""
+        patches = [torch.empty(0, self._patch_values()), *(patches_SC for patches_SC, _ in seen)]
+        grids = [grid for _, grid in seen]
         tokens_P = torch.tensor(self._tokens(question, [self._image_tokens(grid) for grid in grids]))
         if len(tokens_P) > self.max_prompt_tokens:
             raise self._too_long_error(question, len(tokens_P))

@@ -1,12 +1,16 @@
 """Which questions a step trains on: a pure function of (seed, step), so that a resume has nothing to restore."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 from model.errors import InputError
 
+from .encode import Prompt, PromptEncoder
 from .question import Question
+
+_DECODERS = 4  # threads; Pillow and NumPy release the interpreter while they work
 
 
 @lru_cache(maxsize=4)
@@ -36,3 +40,25 @@ def questions_of_step(questions: Sequence[Question], step: int, prompts_per_step
     total = len(questions)
     places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
     return [questions[permutation(total, f"epoch {seed} {at // total}")[at % total]] for at in places]
+
+
+def prompts_of_steps(
+    encoder: PromptEncoder, questions: Sequence[Question], steps: range, prompts_per_step: int, seed: int
+) -> Iterator[list[Prompt]]:
+    """The prompts of each of the `steps` in turn; threads decode the next step's images while a step is worked on.
+
+    Tokenising stays in the caller's thread: it takes no time, and tokenizers are not made for sharing.
+
+    Raises:
+        InputError: when its step comes, an image can't be used or a prompt is too long.
+    """
+    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="images") as pool:
+
+        def begin(step: int) -> list[tuple[Question, Future]]:
+            asked = questions_of_step(questions, step, prompts_per_step, seed) if step in steps else []
+            return [(question, pool.submit(encoder.see, question)) for question in asked]
+
+        coming = begin(steps.start)
+        for step in steps:
+            now, coming = coming, begin(step + 1)
+            yield [encoder.assemble(question, seen.result()) for question, seen in now]

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -24,6 +26,26 @@ _BAR = {
     "probability": "p(answer)",
     "tokens_per_second": "tok/s",
 }
+
+
+class Stopwatch:
+    """Seconds of a step by phase: `laps` by name, and their `total`. A lap waits for the device to finish."""
+
+    def __init__(self, device: str) -> None:
+        self.laps: dict[str, float] = {}
+        self._synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was spent on `phase`; laps of one name add up."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())
 
 
 class RunLog:
@@ -44,8 +66,7 @@ class RunLog:
         rewards_NG: Tensor,
         advantages_NG: Tensor,
         stats: dict[str, Tensor],
-        learning_rate: float,
-        seconds: float,
+        clock: Stopwatch,
     ) -> None:
         """Record a step: its numbers to file, board and bar, every completion with its rewards and why to file.
 
@@ -53,7 +74,8 @@ class RunLog:
         """
         tokens = int(rollout.mask_NGT.sum())
         metrics = rollout_metrics(rollout, verdicts_NGR, rewards_NG) | {name: float(x) for name, x in stats.items()}
-        metrics |= {"learning_rate": learning_rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        metrics |= {"seconds": clock.total, "tokens_per_second": tokens / clock.total}
+        metrics |= {f"seconds/{phase}": seconds for phase, seconds in clock.laps.items()}
         self.record(step, metrics)
         for n, prompt in enumerate(rollout.prompts):
             for g, text in enumerate(rollout.texts[n]):

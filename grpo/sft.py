@@ -10,7 +10,7 @@ import time
 
 from torch import Tensor
 
-from data import Question, questions_of_step
+from data import Question, prompts_of_steps
 
 from .batch import Rollout, completion_logprobs, written_rollout
 from .checkpoint import StopRequest, end_step
@@ -22,13 +22,13 @@ from .run import Run
 
 def fine_tune(run: Run, config: Config) -> None:
     """Train `run.policy` by cross-entropy on the right answers; leaves metrics and checkpoints."""
-    progress = run.progress
+    progress, steps = run.progress, range(run.progress["step"], config.steps)
+    prompts_of_step = prompts_of_steps(run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed)
     with StopRequest() as stop, RunLog(config.run_dir, config.method, progress["step"], config.steps) as log:
-        for step in range(progress["step"], config.steps):
+        for step in steps:
             started = time.perf_counter()
-            questions = questions_of_step(run.train_questions, step, config.prompts_per_step, config.seed)
-            prompts = [run.encoder.encode(question) for question in questions]
-            targets = [[target(question, config.sft_answer)] for question in questions]  # a group of one
+            prompts = next(prompts_of_step)
+            targets = [[target(prompt.question, config.sft_answer)] for prompt in prompts]  # a group of one
             answers = written_rollout(run.vocabulary, prompts, targets, config.device)
 
             loss, probability = accumulate_cross_entropy(run, answers, config)

@@ -1,0 +1,72 @@
+"""Checkpoints with random weights at named shapes, made on the fly: what a step costs does not depend on the values."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model import Qwen2VL, Qwen2VLConfig, VisionConfig, read_config, save_model
+
+TOKENIZER = Path(__file__).resolve().parent.parent / "miniature" / "base"
+"""Any tokenizer serves; the rows of the embedding that it does not use are as in the published checkpoints."""
+
+_SHAPES = {
+    "tiny": dict(
+        vocab_size=1024, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mrope_section=(2, 3, 3), vision=VisionConfig(depth=2, embed_dim=64, num_heads=4),
+    ),
+    "46m": dict(
+        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2, mrope_section=(8, 12, 12), vision=VisionConfig(depth=4, embed_dim=256, num_heads=4),
+    ),
+    "2b": dict(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, mrope_section=(16, 24, 24), rope_theta=1e6,
+        vision=VisionConfig(depth=32, embed_dim=1280, num_heads=16),
+    ),
+}  # fmt: skip
+SHAPES = tuple(_SHAPES)
+"""46m is for a laptop's processor; 2b is Qwen2-VL-2B's shape."""
+
+
+def shape(name: str) -> Qwen2VLConfig:
+    """The model shape called `name`, one of SHAPES, with the special tokens of the tokenizer at hand."""
+    return replace(read_config(TOKENIZER), tie_word_embeddings=True, **_SHAPES[name])
+
+
+def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint of that shape, with a tokenizer, in Hugging Face layout; kept if it is there already."""
+    if (folder / "config.json").exists():
+        return folder
+    torch.manual_seed(0)
+    model = Qwen2VL(shape(name)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                 "preprocessor_config.json"):  # fmt: skip
+        shutil.copy(TOKENIZER / file, folder)
+    save_model(model, folder)
+    return folder
+
+
+def make_questions(count: int, side: int, folder: Path) -> Path:
+    """A question file with `count` images of side x side pixels of noise; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append({
+            "image": [f"{i}.png"], "answer": "Normal", "modality": "MRI",
+            "question": "What is the specific abnormality that can be seen in this slice of the brain?",
+            "options": ["Intracranial hemorrhage", "Focal flair hyper intensity", "White matter changes", "Normal"],
+        })  # fmt: skip
+    file = folder / "questions.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return file
