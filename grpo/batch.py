@@ -107,8 +107,8 @@ def completion_logprobs(
 
     Image and prompt run once per group; only real tokens meet the head. Policy and reference share this function.
     """
-    hidden = model.completion_hidden(*prompts.parts(), tokens_NGT)
-    logp, entropy = token_logprobs(hidden[mask_NGT], model.head_weight, tokens_NGT[mask_NGT], allowed_V, temperature)
+    hidden = model.completion_hidden(*prompts.parts(), tokens_NGT, mask_NGT)
+    logp, entropy = token_logprobs(hidden, model.head_weight, tokens_NGT[mask_NGT], allowed_V, temperature)
     empty = torch.zeros(mask_NGT.shape, device=logp.device)
     return empty.masked_scatter(mask_NGT, logp), empty.masked_scatter(mask_NGT, entropy)
 

@@ -15,7 +15,7 @@ from data import (
     read_questions,
     split_by_image,
 )
-from model import InputError, Qwen2VL, Qwen2VLConfig, load_model
+from model import InputError, Qwen2VL, Qwen2VLConfig, keep_freed_memory, load_model
 
 from .checkpoint import claim_run_dir, find_checkpoint, load_checkpoint_model, load_progress
 from .config import Config
@@ -38,6 +38,7 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
+    keep_freed_memory()
     refuse_missing_device(config)
     train_questions, test_questions = load_questions(config)
     refuse_overlap(train_questions, test_questions)

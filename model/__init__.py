@@ -2,6 +2,7 @@
 
 from .config import Qwen2VLConfig, VisionConfig, read_config
 from .errors import InputError, printable
+from .linear import keep_freed_memory
 from .logprobs import token_logprobs
 from .qwen2vl import Qwen2VL
 from .weights import load_model, save_model
@@ -11,6 +12,7 @@ __all__ = [
     "Qwen2VL",
     "Qwen2VLConfig",
     "VisionConfig",
+    "keep_freed_memory",
     "load_model",
     "printable",
     "read_config",

@@ -65,22 +65,59 @@ def two_part_attention(
 
 
 class SharedPrefix:
-    """The update's `attend`: rows are a prompt of P tokens, then its G completions of T tokens each.
+    """The update's `attend`: N prompts and their G completions each, packed into one row of real tokens only.
 
-    The prompt sees itself causally; a completion sees the whole prompt and its own past, never its sisters. Gradients
-    of all G flow into the prompt's one set of keys and values.
+    A prompt sees itself causally; a completion sees its whole prompt and its own past, never its sisters. Gradients of
+    all G flow into the prompt's one set of keys and values. Padding exists within attention alone: everything else of
+    a layer runs on the packed row, first the tokens of all prompts, then those of all completions.
     """
 
-    def __init__(self, prompt_lengths_N: Tensor, prompt_size: int, group_size: int) -> None:
-        self.prompt_size, self.group_size = prompt_size, group_size
-        self.seen = torch.arange(prompt_size, device=prompt_lengths_N.device) < prompt_lengths_N[:, None]
+    def __init__(self, prompt_NP: Tensor, own_NGT: Tensor) -> None:
+        """Args: which places of the padded prompts, bool (N, P), and completions, bool (N, G, T), are real tokens."""
+        (N, P), (_, G, T) = prompt_NP.shape, own_NGT.shape
+        self.prompt_shape, self.own_shape = (N, P), (N, G, T)
+        self.prompt_places, self.own_places = (x.flatten().nonzero()[:, 0] for x in (prompt_NP, own_NGT))
+        # (N, T, P + T): whom a completion's token sees. Its own later padding hides behind causality.
+        past = torch.ones(T, T, dtype=torch.bool, device=own_NGT.device).tril()
+        self.seen = torch.cat((prompt_NP[:, None].expand(N, T, P), past.expand(N, T, T)), dim=-1)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        P, G = self.prompt_size, self.group_size
-        N, H, L, d = q.shape
-        T = (L - P) // G
-        prompt = causal_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P])
-        own = [x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2) for x in (q, k, v)]
-        past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        answers = two_part_attention(own[0], k[:, :, :P], v[:, :, :P], own[1], own[2], self.seen, past)
-        return torch.cat((prompt, answers.transpose(1, 2).reshape(N, H, G * T, d)), dim=2)
+        """q (1, H, L, d), k and v (1, K, L, d) -> (1, H, L, d), L the number of packed tokens."""
+        (N, P), (_, G, T), count = self.prompt_shape, self.own_shape, len(self.prompt_places)
+        H, K, d = q.shape[1], k.shape[1], q.shape[-1]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
+        prompt = [self._padded(x[:count], self.prompt_places, N * P).view(N, P, -1, d).transpose(1, 2) for x in (q, k, v)]
+        out = causal_attention(*prompt).transpose(1, 2).reshape(N * P, H, d)
+        out = out if count == N * P else out[self.prompt_places]
+        if T:
+            own = [self._padded(x[count:], self.own_places, N * G * T).view(N, G, T, -1, d) for x in (q, k, v)]
+            answers = _prefixed_attention(own[0], *prompt[1:], own[1], own[2], self.seen).flatten(0, 2)
+            out = torch.cat((out, answers if len(self.own_places) == N * G * T else answers[self.own_places]))
+        return out.transpose(0, 1)[None]
+
+    @staticmethod
+    def _padded(packed: Tensor, places: Tensor, size: int) -> Tensor:
+        """Tokens (M, heads, d) at their places among `size`, zeros elsewhere."""
+        return packed if len(packed) == size else packed.new_zeros(size, *packed.shape[1:]).index_copy(0, places, packed)
+
+
+def _prefixed_attention(
+    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, seen_NTS: Tensor
+) -> Tensor:
+    """As `two_part_attention` for many queries, by the fused kernel, which never holds the scores.
+
+    The kernel takes one set of keys, so the prompt's are copied G times for its duration; with few KV heads that is
+    little beside scores of H heads. The query heads of a KV head go in as further queries of that one head.
+
+    Args: q (N, G, T, H, d), prompt_k and prompt_v (N, K, P, d), own_k and own_v (N, G, T, K, d). Returns (N, G, T, H, d).
+    """
+    N, G, T, H, d = q.shape
+    K, P = prompt_k.shape[1:3]
+    k, v = (
+        torch.cat((prompt[:, None].expand(N, G, K, P, d), own.transpose(2, 3)), dim=3).flatten(0, 1)
+        for prompt, own in ((prompt_k, own_k), (prompt_v, own_v))
+    )
+    rows = q.view(N * G, T, K, H // K, d).permute(0, 2, 3, 1, 4).reshape(N * G, K, H // K * T, d)
+    mask = seen_NTS[:, None, None, None].expand(N, G, 1, H // K, T, P + T).reshape(N * G, 1, H // K * T, P + T)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    return out.view(N, G, K, H // K, T, d).permute(0, 1, 4, 2, 3, 5).reshape(N, G, T, H, d)

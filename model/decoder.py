@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Qwen2VLConfig
+from .linear import Linear
 from .rope import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -37,11 +38,11 @@ class DecoderLayer(nn.Module):
         self.head_dim = config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim)
+        self.out = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         B, L, _ = x_BLD.shape

@@ -1,16 +1,31 @@
-"""Log-probabilities of chosen tokens, without ever holding the logits of all positions.
+"""Log-probabilities of chosen tokens, without ever holding the logits of all ids.
 
 At the published vocabulary a batch of 4,096 completion tokens has 622 million logits, 2.5 GB in fp32, several times
-over with their gradient. Here a chunk of positions at a time meets the head; the backward pass makes the chunk's logits
-anew from the hidden states and the saved log-normaliser. `naive_logprobs` is the obviously right twin.
+over with their gradient. Here all positions meet the head a block of ids at a time, with a running maximum and sum (as
+in online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass makes each block's logits anew from
+the hidden states and the saved log-normaliser, and writes that block of the head's gradient once. `naive_logprobs` is
+the obviously right twin.
 """
 
 import torch
 from torch import Tensor
 
+from .linear import linear
+
+LOGITS_BYTES = 1 << 24
+"""What one block of fp32 logits may take; two or three such blocks are alive at once. Larger ones leave the cache."""
+
+_NEVER = -1e30
+"""A forbidden id's logit: its probability is exactly 0, and 0 times it is 0 where 0 times -inf would be NaN."""
+
 
 def token_logprobs(
-    hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor, allowed_V: Tensor, temperature: float = 1.0, chunk: int = 512
+    hidden_MD: Tensor,
+    head_VD: Tensor,
+    tokens_M: Tensor,
+    allowed_V: Tensor,
+    temperature: float = 1.0,
+    logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """log pi(token) under the very distribution that is sampled from: temperature applied, forbidden ids left out.
 
@@ -20,66 +35,96 @@ def token_logprobs(
         tokens_M: the token at each position; it must be an allowed one.
         allowed_V: bool, False for ids that may not be sampled; they are left out of the normaliser too.
         temperature: divides the logits; above 0.
-        chunk: positions whose logits are alive at once.
+        logits_bytes: memory for one block of logits.
 
     Returns:
         Log-probabilities (M,) with gradients to `hidden_MD` and `head_VD`, and the entropies (M,) in nats of the
         distributions, without gradient. Both fp32.
     """
-    return _ChunkedLogProbs.apply(hidden_MD, head_VD, tokens_M, allowed_V, temperature, chunk)
+    return _BlockedLogProbs.apply(hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes)
 
 
 def naive_logprobs(
     hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor, allowed_V: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The twin of `token_logprobs`: all logits at once, gradients by autograd."""
-    logp_MV = masked_logits(hidden_MD, head_VD, allowed_V, temperature).log_softmax(dim=-1)
+    logits_MV = ((hidden_MD @ head_VD.T).float() / temperature).masked_fill(~allowed_V, float("-inf"))
+    logp_MV = logits_MV.log_softmax(dim=-1)
     entropy_M = -(logp_MV.exp() * logp_MV.masked_fill(~allowed_V, 0.0)).sum(dim=-1)
     return logp_MV.gather(-1, tokens_M[:, None]).squeeze(-1), entropy_M.detach()
 
 
 def masked_logits(hidden: Tensor, head_VD: Tensor, allowed_V: Tensor, temperature: float) -> Tensor:
-    """fp32 logits (..., V) divided by the temperature, -inf where not allowed. The sampler and the loss share it."""
-    return ((hidden @ head_VD.T).float() / temperature).masked_fill(~allowed_V, float("-inf"))
+    """fp32 logits (..., V) divided by the temperature, forbidden ones out of reach. Sampler and loss share it."""
+    logits = linear(hidden, head_VD).float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits.masked_fill_(~allowed_V, _NEVER)
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
+class _BlockedLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MD, head_VD, tokens_M, allowed_V, temperature, chunk):
-        logps, entropies, normalisers = [], [], []
-        for hidden, tokens in zip(hidden_MD.split(chunk), tokens_M.split(chunk)):
-            logits = masked_logits(hidden, head_VD, allowed_V, temperature)
-            normaliser = logits.logsumexp(dim=-1)
-            logps.append(logits.gather(-1, tokens[:, None]).squeeze(-1) - normaliser)
-            probs = (logits - normaliser[:, None]).exp_()
-            # H = log Z - E[logit]; a forbidden id has probability 0, and 0 * -inf must not become NaN.
-            entropies.append(normaliser - (probs * logits.masked_fill_(~allowed_V, 0.0)).sum(dim=-1))
-            normalisers.append(normaliser)
-        normaliser_M = _join(normalisers, hidden_MD)
-        ctx.save_for_backward(hidden_MD, head_VD, tokens_M, allowed_V, normaliser_M)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        entropy_M = _join(entropies, hidden_MD)
-        ctx.mark_non_differentiable(entropy_M)
-        return _join(logps, hidden_MD), entropy_M
+    def forward(ctx, hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes):
+        ctx.blocks = _blocks(len(hidden_MD), len(head_VD), logits_bytes)
+        highest = hidden_MD.new_full((len(hidden_MD),), float("-inf"), dtype=torch.float32)
+        # Of the ids so far, relative to `highest`: sum of exp(logit), and of exp(logit) * logit.
+        mass, moment, chosen = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(highest)
+        for ids in ctx.blocks:
+            logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], temperature)
+            here, place = _within(tokens_M, ids)
+            chosen = torch.where(here, logits.gather(-1, place).squeeze(-1), chosen)
+            higher = torch.maximum(highest, logits.amax(dim=-1))
+            rescale = (highest - higher).exp()
+            odds = logits.sub_(higher[:, None]).exp()
+            # Both sums are relative to the new maximum; moving the logits' origin moves the moment by mass times that.
+            shift = torch.where(mass > 0, highest - higher, 0.0)
+            moment = (moment + mass * shift) * rescale + _dot(odds, logits)
+            mass = mass * rescale + odds.sum(dim=-1)
+            highest = higher
+        normaliser = highest + mass.log()
+        ctx.save_for_backward(hidden_MD, head_VD, tokens_M, allowed_V, normaliser)
+        ctx.temperature = temperature
+        entropy = mass.log() - moment / mass  # H = log Z - E[logit]
+        ctx.mark_non_differentiable(entropy)
+        return chosen - normaliser, entropy
 
     @staticmethod
     def backward(ctx, grad_M, _):
-        hidden_MD, head_VD, tokens_M, allowed_V, normaliser_M = ctx.saved_tensors
-        grad_hidden_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden_MD), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            hidden, tokens, grad = hidden_MD[rows], tokens_M[rows, None], grad_M[rows, None]
-            logits = masked_logits(hidden, head_VD, allowed_V, ctx.temperature)
+        hidden_MD, head_VD, tokens_M, allowed_V, normaliser = ctx.saved_tensors
+        to_hidden, to_head = ctx.needs_input_grad[:2]
+        grad_hidden_MD = torch.zeros_like(hidden_MD, dtype=torch.float32) if to_hidden else None
+        grad_head_VD = None
+        if to_head:
+            grad_head_VD = torch.empty_like(head_VD) if ctx.blocks else torch.zeros_like(head_VD)
+        for ids in ctx.blocks:
+            logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], ctx.temperature)
+            here, place = _within(tokens_M, ids)
             # d logp(token) / d logits = onehot(token) - softmax; the temperature divides once more.
-            grad_logits = (logits - normaliser_M[rows, None]).exp_().mul_(-grad)
-            grad_logits.scatter_add_(-1, tokens, grad).div_(ctx.temperature)
-            if grad_hidden_MD is not None:
-                grad_hidden_MD[rows] = grad_logits.to(head_VD.dtype) @ head_VD
-            if grad_head_VD is not None:
-                grad_head_VD += grad_logits.to(hidden.dtype).T @ hidden
-        return grad_hidden_MD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None, None, None
+            scale = grad_M / ctx.temperature
+            grad = logits.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
+            grad = grad.scatter_add_(-1, place, torch.where(here, scale, 0.0)[:, None]).to(hidden_MD.dtype)
+            if to_hidden:
+                grad_hidden_MD += linear(grad, head_VD[ids].T)
+            if to_head:
+                grad_head_VD[ids] = linear(grad.T, hidden_MD.T)
+        if to_hidden:
+            grad_hidden_MD = grad_hidden_MD.to(hidden_MD.dtype)
+        return grad_hidden_MD, grad_head_VD, None, None, None, None
 
 
-def _join(pieces: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(pieces) if pieces else like.new_zeros(0, dtype=torch.float32)
+def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
+    """The vocabulary in slices whose fp32 logits at all positions fit into `logits_bytes`."""
+    size = max(1, logits_bytes // (4 * max(1, positions)))
+    size = size // 64 * 64 or size  # round sizes suit matrix products
+    return [slice(start, min(start + size, ids)) for start in range(0, ids, size)] if positions else []
+
+
+def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
+    """Which tokens lie in the block (M,), and their places in it (M, 1), any place for the others."""
+    place = tokens_M - ids.start
+    return (tokens_M >= ids.start) & (tokens_M < ids.stop), place.clamp(0, ids.stop - ids.start - 1)[:, None]
+
+
+def _dot(x_MB: Tensor, y_MB: Tensor) -> Tensor:
+    """Sums of products along rows, (M,), without a tensor of the products."""
+    return torch.bmm(x_MB[:, None], y_MB[:, :, None]).view(-1)

@@ -14,8 +14,9 @@ from .attention import SharedPrefix, causal_attention
 from .cache import GroupCache
 from .config import Qwen2VLConfig
 from .decoder import Attend, DecoderLayer, RMSNorm
+from .linear import Linear, linear
 from .rope import batch_positions, text_rotary
-from .vision import VisionTower
+from .vision import VisionTower, run_block
 
 
 class Qwen2VL(nn.Module):
@@ -24,13 +25,14 @@ class Qwen2VL(nn.Module):
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # whether backward makes each block's activations anew in place of keeping them
         self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along when it is saved
         self.visual = VisionTower(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     @property
@@ -57,7 +59,7 @@ class Qwen2VL(nn.Module):
             lengths_B = torch.full((len(tokens_BL),), tokens_BL.shape[1])
         merge = self.config.vision.spatial_merge_size
         positions = batch_positions(tokens_BL, lengths_B, grids_I3, self.config.image_token_id, merge)
-        return self.hidden(tokens_BL, positions, patches_SC, grids_I3) @ self.head_weight.T
+        return linear(self.hidden(tokens_BL, positions, patches_SC, grids_I3), self.head_weight)
 
     def hidden(
         self, tokens_BL: Tensor, positions_3BL: Tensor, patches_SC: Tensor | None = None, grids_I3: Tensor | None = None
@@ -66,12 +68,19 @@ class Qwen2VL(nn.Module):
         x = self.embed_prompt(tokens_BL, patches_SC, grids_I3)
         return self._decode_layers(x, positions_3BL, lambda layer, q, k, v: causal_attention(q, k, v))
 
-    def embed_prompt(self, tokens_BL: Tensor, patches_SC: Tensor | None, grids_I3: Tensor | None) -> Tensor:
-        """Token embeddings (B, L, D), the image tokens' rows replaced by what the vision tower sees."""
+    def see(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
+        """What the vision tower makes of images: one row (D,) for each of their tokens, in reading order."""
+        return self.visual(patches_SC, grids_I3, recompute=self.recompute)
+
+    def embed_prompt(self, tokens_BL: Tensor, images: Tensor | None, grids_I3: Tensor | None) -> Tensor:
+        """Token embeddings (B, L, D), the image tokens' rows replaced by what the vision tower sees.
+
+        `images` are patches with their grids, or, if `grids_I3` is None, what `see` made of them before.
+        """
         x = self.embed(tokens_BL)
-        if patches_SC is None or not len(patches_SC):
+        if images is None or not len(images):
             return x
-        seen = self.visual(patches_SC, grids_I3)
+        seen = images if grids_I3 is None else self.see(images, grids_I3)
         places = tokens_BL == self.config.image_token_id
         if int(places.sum()) != len(seen):
             raise ValueError(f"{int(places.sum())} image tokens in the batch, but the images make {len(seen)}")
@@ -82,14 +91,17 @@ class Qwen2VL(nn.Module):
         tokens_NP: Tensor,
         positions_3NP: Tensor,
         lengths_N: Tensor,
-        patches_SC: Tensor | None,
+        images: Tensor | None,
         grids_I3: Tensor | None,
         group_size: int,
         max_new_tokens: int,
     ) -> tuple[Tensor, GroupCache]:
-        """Run right-padded prompts once; returns each one's last hidden state (N, D) and the cache for its group."""
+        """Run right-padded prompts once; returns each one's last hidden state (N, D) and the cache for its group.
+
+        `images` and `grids_I3`: see `embed_prompt`.
+        """
         cache = GroupCache(lengths_N, tokens_NP.shape[1], group_size, max_new_tokens)
-        x = self.embed_prompt(tokens_NP, patches_SC, grids_I3)
+        x = self.embed_prompt(tokens_NP, images, grids_I3)
         hidden = self._decode_layers(x, positions_3NP, cache.prefill)
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1], cache
 
@@ -106,30 +118,39 @@ class Qwen2VL(nn.Module):
         tokens_NP: Tensor,
         positions_3NP: Tensor,
         lengths_N: Tensor,
-        patches_SC: Tensor | None,
+        images: Tensor | None,
         grids_I3: Tensor | None,
         completions_NGT: Tensor,
+        mask_NGT: Tensor,
     ) -> Tensor:
-        """Hidden states (N, G, T, D) that predict each completion token; image and prompt are run once per group.
+        """Hidden states (M, D) that predict the M completion tokens of the mask, in its order.
 
-        The prompt's last state predicts a completion's first token, so that a completion's own last token is never run.
+        Image and prompt are run once per group, and of all tokens only the real ones: `mask_NGT` is true on the first
+        ones of every completion. The prompt's last state predicts a completion's first token, so that a completion's
+        own last token is never run.
         """
         N, G, T = completions_NGT.shape
         P = tokens_NP.shape[1]
-        rows = torch.arange(N, device=tokens_NP.device)
-        x = self.embed_prompt(tokens_NP, patches_SC, grids_I3)
-        if T > 1:
-            x = torch.cat((x, self.embed(completions_NGT[..., :-1].reshape(N, -1))), dim=1)
-            after = positions_3NP.amax(dim=(0, 2))[:, None] + 1 + torch.arange(T - 1, device=x.device)
-            positions_3NP = torch.cat((positions_3NP, after.repeat(1, G).expand(3, -1, -1)), dim=2)
-        hidden = self._decode_layers(x, positions_3NP, SharedPrefix(lengths_N, P, G))
-        first = hidden[rows, lengths_N - 1].view(N, 1, 1, -1).expand(N, G, 1, -1)
-        return torch.cat((first, hidden[:, P:].unflatten(1, (G, T - 1))), dim=2)
+        prompt_NP = torch.arange(P, device=tokens_NP.device) < lengths_N[:, None]
+        run_NGT = mask_NGT[..., 1:]  # a token is run where there is one after it to predict
+        after = positions_3NP.amax(dim=(0, 2))[:, None, None] + 1 + torch.arange(T - 1, device=tokens_NP.device)
+        positions = torch.cat(
+            (positions_3NP[:, prompt_NP], after.expand(N, G, T - 1)[run_NGT].expand(3, -1)), dim=1
+        )
+        tokens = torch.cat((tokens_NP[prompt_NP], completions_NGT[..., :-1][run_NGT]))
+        x = self.embed_prompt(tokens[None], images, grids_I3)
+        hidden = self._decode_layers(x, positions[:, None], SharedPrefix(prompt_NP, run_NGT))[0]
+
+        # Where in `hidden` the state lies that predicts a token: the prompt's last, or the one before it.
+        prompt_tokens = lengths_N.sum()
+        own = torch.cumsum(run_NGT.flatten(), 0).view(N, G, T - 1) - 1 + prompt_tokens
+        last = (lengths_N.cumsum(0) - 1)[:, None, None].expand(N, G, 1)
+        return hidden[torch.cat((last, own), dim=2)[mask_NGT]]
 
     def _decode_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
         config = self.config
         cos, sin = text_rotary(positions_3BL, config.head_dim, config.rope_theta, config.mrope_section)
         cos, sin = cos.to(x_BLD.dtype), sin.to(x_BLD.dtype)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, cos, sin, attend)
+            x_BLD = run_block(self.recompute, layer, x_BLD, cos, sin, attend)
         return self.norm(x_BLD)

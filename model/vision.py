@@ -1,13 +1,25 @@
 """The vision tower: patches in, one language-model token per 2x2 patches out (arXiv 2409.12191, section 2.1)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import Qwen2VLConfig, VisionConfig
+from .linear import Linear
 from .rope import rotate, vision_rotary
 
 _NORM_EPS = 1e-6
+
+
+def run_block(recompute: bool, block: nn.Module, *inputs: Any) -> Tensor:
+    """The block's output; with `recompute`, backward runs the block once more in place of keeping what is within it
+    (activation checkpointing, Chen et al. 2016, arXiv 1604.06174)."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # a block draws no numbers
+    return block(*inputs)
 
 
 class VisionBlock(nn.Module):
@@ -18,11 +30,11 @@ class VisionBlock(nn.Module):
         width = config.embed_dim
         self.num_heads = config.num_heads
         self.norm1 = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.fc1 = nn.Linear(width, config.mlp_ratio * width)
-        self.fc2 = nn.Linear(config.mlp_ratio * width, width)
+        self.fc1 = Linear(width, config.mlp_ratio * width)
+        self.fc2 = Linear(config.mlp_ratio * width, width)
 
     def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
         S, E = x_SE.shape
@@ -49,13 +61,13 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = vision = config.vision
         merged = vision.embed_dim * vision.spatial_merge_size**2
-        self.patch_embed = nn.Linear(vision.patch_values, vision.embed_dim, bias=False)
+        self.patch_embed = Linear(vision.patch_values, vision.embed_dim, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(vision) for _ in range(vision.depth))
         self.merger_norm = nn.LayerNorm(vision.embed_dim, eps=_NORM_EPS)
-        self.merger_fc1 = nn.Linear(merged, merged)
-        self.merger_fc2 = nn.Linear(merged, config.hidden_size)
+        self.merger_fc1 = Linear(merged, merged)
+        self.merger_fc2 = Linear(merged, config.hidden_size)
 
-    def forward(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
+    def forward(self, patches_SC: Tensor, grids_I3: Tensor, recompute: bool = False) -> Tensor:
         """Patches of all images in reading order (S, C) and their grids (I, 3) -> (S / merge^2, hidden)."""
         x = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
         head_dim = self.config.embed_dim // self.config.num_heads
@@ -64,6 +76,6 @@ class VisionTower(nn.Module):
         # A video's frames attend within themselves only, hence t images of h * w patches.
         sizes = [h * w for t, h, w in grids_I3.tolist() for _ in range(t)]
         for block in self.blocks:
-            x = block(x, cos, sin, sizes)
+            x = run_block(recompute, block, x, cos, sin, sizes)
         merged = self.merger_norm(x).view(-1, self.merger_fc1.in_features)
         return self.merger_fc2(F.gelu(self.merger_fc1(merged)))

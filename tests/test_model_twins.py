@@ -101,11 +101,11 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("M", "chunk"), [(13, 512), (13, 4), (13, 1), (12, 4), (1, 4), (0, 4)])
-def test_chunked_logprobs_equal_the_naive_ones_in_values_and_gradients(M: int, chunk: int, temperature: float) -> None:
+@pytest.mark.parametrize(("M", "ids"), [(13, 512), (13, 64), (13, 10), (13, 1), (1, 4), (0, 4)])
+def test_blocked_logprobs_equal_the_naive_ones_in_values_and_gradients(M: int, ids: int, temperature: float) -> None:
     hidden, head, tokens, allowed, weight = logprob_inputs(M)
     slow, slow_entropy = naive_logprobs(hidden, head, tokens, allowed, temperature)
-    fast, fast_entropy = token_logprobs(hidden, head, tokens, allowed, temperature, chunk)
+    fast, fast_entropy = token_logprobs(hidden, head, tokens, allowed, temperature, 4 * max(M, 1) * ids)
     assert fast.shape == fast_entropy.shape == (M,) and not fast_entropy.requires_grad
     torch.testing.assert_close((fast, fast_entropy), (slow, slow_entropy), rtol=0, atol=1e-4)
     slow_gradients = torch.autograd.grad((slow * weight).sum(), (hidden, head))
@@ -136,12 +136,12 @@ def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_i
     torch.testing.assert_close([g.double() for g in ours], list(theirs), rtol=1e-4, atol=1e-5)
 
 
-def test_chunked_logprobs_in_bf16_stay_as_near_to_fp32_as_the_naive_ones() -> None:
+def test_blocked_logprobs_in_bf16_stay_as_near_to_fp32_as_the_naive_ones() -> None:
     hidden, head, tokens, allowed, weight = logprob_inputs(40)
     exact, _ = naive_logprobs(hidden, head, tokens, allowed, 0.7)
     exact_gradients = torch.autograd.grad((exact * weight).sum(), (hidden, head))
     narrow = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
-    fast, entropy = token_logprobs(*narrow, tokens, allowed, 0.7, 16)
+    fast, entropy = token_logprobs(*narrow, tokens, allowed, 0.7, 40 * 4 * 16)
     slow, _ = naive_logprobs(*narrow, tokens, allowed, 0.7)
     assert fast.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-4)
@@ -153,23 +153,23 @@ def test_chunked_logprobs_in_bf16_stay_as_near_to_fp32_as_the_naive_ones() -> No
 
 def test_logprobs_of_tens_of_nats_neither_overflow_nor_lose_their_gradient() -> None:
     hidden, head, tokens, allowed, _ = logprob_inputs(6)
-    logp, entropy = token_logprobs(hidden * 100, head, tokens, allowed, 0.7, 4)
+    logp, entropy = token_logprobs(hidden * 100, head, tokens, allowed, 0.7, 6 * 4 * 5)
     gradients = torch.autograd.grad(logp.sum(), (hidden, head))
     assert logp.min() < -100 and logp.max() <= 0
     assert all(x.isfinite().all() for x in (logp, entropy, *gradients))
 
 
 def test_no_tensor_of_all_positions_and_all_ids_is_made_or_kept() -> None:
-    M, chunk = 64, 8
+    M, ids = 64, 8
     hidden, head, tokens, allowed, weight = logprob_inputs(M)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         with Sizes() as forward:
-            logp, _ = token_logprobs(hidden, head, tokens, allowed, 0.7, chunk)
+            logp, _ = token_logprobs(hidden, head, tokens, allowed, 0.7, M * 4 * ids)
     with Sizes() as backward:
         (logp * weight).sum().backward()
     for sizes in (forward, backward):
-        assert chunk * VOCABULARY in sizes and max(sizes) <= head.numel() < M * VOCABULARY
+        assert M * ids in sizes and max(sizes) <= head.numel() < M * VOCABULARY
     assert saved and max(x.numel() for x in saved) <= head.numel()
 
 
@@ -205,7 +205,11 @@ def logprob_inputs(M: int, D: int = 24) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 def completion_hidden(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tensor:
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
-    return model.completion_hidden(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, completions)
+    every = torch.ones(completions.shape, dtype=torch.bool)
+    hidden = model.completion_hidden(
+        batch.tokens, positions, batch.lengths, batch.patches, batch.grids, completions, every
+    )
+    return hidden.view(*completions.shape, -1)
 
 
 def replicated_logits(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tensor:

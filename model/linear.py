@@ -1,0 +1,65 @@
+"""Matrix products, where most of the time goes.
+
+On a processor, fp32 products go to oneDNN (torch's mkldnn), the library that torch itself uses for bf16 there, in place
+of MKL: on AMD processors it is two to five times as fast, most of all on the skinny products of decoding. BENCHMARKS.md
+has figures. Everything else is torch's own `linear`, the twin.
+"""
+
+import ctypes
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by way of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable in all three."""
+    if not (_HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _OneDNNLinear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `linear`; strides may be any, so that a transposed matrix need not be copied."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (
+            _product(flat, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None,
+            _product(flat.T, rows.T) if ctx.needs_input_grad[1] else None,
+            flat.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks for the next tensor of the process, in place of returning each to the system.
+
+    A step on a processor makes and frees thousands of tensors of the same sizes; handing every one of them back and
+    faulting its pages in again costs about a fifth of the step. Elsewhere than on glibc it does nothing.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
