@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from data import prompts_of_steps
+from data import Vocabulary, prompts_of_steps
 from grpo.config import Config
 from grpo.log import Stopwatch
 from grpo.run import prepare
-from model import InputError
+from model import InputError, Qwen2VLConfig
 from train import grpo_step
 
 from .shapes import SHAPES, make_checkpoint, make_questions
@@ -32,36 +32,52 @@ from .shapes import SHAPES, make_checkpoint, make_questions
 
 def measured_steps(checkpoint: Path, folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run writes."""
-    config = Config(
+    config = step_config(checkpoint, folder, args)
+    with redirect_stdout(sys.stderr):
+        run = prepare(config)
+    run = replace(run, vocabulary=endless(run.vocabulary, run.policy.config))
+    laps, steps = [], range(config.steps)
+    for step, prompts in zip(steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)):
+        clock = Stopwatch(args.device)
+        rollout, *_ = grpo_step(run, config, step, prompts, clock)
+        assert rollout.mask_NGT.shape == (args.prompts, args.group, args.tokens) and rollout.mask_NGT.all()
+        laps.append(clock.laps)
+        print(f"step {step}: {clock.total:.2f} s", file=sys.stderr)
+    return summary(laps, args) | {"prompt_tokens": len(prompts[0].tokens_P)}
+
+
+def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Config:
+    """The run that the arguments describe; its questions are made in `folder`."""
+    return Config(
         model=str(checkpoint), train_questions=str(make_questions(args.prompts * (args.steps + 1), args.side, folder)),
         run_dir=str(folder / "run"), prompts_per_step=args.prompts, group_size=args.group, max_new_tokens=args.tokens,
         steps=args.steps + 1, beta=args.beta, dtype=args.dtype, device=args.device, max_pixels=args.side**2,
         micro_batch_prompts=1,
     )  # fmt: skip
-    with redirect_stdout(sys.stderr):
-        run = prepare(config)
-    endless_V = run.vocabulary.allowed_V.clone()
-    endless_V[list(run.vocabulary.end_ids)] = False
-    run = replace(run, vocabulary=replace(run.vocabulary, allowed_V=endless_V))
 
-    laps: list[dict[str, float]] = []
-    steps = range(config.steps)
-    for step, prompts in zip(steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)):
-        clock = Stopwatch(args.device)
-        rollout, *_ = grpo_step(run, config, step, prompts, clock)
-        assert rollout.mask_NGT.shape == (args.prompts, args.group, args.tokens) and rollout.mask_NGT.all()
-        laps.append(clock.laps | {"step": clock.total})
-        print(f"step {step}: {clock.total:.2f} s", file=sys.stderr)
+
+def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig) -> Vocabulary:
+    """Every row of the embedding may be sampled, as if the tokenizer used them all, but no end of turn and no image."""
+    vision = (shape.image_token_id, shape.video_token_id, shape.vision_start_token_id, shape.vision_end_token_id)
+    allowed_V = torch.ones_like(vocabulary.allowed_V)
+    allowed_V[[*vocabulary.end_ids, *vision]] = False
+    return replace(vocabulary, allowed_V=allowed_V)
+
+
+def summary(laps: list[dict[str, float]], args: argparse.Namespace) -> dict[str, object]:
+    """What is printed: medians over all steps but the first, memory, the machine and the arguments."""
     seconds = {phase: statistics.median(lap[phase] for lap in laps[1:]) for phase in laps[0]}
-    completion_tokens = args.prompts * args.group * args.tokens
+    whole = [sum(lap.values()) for lap in laps[1:]]
+    tokens = args.prompts * args.group * args.tokens
     return {
-        "seconds_per_step": seconds.pop("step"),
+        "seconds_per_step": statistics.median(whole),
+        "spread": [min(whole), max(whole)],
         "seconds": seconds,
-        "spread": [min(lap["step"] for lap in laps[1:]), max(lap["step"] for lap in laps[1:])],
-        "rollout_tokens_per_second": completion_tokens / seconds["rollout"],
-        "tokens_per_second": completion_tokens / sum(seconds.values()),
-        "prompt_tokens": len(prompts[0].tokens_P),
+        "rollout_tokens_per_second": tokens / seconds["rollout"],
+        "tokens_per_second": tokens / statistics.median(whole),
         **peak_memory(args.device),
+        **machine(args.device),
+        **vars(args),
     }
 
 
@@ -112,7 +128,7 @@ def main() -> int:
         except InputError as error:
             print(f"benchmarks.grpo_step: {error}", file=sys.stderr)
             return 2
-    print(json.dumps(result | vars(args) | machine(args.device)))
+    print(json.dumps(result))
     return 0
 
 

@@ -20,7 +20,13 @@ from model.logprobs import masked_logits
 from .batch import Rollout, collate
 
 ASK_EVERY = 8
-"""Decoding steps between two questions to the device whether all completions have ended: each makes the host wait."""
+"""Decoding steps between two looks at which completions have ended: each makes the host wait for the device."""
+
+SHRINK_AT = 0.75
+"""Finished completions leave the batch when no more than this share of its rows would stay."""
+
+SPAN_STEP = 64
+"""On a GPU, attention looks at so many slots more at a time: every length has its own captured graph."""
 
 
 def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int, max_new_tokens: int) -> Tensor:
@@ -30,14 +36,41 @@ def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int
     return torch.from_numpy(np.stack([stream.random(shape, dtype=np.float32) for stream in streams]))
 
 
-def inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the noise: logp (..., V), noise (...) -> ids (...).
+def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulative probability exceeds the noise: logits (R, V), noise (R,) -> ids (R,).
 
-    Sums in float64: over 150,000 tokens float32 would shift the odds of the last ones. A token of probability 0 is
-    never chosen, because it does not raise the cumulative sum. (NaN would give an id past the end: hence the clamp.)
+    Two levels, blocks of ids and then ids of one block, because a running sum over 150,000 ids is slow and in float32
+    would shift the odds of the last ones: sums over blocks are short, and those of blocks run in float64. A token of
+    probability 0 is never chosen, because it does not raise its running sum. `naive_inverse_cdf` is the twin.
+
+    Returns:
+        The ids, and their log-probabilities, float32 (R,). `logits` are overwritten.
     """
+    R, V = logits.shape
+    highest = logits.amax(dim=-1, keepdim=True)
+    odds = logits.sub_(highest).exp_()
+    size = 128
+    whole = V // size * size
+    masses = odds[:, :whole].view(R, -1, size).sum(dim=-1, dtype=torch.float32)
+    if whole < V:
+        masses = torch.cat((masses, odds[:, whole:].sum(dim=-1, keepdim=True)), dim=-1)
+    blocks = masses.double().cumsum(dim=-1)
+    mass = blocks[:, -1:]
+    threshold = noise.double()[:, None] * mass
+    block = torch.searchsorted(blocks, threshold, right=True).clamp(max=blocks.shape[1] - 1)
+    # How far into its block the threshold lies, as a share: the block's own running sum may round differently.
+    share = (threshold - blocks.gather(-1, block)) / masses.gather(-1, block).double() + 1
+    ids = block * size + torch.arange(size, device=logits.device)
+    within = odds.gather(-1, ids.clamp(max=V - 1)).masked_fill(ids >= V, 0.0).double().cumsum(dim=-1)
+    place = torch.searchsorted(within, share.clamp(0, 1 - 1e-12) * within[:, -1:], right=True).clamp(max=size - 1)
+    chosen = ids.gather(-1, place).clamp(max=V - 1)
+    return chosen.squeeze(-1), (odds.gather(-1, chosen).double() / mass).log().float().squeeze(-1)
+
+
+def naive_inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
+    """The twin of `inverse_cdf`: one running sum over all ids, logp (R, V), noise (R,) -> ids (R,)."""
     cumulative = logp.double().exp().cumsum(dim=-1)
-    threshold = noise.double()[..., None] * cumulative[..., -1:]
+    threshold = noise.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
 
 
@@ -60,36 +93,94 @@ def sample_groups(
         temperature: divides the logits, in sampling and in the log-probabilities returned.
         watch: called with each step's tokens (N, G) as they are chosen, for showing them.
     """
-    device = model.embed.weight.device
-    N, G, T = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
-    noise_NGT = None if noise_NGT is None else noise_NGT.to(device)
-    batch = collate(prompts, device)
-    ends = torch.tensor(vocabulary.end_ids, device=device)
-    tokens = torch.full((N, G, T), vocabulary.end_ids[0], device=device)
-    logps = torch.zeros(N, G, T, device=device)
-    mask = torch.zeros(N, G, T, dtype=torch.bool, device=device)
-    done = torch.zeros(N, G, dtype=torch.bool, device=device)
-    after_prompt_N = batch.positions_3NP.amax(dim=(0, 2)) + 1  # where all completions of a prompt go on
-
-    last, cache = model.prefill(*batch.parts(), G, T)
-    hidden = last[:, None].expand(N, G, -1)
+    shape = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
+    N, G, T = shape
+    growing = _Growing(model, vocabulary, prompts, shape, noise_NGT, temperature)
+    growing.begin()
     for t in range(T):
-        logp_NGV = masked_logits(hidden, model.head_weight, vocabulary.allowed_V, temperature).log_softmax(dim=-1)
-        chosen = logp_NGV.argmax(dim=-1) if noise_NGT is None else inverse_cdf(logp_NGV, noise_NGT[..., t])
-        tokens[..., t] = torch.where(done, ends[0], chosen)
-        logps[..., t] = logp_NGV.gather(-1, chosen[..., None]).squeeze(-1).masked_fill(done, 0.0)
-        mask[..., t] = ~done
-        done |= torch.isin(chosen, ends)
         if watch is not None:
-            watch(tokens[..., t])
-        if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and bool(done.all())):
+            watch(growing.tokens.view(shape)[..., t])
+        if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and not growing.drop_finished(t + 1)):
             break
-        hidden = model.decode(tokens[..., t], after_prompt_N + t, cache)
+        growing.advance(t)
 
-    if not bool(logps.isfinite().all()):
+    tokens, logps = growing.tokens.view(shape), growing.logps.view(shape)
+    ends = torch.isin(tokens, growing.ends)
+    mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end before it
+    if not bool(logps[mask].isfinite().all()):
         raise InputError("the model's probabilities are not finite: its weights are damaged, or training has diverged")
     kept = int(mask.sum(-1).max())
-    tokens, mask, logps = tokens[..., :kept], mask[..., :kept], logps[..., :kept]
+    tokens, mask = tokens.masked_fill(~mask, vocabulary.end_ids[0])[..., :kept], mask[..., :kept]
+    logps, ended = logps[..., :kept].masked_fill(~mask, 0.0), ends[..., :kept].any(-1)
     lengths, rows = mask.sum(-1).tolist(), tokens.cpu()
     texts = [[vocabulary.decode(rows[n, g, : lengths[n][g]]) for g in range(G)] for n in range(N)]
-    return Rollout(prompts, tokens, mask, logps, done, texts)
+    return Rollout(prompts, tokens, mask, logps, ended, texts)
+
+
+class _Growing:
+    """The completions that are still growing: R rows, as many of each group that is left, and what they have so far.
+
+    Results lie in `tokens` and `logps` (N * G, T) of all completions; `row_R` says which of them each row is. Beside
+    rows that grow, a group may hold some that have ended: groups are kept equally wide, since they share products.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2VL,
+        vocabulary: Vocabulary,
+        prompts: Sequence[Prompt],
+        shape: tuple[int, int, int],
+        noise_NGT: Tensor | None,
+        temperature: float,
+    ) -> None:
+        N, G, T = shape
+        device = model.embed.weight.device
+        self.model, self.allowed_V, self.temperature = model, vocabulary.allowed_V, temperature
+        self.batch = collate(prompts, device)
+        self.last_ND, self.cache = model.prefill(*self.batch.parts(), G, T)
+        self.noise = None if noise_NGT is None else noise_NGT.to(device).view(N * G, T)
+        self.ends = torch.tensor(vocabulary.end_ids, device=device)
+        self.tokens = torch.full((N * G, T), vocabulary.end_ids[0], device=device)
+        self.logps = torch.zeros(N * G, T, device=device)
+        self.row_R = torch.arange(N * G, device=device)
+        after_prompt_N = self.batch.positions_3NP.amax(dim=(0, 2)) + 1  # where all completions of a prompt go on
+        self.first_position_R = after_prompt_N.repeat_interleave(G)
+        self.done_R = torch.zeros(N * G, dtype=torch.bool, device=device)
+
+    def begin(self) -> None:
+        """The first tokens, from the prompts' last states."""
+        self._choose(self.last_ND.repeat_interleave(self.cache.group_size, dim=0))
+
+    def advance(self, t: int) -> None:
+        """Token t of every row goes into the cache, and token t + 1 is chosen."""
+        step, span = self.cache.step, t + 1  # the cache moves its step on, the host's t is only for shapes
+        hidden_RD = self.model.decode(self.tokens[self.row_R, step], self.first_position_R + step, self.cache, span)
+        self._choose(hidden_RD)
+
+    def _choose(self, hidden_RD: Tensor) -> None:
+        step = self.cache.step
+        logits_RV = masked_logits(hidden_RD, self.model.head_weight, self.allowed_V, self.temperature)
+        if self.noise is None:
+            logp_R, chosen_R = logits_RV.log_softmax(dim=-1).max(dim=-1)
+        else:
+            chosen_R, logp_R = inverse_cdf(logits_RV, self.noise[self.row_R, step])
+        self.tokens[self.row_R, step] = chosen_R
+        self.logps[self.row_R, step] = logp_R
+        self.done_R |= torch.isin(chosen_R, self.ends)
+
+    def drop_finished(self, written: int) -> bool:
+        """Let groups and rows go that have ended, where enough have. False if all have."""
+        growing = (~self.done_R).view(self.cache.groups, -1).cpu()
+        groups = growing.any(dim=1).nonzero()[:, 0]
+        if not len(groups):
+            return False
+        width = int(growing.sum(dim=1).max())
+        if len(groups) * width <= SHRINK_AT * growing.numel():
+            # Those that grow come first, in their order; ended ones fill up.
+            members = growing[groups].int().argsort(dim=1, descending=True, stable=True)[:, :width]
+            rows = (groups[:, None] * growing.shape[1] + members).flatten().to(self.row_R.device)
+            self.cache.keep(groups.to(rows.device), rows, written - 1)
+            self.row_R, self.first_position_R, self.done_R = (
+                x[rows] for x in (self.row_R, self.first_position_R, self.done_R)
+            )
+        return True

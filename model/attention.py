@@ -80,29 +80,39 @@ class SharedPrefix:
         # (N, T, P + T): whom a completion's token sees. Its own later padding hides behind causality.
         past = torch.ones(T, T, dtype=torch.bool, device=own_NGT.device).tril()
         self.seen = torch.cat((prompt_NP[:, None].expand(N, T, P), past.expand(N, T, T)), dim=-1)
+        self.bias: Tensor | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, L, d), k and v (1, K, L, d) -> (1, H, L, d), L the number of packed tokens."""
-        (N, P), (_, G, T), count = self.prompt_shape, self.own_shape, len(self.prompt_places)
-        H, K, d = q.shape[1], k.shape[1], q.shape[-1]
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
-        prompt = [self._padded(x[:count], self.prompt_places, N * P).view(N, P, -1, d).transpose(1, 2) for x in (q, k, v)]
+        (N, P), (_, G, T), H, d = self.prompt_shape, self.own_shape, q.shape[1], q.shape[-1]
+        sizes = len(self.prompt_places), len(self.own_places)
+        parts = [x[0].transpose(0, 1).split(sizes) for x in (q, k, v)]  # (L, heads, d), prompts and completions
+        prompt = [_padded(x, self.prompt_places, N * P).view(N, P, -1, d).transpose(1, 2) for x, _ in parts]
         out = causal_attention(*prompt).transpose(1, 2).reshape(N * P, H, d)
-        out = out if count == N * P else out[self.prompt_places]
+        out = out if len(out) == sizes[0] else out[self.prompt_places]
         if T:
-            own = [self._padded(x[count:], self.own_places, N * G * T).view(N, G, T, -1, d) for x in (q, k, v)]
-            answers = _prefixed_attention(own[0], *prompt[1:], own[1], own[2], self.seen).flatten(0, 2)
-            out = torch.cat((out, answers if len(self.own_places) == N * G * T else answers[self.own_places]))
+            own = [_padded(x, self.own_places, N * G * T).view(N, G, T, -1, d) for _, x in parts]
+            if self.bias is None:  # the same for all layers
+                self.bias = _score_bias(self.seen, G, H // own[1].shape[3], q.dtype)
+            answers = _prefixed_attention(own[0], *prompt[1:], own[1], own[2], self.bias).flatten(0, 2)
+            out = torch.cat((out, answers if len(answers) == sizes[1] else answers[self.own_places]))
         return out.transpose(0, 1)[None]
 
-    @staticmethod
-    def _padded(packed: Tensor, places: Tensor, size: int) -> Tensor:
-        """Tokens (M, heads, d) at their places among `size`, zeros elsewhere."""
-        return packed if len(packed) == size else packed.new_zeros(size, *packed.shape[1:]).index_copy(0, places, packed)
+
+def _padded(packed: Tensor, places: Tensor, size: int) -> Tensor:
+    """Tokens (M, heads, d) at their places among `size`, zeros elsewhere."""
+    return packed if len(packed) == size else packed.new_zeros(size, *packed.shape[1:]).index_copy(0, places, packed)
+
+
+def _score_bias(seen_NTS: Tensor, group_size: int, heads_each: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, 0 or -inf, (N * G, 1, heads_each * T, S), for `_prefixed_attention`."""
+    N, T, S = seen_NTS.shape
+    bias = torch.zeros(N, T, S, dtype=dtype, device=seen_NTS.device).masked_fill_(~seen_NTS, float("-inf"))
+    return bias[:, None, None].expand(N, group_size, heads_each, T, S).reshape(N * group_size, 1, heads_each * T, S)
 
 
 def _prefixed_attention(
-    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, seen_NTS: Tensor
+    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor
 ) -> Tensor:
     """As `two_part_attention` for many queries, by the fused kernel, which never holds the scores.
 
@@ -118,6 +128,5 @@ def _prefixed_attention(
         for prompt, own in ((prompt_k, own_k), (prompt_v, own_v))
     )
     rows = q.view(N * G, T, K, H // K, d).permute(0, 2, 3, 1, 4).reshape(N * G, K, H // K * T, d)
-    mask = seen_NTS[:, None, None, None].expand(N, G, 1, H // K, T, P + T).reshape(N * G, 1, H // K * T, P + T)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias)
     return out.view(N, G, K, H // K, T, d).permute(0, 1, 4, 2, 3, 5).reshape(N, G, T, H, d)

@@ -1,4 +1,4 @@
-"""The keys and values of a rollout: each prompt's once per group, each completion's in a buffer of fixed size."""
+"""The keys and values of a rollout: each prompt's once per group, each growing completion's in a buffer of fixed size."""
 
 import torch
 from torch import Tensor
@@ -7,34 +7,55 @@ from .attention import causal_attention, two_part_attention
 
 
 class GroupCache:
-    """Prompt KV (N, K, P, d) and completion KV (N, G, K, T, d) of every layer.
+    """Prompt KV (N, K, P, d) and completion KV (R, K, T, d) of every layer; R = N * A rows, A of each prompt's group.
 
     It serves as a decoder layer's `attend` twice: `prefill` runs the prompts and keeps their keys and values; `decode`
-    adds one token per completion at slot `step` and attends to both parts. The buffers never move or grow.
+    adds one token per row at slot `step` and attends to both parts. `keep` lets rows go. The buffers never move: the
+    rows that stay are moved to their beginning, so that a CUDA graph may be replayed on them.
     """
 
     def __init__(self, prompt_lengths_N: Tensor, prompt_size: int, group_size: int, max_new_tokens: int) -> None:
-        self.group_size, self.max_new_tokens = group_size, max_new_tokens
-        self.seen = torch.arange(prompt_size, device=prompt_lengths_N.device) < prompt_lengths_N[:, None]
+        device = prompt_lengths_N.device
+        self.groups, self.group_size, self.max_new_tokens = len(prompt_lengths_N), group_size, max_new_tokens
+        self.prompt_seen = torch.arange(prompt_size, device=device) < prompt_lengths_N[:, None]
         self.prompt: list[tuple[Tensor, Tensor]] = []
         self.own: list[tuple[Tensor, Tensor]] = []
-        self.step = 0
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        """The slot of the next token, on the device: a captured graph reads it anew at every replay."""
+        self.places = torch.arange(max_new_tokens, device=device)
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, P, d), k and v (N, K, P, d) -> (N, H, P, d)."""
         N, K, _, d = k.shape
         # Views of the fused projection would keep all of it alive, and every decoding step would copy them into order.
         self.prompt.append((k.contiguous(), v.contiguous()))
-        self.own.append(tuple(k.new_empty(N, self.group_size, K, self.max_new_tokens, d) for _ in "kv"))
+        # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times garbage may be NaN.
+        self.own.append(tuple(k.new_zeros(N * self.group_size, K, self.max_new_tokens, d) for _ in "kv"))
         return causal_attention(q, k, v)
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token per completion: q (N * G, H, 1, d), k and v (N * G, K, 1, d) -> (N * G, H, 1, d)."""
-        own_k, own_v = self.own[layer]
-        N, G, K, _, d = own_k.shape
-        own_k[:, :, :, self.step] = k.view(N, G, K, d)
-        own_v[:, :, :, self.step] = v.view(N, G, K, d)
-        past = slice(0, self.step + 1)
-        q = q.view(N, G, -1, 1, d)
-        out = two_part_attention(q, *self.prompt[layer], own_k[:, :, :, past], own_v[:, :, :, past], self.seen, None)
-        return out.reshape(N * G, -1, 1, d)
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, own_seen: Tensor) -> Tensor:
+        """One token per row: q (R, H, 1, d), k and v (R, K, 1, d) -> (R, H, 1, d).
+
+        `own_seen`, bool: which of a row's first slots hold its tokens, this one's among them.
+        """
+        (R, H, _, d), N = q.shape, self.groups
+        own = [buffer[:R].index_copy_(2, self.step, new) for buffer, new in zip(self.own[layer], (k, v))]
+        own_k, own_v = (x[:, :, : len(own_seen)].unflatten(0, (N, R // N)) for x in own)
+        prompt_k, prompt_v = (x[:N] for x in self.prompt[layer])
+        q = q.view(N, R // N, H, 1, d)
+        out = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, self.prompt_seen[:N], own_seen)
+        return out.reshape(R, H, 1, d)
+
+    def keep(self, groups: Tensor, rows: Tensor, written: int) -> None:
+        """Go on with these of the present groups (n,) and rows (n * A,) alone, groups in order, as many rows of each.
+
+        `written` slots of each row hold something.
+        """
+        for layer in range(len(self.own)):
+            for buffer in self.own[layer]:
+                buffer[: len(rows), :, :written] = buffer[rows, :, :written]
+            if len(groups) < self.groups:
+                for buffer in self.prompt[layer]:
+                    buffer[: len(groups)] = buffer[groups]
+        self.prompt_seen[: len(groups)] = self.prompt_seen[groups]
+        self.groups = len(groups)

@@ -5,6 +5,7 @@
 - `completion_hidden`: the update. Each prompt once, its G completions after it (shared prefix).
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,13 +106,17 @@ class Qwen2VL(nn.Module):
         hidden = self._decode_layers(x, positions_3NP, cache.prefill)
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1], cache
 
-    def decode(self, tokens_NG: Tensor, positions_N: Tensor, cache: GroupCache) -> Tensor:
-        """Add one token to every completion: ids (N, G) at M-RoPE positions (N,) -> hidden states (N, G, D)."""
-        N, G = tokens_NG.shape
-        positions = positions_N.repeat_interleave(G).view(1, N * G, 1).expand(3, -1, -1)
-        hidden = self._decode_layers(self.embed(tokens_NG.reshape(-1, 1)), positions, cache.decode)
+    def decode(self, tokens_R: Tensor, positions_R: Tensor, cache: GroupCache, span: int) -> Tensor:
+        """Add one token to every growing completion: ids (R,) at M-RoPE positions (R,) -> hidden states (R, D).
+
+        Static shapes and no synchronisation: it can be captured in a CUDA graph. Attention looks at the first `span`
+        slots of each row, at least as many as are filled now, this token's among them.
+        """
+        positions = positions_R.view(1, -1, 1).expand(3, -1, -1)
+        attend = partial(cache.decode, own_seen=cache.places[:span] <= cache.step)
+        hidden = self._decode_layers(self.embed(tokens_R[:, None]), positions, attend)
         cache.step += 1
-        return hidden.view(N, G, -1)
+        return hidden[:, 0]
 
     def completion_hidden(
         self,

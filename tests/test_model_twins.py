@@ -56,7 +56,9 @@ def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int) -> No
     last, cache = model.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, G, T)
     states = [last[:, None].expand(-1, G, -1)]
     for step in range(T - 1):
-        states.append(model.decode(completions[:, :, step], positions.amax(dim=(0, 2)) + 1 + step, cache))
+        after = (positions.amax(dim=(0, 2)) + 1 + step).repeat_interleave(G)
+        hidden = model.decode(completions[:, :, step].flatten(), after, cache, span=T if step % 2 else step + 1)
+        states.append(hidden.view(len(MIXED), G, -1))
     logits = torch.stack(states, dim=2) @ model.head_weight.T
     assert (logits - replicated_logits(model, batch, completions)).abs().max() < 1e-4
 
