@@ -3,7 +3,7 @@
     python -m benchmarks.grpo_step --checkpoint 46m --prompts 2 --group 8 --tokens 64 --side 448 --steps 4
 
 Completions have a fixed length: the end of turn can't be sampled. Prints one JSON line; all seconds are medians over
-the steps after one warm-up step.
+the steps after a warm-up of two.
 """
 
 import argparse
@@ -29,6 +29,9 @@ from train import grpo_step
 
 from .shapes import SHAPES, make_checkpoint, make_questions
 
+WARM_UP = 2
+"""Steps that are not counted: libraries load, and the process's memory grows to what it needs."""
+
 
 def measured_steps(checkpoint: Path, folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run writes."""
@@ -49,9 +52,9 @@ def measured_steps(checkpoint: Path, folder: Path, args: argparse.Namespace) -> 
 def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Config:
     """The run that the arguments describe; its questions are made in `folder`."""
     return Config(
-        model=str(checkpoint), train_questions=str(make_questions(args.prompts * (args.steps + 1), args.side, folder)),
+        model=str(checkpoint), train_questions=str(make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder)),
         run_dir=str(folder / "run"), prompts_per_step=args.prompts, group_size=args.group, max_new_tokens=args.tokens,
-        steps=args.steps + 1, beta=args.beta, dtype=args.dtype, device=args.device, max_pixels=args.side**2,
+        steps=args.steps + WARM_UP, beta=args.beta, dtype=args.dtype, device=args.device, max_pixels=args.side**2,
         micro_batch_prompts=1,
     )  # fmt: skip
 
@@ -65,9 +68,9 @@ def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig) -> Vocabulary:
 
 
 def summary(laps: list[dict[str, float]], args: argparse.Namespace) -> dict[str, object]:
-    """What is printed: medians over all steps but the first, memory, the machine and the arguments."""
-    seconds = {phase: statistics.median(lap[phase] for lap in laps[1:]) for phase in laps[0]}
-    whole = [sum(lap.values()) for lap in laps[1:]]
+    """What is printed: medians over all steps after the warm-up, memory, the machine and the arguments."""
+    seconds = {phase: statistics.median(lap[phase] for lap in laps[WARM_UP:]) for phase in laps[0]}
+    whole = [sum(lap.values()) for lap in laps[WARM_UP:]]
     tokens = args.prompts * args.group * args.tokens
     return {
         "seconds_per_step": statistics.median(whole),
@@ -108,7 +111,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8, help="completions a prompt (default: 8)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens a completion, exactly (default: 64)")
     parser.add_argument("--side", type=int, default=448, help="images are side x side pixels (default: 448)")
-    parser.add_argument("--steps", type=int, default=4, help="steps counted, after one that is not (default: 4)")
+    parser.add_argument(
+        "--steps", type=int, default=4, help=f"steps counted, after {WARM_UP} that are not (default: 4)"
+    )
     parser.add_argument("--beta", type=float, default=0.04, help="0 leaves the reference out (default: 0.04)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

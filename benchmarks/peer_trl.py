@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from data import prompt_text, read_questions
 
-from .grpo_step import arguments, checkpoint_folder, machine, peak_memory
+from .grpo_step import WARM_UP, arguments, checkpoint_folder, machine, peak_memory
 from .shapes import make_questions
 
 
@@ -61,7 +61,9 @@ def main() -> int:
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_folder(args.checkpoint, Path(folder))
-        questions = read_questions(make_questions(args.prompts * (args.steps + 1), args.side, Path(folder) / "work"))
+        questions = read_questions(
+            make_questions(args.prompts * (args.steps + WARM_UP), args.side, Path(folder) / "work")
+        )
         rows = [
             {"prompt": [{"role": "user", "content": prompt_text(q)}], "image": Image.open(q.images[0]).convert("RGB")}
             for q in questions
@@ -80,7 +82,7 @@ def main() -> int:
             callbacks=[clock],
             args=GRPOConfig(
                 output_dir=folder, per_device_train_batch_size=args.prompts * args.group, num_generations=args.group,
-                max_completion_length=args.tokens, max_steps=args.steps + 1, beta=args.beta, temperature=1.0,
+                max_completion_length=args.tokens, max_steps=args.steps + WARM_UP, beta=args.beta, temperature=1.0,
                 learning_rate=1e-6, gradient_checkpointing=False, bf16=args.dtype == "bfloat16", report_to="none",
                 use_cpu=args.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                 generation_kwargs={
@@ -89,7 +91,7 @@ def main() -> int:
             ),
         )  # fmt: skip
         trainer.train()
-    seconds = clock.seconds[1:]
+    seconds = clock.seconds[WARM_UP:]
     result = {"seconds_per_step": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
     print(json.dumps(result | peak_memory(args.device) | vars(args) | machine(args.device)))
     return 0

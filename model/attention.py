@@ -64,6 +64,28 @@ def two_part_attention(
     return out.reshape(N, G, H, T, d)
 
 
+def merged_attention(
+    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, prompt_bias: Tensor
+) -> Tensor:
+    """`two_part_attention` for one query a completion, without gradient, by torch's fused kernel for processors.
+
+    Each part's output comes with the logarithm of its sum of exponentials; a softmax over both parts weighs the two
+    outputs in proportion to those sums, that is by the sigmoid of the logarithms' difference.
+
+    Args: q (N, G, H, 1, d), prompt_k and prompt_v (N, K, P, d), own_k and own_v (N * G, K, S, d), all seen, and
+    `prompt_bias` (N, 1, 1, P), 0 or -inf. Returns (N, G, H, 1, d).
+    """
+    N, G, H, _, d = q.shape
+    K, each = prompt_k.shape[1], H // prompt_k.shape[1]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    shared = q.view(N, G, K, each, d).transpose(1, 2).reshape(N, K, G * each, d)
+    from_prompt, prompt_sum = attend(shared, prompt_k, prompt_v, attn_mask=prompt_bias.expand(-1, -1, G * each, -1))
+    from_own, own_sum = attend(q.view(N * G, K, each, d), own_k, own_v)
+    share = torch.sigmoid(prompt_sum.view(N, K, G, each).transpose(1, 2) - own_sum.view(N, G, K, each))
+    from_prompt = from_prompt.reshape(N, K, G, each, d).transpose(1, 2)
+    return torch.lerp(from_own.reshape(N, G, K, each, d), from_prompt, share[..., None].to(q.dtype)).view(N, G, H, 1, d)
+
+
 class SharedPrefix:
     """The update's `attend`: N prompts and their G completions each, packed into one row of real tokens only.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .attention import causal_attention, two_part_attention
+from .attention import causal_attention, merged_attention, two_part_attention
 
 
 class GroupCache:
@@ -27,23 +27,31 @@ class GroupCache:
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, P, d), k and v (N, K, P, d) -> (N, H, P, d)."""
         N, K, _, d = k.shape
+        if layer == 0:
+            bias = torch.zeros(self.prompt_seen.shape, dtype=q.dtype, device=q.device)
+            self.prompt_bias = bias.masked_fill_(~self.prompt_seen, float("-inf"))[:, None, None]
         # Views of the fused projection would keep all of it alive, and every decoding step would copy them into order.
         self.prompt.append((k.contiguous(), v.contiguous()))
         # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times garbage may be NaN.
         self.own.append(tuple(k.new_zeros(N * self.group_size, K, self.max_new_tokens, d) for _ in "kv"))
         return causal_attention(q, k, v)
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, own_seen: Tensor) -> Tensor:
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: int, own_seen: Tensor | None) -> Tensor:
         """One token per row: q (R, H, 1, d), k and v (R, K, 1, d) -> (R, H, 1, d).
 
-        `own_seen`, bool: which of a row's first slots hold its tokens, this one's among them.
+        Attention looks at the first `span` slots of a row, at all of them or at those that are True in `own_seen`.
         """
         (R, H, _, d), N = q.shape, self.groups
-        own = [buffer[:R].index_copy_(2, self.step, new) for buffer, new in zip(self.own[layer], (k, v))]
-        own_k, own_v = (x[:, :, : len(own_seen)].unflatten(0, (N, R // N)) for x in own)
-        prompt_k, prompt_v = (x[:N] for x in self.prompt[layer])
-        q = q.view(N, R // N, H, 1, d)
-        out = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, self.prompt_seen[:N], own_seen)
+        for buffer, new in zip(self.own[layer], (k, v)):
+            buffer[:R].index_copy_(2, self.step, new)
+        own = [buffer[:R, :, :span] for buffer in self.own[layer]]
+        prompt = [buffer[:N] for buffer in self.prompt[layer]]
+        q = q.reshape(N, R // N, H, 1, d)
+        if own_seen is None and q.device.type == "cpu":
+            out = merged_attention(q, *prompt, *own, self.prompt_bias[:N])
+        else:
+            own = [x.unflatten(0, (N, R // N)) for x in own]
+            out = two_part_attention(q, *prompt, *own, self.prompt_seen[:N], own_seen)
         return out.reshape(R, H, 1, d)
 
     def keep(self, groups: Tensor, rows: Tensor, written: int) -> None:
@@ -57,5 +65,6 @@ class GroupCache:
             if len(groups) < self.groups:
                 for buffer in self.prompt[layer]:
                     buffer[: len(groups)] = buffer[groups]
-        self.prompt_seen[: len(groups)] = self.prompt_seen[groups]
+        for buffer in (self.prompt_seen, self.prompt_bias):
+            buffer[: len(groups)] = buffer[groups]
         self.groups = len(groups)

@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -36,9 +35,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim)
+        self.qkv = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * config.head_dim)
         self.out = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
@@ -47,8 +46,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         B, L, _ = x_BLD.shape
         heads = self.qkv(self.attention_norm(x_BLD)).view(B, L, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split(self.heads, dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        turned, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = rotate(turned, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
         x_BLD = x_BLD + self.out(attend(self.index, q, k, v).transpose(1, 2).reshape(B, L, -1))
         gate, up = self.gate_up(self.mlp_norm(x_BLD)).chunk(2, dim=-1)
         return x_BLD + self.down(F.silu(gate) * up)

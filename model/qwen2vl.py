@@ -32,9 +32,7 @@ class Qwen2VL(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -106,15 +104,20 @@ class Qwen2VL(nn.Module):
         hidden = self._decode_layers(x, positions_3NP, cache.prefill)
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1], cache
 
-    def decode(self, tokens_R: Tensor, positions_R: Tensor, cache: GroupCache, span: int) -> Tensor:
+    def decode(
+        self, tokens_R: Tensor, positions_R: Tensor, cache: GroupCache, span: int, padded: bool = False
+    ) -> Tensor:
         """Add one token to every growing completion: ids (R,) at M-RoPE positions (R,) -> hidden states (R, D).
 
-        Static shapes and no synchronisation: it can be captured in a CUDA graph. Attention looks at the first `span`
-        slots of each row, at least as many as are filled now, this token's among them.
+        Attention looks at the first `span` slots of each row: as many as are filled now, this token's among them, or
+        with `padded` some more, whose emptiness is found on the device. Nothing here makes the host wait or changes a
+        shape, so that the call can be captured in a CUDA graph.
         """
         positions = positions_R.view(1, -1, 1).expand(3, -1, -1)
-        attend = partial(cache.decode, own_seen=cache.places[:span] <= cache.step)
-        hidden = self._decode_layers(self.embed(tokens_R[:, None]), positions, attend)
+        seen = cache.places[:span] <= cache.step if padded else None
+        hidden = self._decode_layers(
+            self.embed(tokens_R[:, None]), positions, partial(cache.decode, span=span, own_seen=seen)
+        )
         cache.step += 1
         return hidden[:, 0]
 
@@ -139,9 +142,7 @@ class Qwen2VL(nn.Module):
         prompt_NP = torch.arange(P, device=tokens_NP.device) < lengths_N[:, None]
         run_NGT = mask_NGT[..., 1:]  # a token is run where there is one after it to predict
         after = positions_3NP.amax(dim=(0, 2))[:, None, None] + 1 + torch.arange(T - 1, device=tokens_NP.device)
-        positions = torch.cat(
-            (positions_3NP[:, prompt_NP], after.expand(N, G, T - 1)[run_NGT].expand(3, -1)), dim=1
-        )
+        positions = torch.cat((positions_3NP[:, prompt_NP], after.expand(N, G, T - 1)[run_NGT].expand(3, -1)), dim=1)
         tokens = torch.cat((tokens_NP[prompt_NP], completions_NGT[..., :-1][run_NGT]))
         x = self.embed_prompt(tokens[None], images, grids_I3)
         hidden = self._decode_layers(x, positions[:, None], SharedPrefix(prompt_NP, run_NGT))[0]

@@ -48,8 +48,9 @@ def test_shared_prefix_keeps_sisters_and_the_future_from_one_another() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("G", "T"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int) -> None:
+def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int, padded: bool) -> None:
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), G, T)
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
@@ -57,7 +58,7 @@ def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int) -> No
     states = [last[:, None].expand(-1, G, -1)]
     for step in range(T - 1):
         after = (positions.amax(dim=(0, 2)) + 1 + step).repeat_interleave(G)
-        hidden = model.decode(completions[:, :, step].flatten(), after, cache, span=T if step % 2 else step + 1)
+        hidden = model.decode(completions[:, :, step].flatten(), after, cache, *((T, True) if padded else (step + 1,)))
         states.append(hidden.view(len(MIXED), G, -1))
     logits = torch.stack(states, dim=2) @ model.head_weight.T
     assert (logits - replicated_logits(model, batch, completions)).abs().max() < 1e-4
