@@ -26,7 +26,7 @@ from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summ
 from evaluation.answers import answer_greedily
 from evaluation.blind import blind_credits, by_modality
 from grpo.advantages import group_advantages
-from grpo.batch import Rollout, completion_logprobs, rollout_logprobs
+from grpo.batch import Rollout, completion_logprobs, rollout_logprobs, see_once
 from grpo.checkpoint import StopRequest, end_step
 from grpo.config import Config, parse_arguments
 from grpo.log import RunLog, Stopwatch
@@ -65,6 +65,10 @@ def grpo_step(
     """Lines 6 to 11 for the questions of one step: rollout, verdicts, rewards (N, G), advantages (N, G), statistics."""
     policy, optimizer, allowed_V = run.policy, run.optimizer, run.vocabulary.allowed_V
     weights_R = torch.tensor([config.format_weight, config.accuracy_weight, config.consistency_weight])  # rewards.RULES
+
+    if config.freeze_vision:  # then all models and passes of the step see the same
+        prompts = see_once(policy, prompts)
+        clock.lap("vision")
 
     # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
     noise_NGT = sampling_noise(config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens)
@@ -107,7 +111,7 @@ def accumulate_gradient(
     # The divisor of the loss, fixed before anything is split.
     weights_NGT = token_weights(rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens)
     totals: dict[str, Tensor] = defaultdict(lambda: weights_NGT.new_zeros(()))
-    for groups, batch, tokens, mask in rollout.micro_batches(config.micro_batch_prompts):
+    for groups, batch, tokens, mask in rollout.micro_batches(config.micro_batch_tokens):
         part = groups, slice(None), slice(mask.shape[-1])
         logp, entropy = completion_logprobs(policy, batch, tokens, mask, allowed_V, config.temperature)
         loss, stats = grpo_loss(

@@ -55,7 +55,7 @@ def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Con
         model=str(checkpoint), train_questions=str(make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder)),
         run_dir=str(folder / "run"), prompts_per_step=args.prompts, group_size=args.group, max_new_tokens=args.tokens,
         steps=args.steps + WARM_UP, beta=args.beta, dtype=args.dtype, device=args.device, max_pixels=args.side**2,
-        micro_batch_prompts=1,
+        micro_batch_tokens=args.micro_batch_tokens,
     )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--steps", type=int, default=4, help=f"steps counted, after {WARM_UP} that are not (default: 4)"
     )
     parser.add_argument("--beta", type=float, default=0.04, help="0 leaves the reference out (default: 0.04)")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="as in the config (default: 1024)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser.parse_args(given)

@@ -32,7 +32,7 @@ def repeated(prompt: Prompt, copies: int, image_token_id: int, device: str) -> d
         "input_ids": batch.tokens_NP,
         "attention_mask": torch.ones_like(batch.tokens_NP),
         "mm_token_type_ids": (batch.tokens_NP == image_token_id).long(),
-        "pixel_values": batch.patches_SC,
+        "pixel_values": batch.images,
         "image_grid_thw": batch.grids_I3.to(device),
     }
 

@@ -41,6 +41,7 @@ class Prompt:
         patches_SC: float32 (S, C), the patches of all images in reading order.
         grids_I3: int64 (I, 3), each image's patches as (1, rows, columns).
         positions_3P: int64 (3, P), each token's temporal, height and width position.
+        features_ID: what a vision tower made of the images, one row for each image token, if it was asked already.
     """
 
     question: Question
@@ -48,6 +49,7 @@ class Prompt:
     patches_SC: Tensor
     grids_I3: Tensor
     positions_3P: Tensor
+    features_ID: Tensor | None = None
 
     def continued(self, ids: Sequence[int]) -> "Prompt":
         """The prompt with the beginning of an answer behind it, for the model to go on from."""

@@ -1,7 +1,7 @@
 """What a step works on: prompts side by side, the rollout of their groups, and its division into micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,17 +14,20 @@ from .config import Config
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """N prompts, right-padded to P tokens; the patches of all their images in reading order."""
+    """N prompts, right-padded to P tokens, and their images in reading order.
+
+    `images` are patches (S, C) with their grids, or, if `grids_I3` is None, what the vision tower made of them.
+    """
 
     tokens_NP: Tensor
     positions_3NP: Tensor
     lengths_N: Tensor
-    patches_SC: Tensor | None
+    images: Tensor | None
     grids_I3: Tensor | None
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """In the order in which the model's methods take them."""
-        return self.tokens_NP, self.positions_3NP, self.lengths_N, self.patches_SC, self.grids_I3
+        return self.tokens_NP, self.positions_3NP, self.lengths_N, self.images, self.grids_I3
 
 
 def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> PromptBatch:
@@ -35,14 +38,28 @@ def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> Pr
     for row, (prompt, length) in enumerate(zip(prompts, lengths)):
         tokens[row, :length] = prompt.tokens_P
         positions[:, row, :length] = prompt.positions_3P
-    with_images = [prompt for prompt in prompts if len(prompt.grids_I3)]
+    shown = [prompt for prompt in prompts if len(prompt.grids_I3)]
+    seen = bool(shown) and shown[0].features_ID is not None
+    images = [prompt.features_ID if seen else prompt.patches_SC for prompt in shown]
     return PromptBatch(
         tokens_NP=tokens.to(device),
         positions_3NP=positions.to(device),
         lengths_N=torch.tensor(lengths, device=device),
-        patches_SC=torch.cat([prompt.patches_SC for prompt in with_images]).to(device) if with_images else None,
-        grids_I3=torch.cat([prompt.grids_I3 for prompt in with_images]) if with_images else None,
+        images=torch.cat(images).to(device) if shown else None,
+        grids_I3=torch.cat([prompt.grids_I3 for prompt in shown]) if shown and not seen else None,
     )
+
+
+@torch.no_grad()
+def see_once(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with what the model's vision tower makes of their images, for models that share that tower."""
+    device = model.embed.weight.device
+    return [
+        replace(prompt, features_ID=model.see(prompt.patches_SC.to(device), prompt.grids_I3))
+        if len(prompt.grids_I3)
+        else prompt
+        for prompt in prompts
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +77,23 @@ class Rollout:
     ended_NG: Tensor
     texts: list[list[str]]
 
-    def micro_batches(self, prompts_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
-        """Whole groups, `prompts_each` at a time: which of the N they are, their prompts, tokens and mask.
+    def micro_batches(self, tokens_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
+        """Whole groups, as many as have `tokens_each` tokens, at least one: which of the N, prompts, tokens and mask.
 
         T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
         """
-        for start in range(0, len(self.prompts), prompts_each):
-            groups = slice(start, start + prompts_each)
-            mask = self.mask_NGT[groups]
+        counts = (self.mask_NGT.sum(-1).sum(-1)).tolist()
+        counts = [len(prompt.tokens_P) + count for prompt, count in zip(self.prompts, counts, strict=True)]
+        start = 0
+        while start < len(counts):
+            stop = start + 1
+            while stop < len(counts) and sum(counts[start : stop + 1]) <= tokens_each:
+                stop += 1
+            mask = self.mask_NGT[start:stop]
             longest = int(mask.sum(-1).max())
-            prompts = collate(self.prompts[groups], self.tokens_NGT.device)
-            yield groups, prompts, self.tokens_NGT[groups, :, :longest], mask[..., :longest]
+            prompts = collate(self.prompts[start:stop], self.tokens_NGT.device)
+            yield slice(start, stop), prompts, self.tokens_NGT[start:stop, :, :longest], mask[..., :longest]
+            start = stop
 
 
 def written_rollout(
@@ -117,7 +140,7 @@ def completion_logprobs(
 def rollout_logprobs(model: Qwen2VL, rollout: Rollout, allowed_V: Tensor, config: Config) -> Tensor:
     """log pi (N, G, T) of a whole rollout under a model that is not being trained, 0 outside the mask."""
     logp_NGT = torch.zeros_like(rollout.logp_NGT)
-    for groups, prompts, tokens, mask in rollout.micro_batches(config.micro_batch_prompts):
+    for groups, prompts, tokens, mask in rollout.micro_batches(config.micro_batch_tokens):
         logp, _ = completion_logprobs(model, prompts, tokens, mask, allowed_V, config.temperature)
         logp_NGT[groups, :, : mask.shape[-1]] = logp
     return logp_NGT

@@ -22,7 +22,14 @@ from model import InputError, Qwen2VL, load_model, save_model
 from .config import Config, config_toml
 from .optimizer import MasterAdamW
 
-MAY_DIFFER = {"device", "micro_batch_prompts", "eval_batch_prompts", "save_every", "log_samples_every"}
+MAY_DIFFER = {
+    "device",
+    "micro_batch_tokens",
+    "activation_checkpointing",
+    "eval_batch_prompts",
+    "save_every",
+    "log_samples_every",
+}
 """Fields that a resumed run may change, because they change nothing but speed, memory and what is written down."""
 
 KEPT = 2

@@ -97,8 +97,12 @@ class Config:
     """AdamW's decoupled weight decay"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to at most this norm"""
-    micro_batch_prompts: int = 4
-    """groups in one forward and backward; changes memory and speed, never the gradient"""
+    micro_batch_tokens: int = 4096
+    """tokens in one forward and backward, whole groups at a time; changes memory and speed, never the gradient"""
+    activation_checkpointing: bool = False
+    """keep no activations within a block, make them anew in backward: a third slower, for a fraction of the memory"""
+    freeze_vision: bool = False
+    """leave the vision tower as it is, so that each image is encoded once per step (the paper's run trains it)"""
     eval_batch_prompts: int = 64
     """questions decoded at once when accuracy is measured"""
     save_every: int = 50
@@ -111,7 +115,7 @@ class Config:
     """cpu, or cuda"""
 
     def __post_init__(self) -> None:
-        at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_prompts"
+        at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_tokens"
         at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
         not_negative = "train_count test_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
         not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight consistency_weight"
@@ -201,13 +205,23 @@ def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentPa
     for field in (field for field in fields(Config) if field.name in names):
         default = "required, here or in the file" if field.default is MISSING else field.default
         extra = {"nargs": "*"} if field.type == tuple[str, ...] else {}
-        kind = str if extra else field.type
+        kind = str if extra else _boolean if field.type is bool else field.type
         # The default shown is the dataclass's; the one parsed is "not given", so that the file's value stands.
         text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
         parser.add_argument(
-            f"--{field.name}", type=kind, metavar=kind.__name__.upper(), help=text, default=argparse.SUPPRESS, **extra
+            f"--{field.name}",
+            type=kind,
+            metavar=kind.__name__.strip("_").upper(),
+            help=text,
+            default=argparse.SUPPRESS,
+            **extra,
         )
     return parser
+
+
+def _boolean(text: str) -> bool:
+    """As TOML writes it."""
+    return {"true": True, "false": False}[text]
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -46,6 +46,11 @@ def prepare(config: Config) -> Run:
     load_base = partial(load_model, config.model, config.device, config.dtype)
     policy = load_checkpoint_model(config, checkpoint) if checkpoint else load_base()
     reference = load_base().requires_grad_(False) if config.beta and config.method == "grpo" else None
+    policy.recompute = config.activation_checkpointing
+    if config.freeze_vision:
+        policy.visual.requires_grad_(False)
+        if reference is not None:
+            reference.visual = policy.visual  # one tower in memory
     vocabulary = load_vocabulary(config.model, policy.config, config.device)
     encoder = prompt_encoder(vocabulary, policy.config, config)
     train_questions, skipped = encoder.select(train_questions)

@@ -146,16 +146,35 @@ class _Growing:
         after_prompt_N = self.batch.positions_3NP.amax(dim=(0, 2)) + 1  # where all completions of a prompt go on
         self.first_position_R = after_prompt_N.repeat_interleave(G)
         self.done_R = torch.zeros(N * G, dtype=torch.bool, device=device)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
 
     def begin(self) -> None:
         """The first tokens, from the prompts' last states."""
         self._choose(self.last_ND.repeat_interleave(self.cache.group_size, dim=0))
 
     def advance(self, t: int) -> None:
-        """Token t of every row goes into the cache, and token t + 1 is chosen."""
-        step, span = self.cache.step, t + 1  # the cache moves its step on, the host's t is only for shapes
-        hidden_RD = self.model.decode(self.tokens[self.row_R, step], self.first_position_R + step, self.cache, span)
-        self._choose(hidden_RD)
+        """Token t of every row goes into the cache, and token t + 1 is chosen.
+
+        On a GPU a step's launches are captured once for each number of rows and span, and then replayed together.
+        """
+        if not self.tokens.is_cuda:
+            return self.decode_and_choose(span=t + 1)
+        shape = len(self.row_R), min((t // SPAN_STEP + 1) * SPAN_STEP, self.tokens.shape[1])
+        if shape not in self.graphs:
+            self.graphs[shape] = None
+            return self.decode_and_choose(shape[1], padded=True)  # the libraries' warm-up, which can't be captured
+        if self.graphs[shape] is None:
+            pool = next((graph.pool() for graph in self.graphs.values() if graph is not None), None)
+            self.graphs[shape] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[shape], pool=pool):  # one pool: they run one at a time
+                self.decode_and_choose(shape[1], padded=True)
+        self.graphs[shape].replay()
+
+    def decode_and_choose(self, span: int, padded: bool = False) -> None:
+        """The device's part of a step: no host in it, and nothing that depends on which step it is but `span`."""
+        step = self.cache.step
+        position_R = self.first_position_R + step
+        self._choose(self.model.decode(self.tokens[self.row_R, step], position_R, self.cache, span, padded))
 
     def _choose(self, hidden_RD: Tensor) -> None:
         step = self.cache.step
@@ -166,7 +185,7 @@ class _Growing:
             chosen_R, logp_R = inverse_cdf(logits_RV, self.noise[self.row_R, step])
         self.tokens[self.row_R, step] = chosen_R
         self.logps[self.row_R, step] = logp_R
-        self.done_R |= torch.isin(chosen_R, self.ends)
+        self.done_R |= (chosen_R[:, None] == self.ends).any(dim=-1)
 
     def drop_finished(self, written: int) -> bool:
         """Let groups and rows go that have ended, where enough have. False if all have."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import Question, prompts_of_steps
 
-from .batch import Rollout, completion_logprobs, written_rollout
+from .batch import Rollout, completion_logprobs, see_once, written_rollout
 from .checkpoint import StopRequest, end_step
 from .config import Config
 from .log import RunLog
@@ -28,6 +28,8 @@ def fine_tune(run: Run, config: Config) -> None:
         for step in steps:
             started = time.perf_counter()
             prompts = next(prompts_of_step)
+            if config.freeze_vision:
+                prompts = see_once(run.policy, prompts)
             targets = [[target(prompt.question, config.sft_answer)] for prompt in prompts]  # a group of one
             answers = written_rollout(run.vocabulary, prompts, targets, config.device)
 
@@ -63,7 +65,7 @@ def accumulate_cross_entropy(run: Run, answers: Rollout, config: Config) -> tupl
     """
     total = answers.mask_NGT.sum()  # the divisor, fixed before anything is split
     loss, probability = answers.logp_NGT.new_zeros(()), answers.logp_NGT.new_zeros(())
-    for _, prompts, tokens, mask in answers.micro_batches(config.micro_batch_prompts):
+    for _, prompts, tokens, mask in answers.micro_batches(config.micro_batch_tokens):
         logp, _ = completion_logprobs(run.policy, prompts, tokens, mask, run.vocabulary.allowed_V, temperature=1.0)
         part = -logp.sum() / total
         part.backward()

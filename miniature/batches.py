@@ -36,12 +36,13 @@ def _example_losses(model: Qwen2VL, examples: Sequence[Example], pool: Pool | No
 def _group_losses(model: Qwen2VL, groups: Sequence[Group], pool: Pool | None) -> Tensor:
     tokens, lengths = pad([group.prompt for group in groups])
     shape = (len(groups), len(groups[0].answers), -1)
-    answers = pad([answer for group in groups for answer in group.answers])[0].view(shape)
+    answers, answer_lengths = pad([answer for group in groups for answer in group.answers])
+    answers, mask = answers.view(shape), (torch.arange(answers.shape[1]) < answer_lengths[:, None]).view(shape)
     weights = pad([row for group in groups for row in group.weights])[0].view(shape)
     patches, grids = _images(groups, pool)
     positions = batch_positions(tokens, lengths, grids, model.config.image_token_id, MERGE)
-    hidden = model.completion_hidden(tokens, positions, lengths, patches, grids, answers)
-    return _weighted(model, hidden, answers, weights)
+    hidden = model.completion_hidden(tokens, positions, lengths, patches, grids, answers, mask)
+    return _weighted(model, hidden, answers[mask], weights[mask])
 
 
 def _weighted(model: Qwen2VL, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def greedy_by_cache(ours: Qwen2VL, batch: Batch) -> Tensor:
     after, out = positions.amax(dim=(0, 2)) + 1, []
     for step in range(NEW_TOKENS):
         out.append(best_allowed(hidden @ ours.head_weight.T).view(-1, 1))
-        hidden = ours.decode(out[-1], after + step, cache, span=step + 1)
+        hidden = ours.decode(out[-1][:, 0], after + step, cache, span=step + 1)
     return torch.cat(out, dim=1)
 
 

@@ -1,12 +1,8 @@
 """Grouped rollouts: the distribution, its log-probabilities, and what a completion may depend on."""
 
-from pathlib import Path
-
-import pytest
 import torch
-from PIL import Image
 
-from data import PromptEncoder, Question, Vocabulary, allowed_tokens_V
+from data import Vocabulary, allowed_tokens_V
 from grpo.batch import completion_logprobs, rollout_logprobs
 from grpo.config import Config
 from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
@@ -14,27 +10,6 @@ from tiny import tiny_tokenizer
 from tiny_run import tiny_model
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    """No image, one image, two images; prompts of different lengths."""
-    folder = tmp_path_factory.mktemp("images")
-    paths = []
-    for i, size in enumerate([(60, 60), (90, 40), (56, 112)]):
-        paths.append(folder / f"{i}.png")
-        Image.effect_noise(size, 80).save(paths[-1])
-    tokenizer = tiny_tokenizer()
-    encoder = PromptEncoder(
-        tokenizer,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        min_pixels=3136,
-        max_pixels=10000,
-        max_prompt_tokens=2000,
-    )
-    images: list[tuple[Path, ...]] = [(), (paths[0],), (paths[1], paths[2])]
-    words = ["Which?", "What is seen in this image?", "What?"]
-    return [encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w)) for i, w in zip(images, words)]
 
 
 def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(END,), greedy=False):
@@ -49,7 +24,7 @@ def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(E
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(model, rollout, allowed, Config("m", "q", "r", temperature=1.3, micro_batch_prompts=2))
+    recomputed = rollout_logprobs(model, rollout, allowed, Config("m", "q", "r", temperature=1.3, micro_batch_tokens=100))
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 
@@ -166,7 +141,7 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
     weights = torch.randn(rollout.mask_NGT.shape, generator=torch.Generator().manual_seed(0))
-    for groups, batch, tokens, mask in rollout.micro_batches(2):
+    for groups, batch, tokens, mask in rollout.micro_batches(100):
         logp, _ = completion_logprobs(model, batch, tokens, mask, allowed, 1.3)
         (logp * weights[groups, :, : mask.shape[-1]]).sum().backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -53,7 +53,7 @@ def write_run(folder: Path, **fields: object) -> Path:
         "model": str(folder / "base"), "train_questions": str(folder / "questions" / "train.json"),
         "test_questions": [str(folder / "questions" / "test.json")], "run_dir": str(folder / "run"),
         "train_modality": "MRI", "steps": 4, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 10,
-        "micro_batch_prompts": 2, "save_every": 2, "learning_rate": 1e-3, **fields,
+        "micro_batch_tokens": 250, "save_every": 2, "learning_rate": 1e-3, **fields,
     }  # fmt: skip
     (folder / "config.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
     return folder / "config.toml"

@@ -1,0 +1,221 @@
+"""What makes a step fast, beside the slow twin of each: same values, same gradients, same tokens."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo.sampler
+from grpo.batch import collate, completion_logprobs, see_once
+from grpo.sampler import inverse_cdf, naive_inverse_cdf
+from model import Qwen2VL
+from model.attention import merged_attention, two_part_attention
+from model.cache import GroupCache
+from model.linear import Linear, linear
+from model.rope import batch_positions
+from test_model_twins import assert_close_gradients, gradients, random_tokens, replicated_logits
+from test_sampler import sampled
+from tiny_models import IMAGE, MIXED, VOCABULARY, make_batch, tiny_config
+from tiny_models import tiny_model as bare_model
+from tiny_run import tiny_model
+
+SHAPES = {"1:1-tied": (4, 4, True), "4:2-untied": (4, 2, False), "6:1-tied": (6, 1, True)}
+LENGTHS = {
+    "ragged": [[6, 1, 3], [2, 5, 1], [1, 1, 4], [3, 6, 2]],
+    "all of one token": [[1, 1], [1, 1], [1, 1], [1, 1]],
+    "groups of one": [[4], [1], [6], [2]],
+    "full": [[5, 5], [5, 5], [5, 5], [5, 5]],
+}
+
+
+def mask_of(lengths: list[list[int]]) -> Tensor:
+    longest = max(max(group) for group in lengths)
+    return torch.arange(longest) < torch.tensor(lengths)[..., None]
+
+
+def packed_hidden(model: Qwen2VL, batch, completions: Tensor, mask: Tensor) -> Tensor:
+    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
+    images = None if batch.patches is None else batch.patches.to(model.embed.weight.dtype)
+    return model.completion_hidden(batch.tokens, positions, batch.lengths, images, batch.grids, completions, mask)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed_completions_equal_replicated_sequences_in_values_and_gradients(shape, lengths) -> None:
+    """Prompts without an image, with one and with three; a vocabulary of 307."""
+    model, batch, mask = bare_model(tiny_config(*shape)), make_batch(MIXED), mask_of(lengths)
+    completions = random_tokens(*mask.shape)
+    weights = torch.randn(int(mask.sum()), VOCABULARY, generator=torch.Generator().manual_seed(2))
+    slow = replicated_logits(model, batch, completions)[mask]
+    slow_gradients = gradients(model, (slow * weights).sum())
+    fast = packed_hidden(model, batch, completions, mask) @ model.head_weight.T
+    fast_gradients = gradients(model, (fast * weights).sum())
+    assert (fast - slow).abs().max() < 1e-4
+    assert_close_gradients(fast_gradients, slow_gradients)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengths) -> None:
+    exact_model, batch, mask = bare_model(tiny_config(4, 2)), make_batch(MIXED), mask_of(lengths)
+    completions = random_tokens(*mask.shape)
+    exact = replicated_logits(exact_model, batch, completions)[mask]
+    model = bare_model(tiny_config(4, 2)).bfloat16()
+    fast = packed_hidden(model, batch, completions, mask) @ model.head_weight.T
+    slow = replicated_logits(model, batch, completions)[mask]
+    assert fast.dtype == torch.bfloat16
+    # Deep random towers amplify rounding; what counts is that packing adds none of its own.
+    assert 0 < (fast.float() - exact).norm() < 1.3 * (slow.float() - exact).norm() < exact.norm()
+
+
+def test_what_is_masked_out_is_never_looked_at() -> None:
+    model, batch, mask = bare_model(), make_batch(MIXED), mask_of(LENGTHS["ragged"])
+    completions = random_tokens(*mask.shape)
+    other = torch.where(mask, completions, 7)
+    assert torch.equal(*(packed_hidden(model, batch, tokens, mask) for tokens in (completions, other)))
+
+
+def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) -> None:
+    rollout, allowed = sampled(tiny_model(), prompts)
+    found = []
+    for recompute in (False, True):
+        model = tiny_model()
+        model.recompute = recompute
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            logp, _ = completion_logprobs(
+                model, collate(prompts), rollout.tokens_NGT, rollout.mask_NGT, allowed, temperature=1.3
+            )
+        found.append((len(kept), gradients(model, logp.sum())))
+    assert found[1][0] < 0.4 * found[0][0]
+    assert all(torch.equal(found[1][1][name], gradient) for name, gradient in found[0][1].items())
+
+
+def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_the_tower(prompts) -> None:
+    rollout, allowed = sampled(tiny_model(), prompts)
+    model, found = tiny_model(), []
+    model.visual.requires_grad_(False)
+    for shown in (prompts, see_once(model, prompts)):
+        logp, _ = completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
+        found.append((logp.detach(), gradients(model, logp.sum())))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
+    assert not any(name.startswith("visual.") for name in found[1][1])
+    assert_close_gradients(found[1][1], found[0][1])
+    model.visual.forward = None  # whoever would run it again fails
+    completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
+    assert see_once(model, prompts[:1]) == list(prompts[:1])  # a prompt without an image needs no tower
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others(prompts, monkeypatch, greedy) -> None:
+    model, ends, sizes = tiny_model(), tuple(range(0, 300, 12)), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda tokens, *rest: sizes.append(len(tokens)) or decode(tokens, *rest))
+    options = dict(group_size=6, max_new_tokens=70, ends=ends, greedy=greedy)
+    monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 0.0)
+    slow, _ = sampled(model, prompts, **options)
+    assert len(set(sizes)) == 1
+    for ask_every in (1, 3):
+        sizes.clear()
+        monkeypatch.setattr(grpo.sampler, "ASK_EVERY", ask_every)
+        monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
+        fast, _ = sampled(model, prompts, **options)
+        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > (1 if greedy else 3)
+        assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(fast.mask_NGT, slow.mask_NGT)
+        assert torch.equal(fast.ended_NG, slow.ended_NG) and fast.texts == slow.texts
+        torch.testing.assert_close(fast.logp_NGT, slow.logp_NGT, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("V", [1, 2, 127, 128, 129, 307, 1024])
+def test_two_level_sampling_chooses_the_tokens_of_one_long_sum(V: int) -> None:
+    generator = torch.Generator().manual_seed(V)
+    logits = 4 * torch.randn(4000, V, generator=generator)
+    if V > 2:
+        logits[:, ::3] = -1e30
+        logits[:, 0], logits[0, :-1] = -1e30, -1e30  # one row where only the last can come
+    noise = torch.rand(4000, generator=generator)
+    noise[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    logp = logits.log_softmax(-1)
+    chosen, chosen_logp = inverse_cdf(logits.clone(), noise)
+    agree = chosen == naive_inverse_cdf(logp, noise)
+    assert agree.float().mean() > 0.999  # a threshold may fall within rounding of a boundary
+    assert (logp.gather(1, chosen[:, None]) > -1e20).all()
+    torch.testing.assert_close(chosen_logp, logp.gather(1, chosen[:, None])[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 7), (1,), (3, 0)])
+def test_our_matrix_product_equals_torchs_in_values_and_gradients(shape, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, twin = Linear(24, 37, bias=bias).to(dtype), torch.nn.Linear(24, 37, bias=bias).to(dtype)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(*shape, 24).to(dtype).requires_grad_()
+    weight = torch.randn(*shape, 37).to(dtype)
+    ours, theirs = layer(x), twin(x)
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    found = torch.autograd.grad((ours * weight).sum(), [x, *layer.parameters()])
+    expected = torch.autograd.grad((theirs * weight).sum(), [x, *twin.parameters()])
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_our_matrix_product_takes_any_strides() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(24, 10), torch.randn(24, 37)
+    torch.testing.assert_close(linear(x.T, weight.T), x.T @ weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x.T[::2], weight.T[3:9]), (x.T @ weight)[::2, 3:9], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_parts_merged_by_their_sums_equal_one_softmax_over_both(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    N, G, P, S, d, generator = 2, 3, 7, 5, 8, torch.Generator().manual_seed(0)
+    sizes = [(N, G, heads, 1, d), (N, kv_heads, P, d), (N, kv_heads, P, d), (N, G, kv_heads, S, d)]
+    q, prompt_k, prompt_v, own_k, own_v = (torch.randn(s, generator=generator).to(dtype) for s in [*sizes, sizes[-1]])
+    seen = torch.arange(P) < torch.tensor([[7], [4]])
+    bias = torch.zeros(N, 1, 1, P, dtype=dtype).masked_fill_(~seen[:, None, None], float("-inf"))
+    fast = merged_attention(q, prompt_k, prompt_v, own_k.flatten(0, 1), own_v.flatten(0, 1), bias)
+    slow = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, seen, None)
+    torch.testing.assert_close(
+        fast, slow, **(dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.02, atol=0.02))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
+    """torch's meta device stands for the GPU: it has no values, and whatever needs one on the host is an error."""
+    with torch.device("meta"), torch.no_grad():
+        growing = fake_growing(Qwen2VL(tiny_config(4, 2)).to(dtype))
+        growing.decode_and_choose(span=64, padded=True)
+        with pytest.raises(RuntimeError, match="meta tensors"):
+            bool(growing.done_R.all())  # the pretence can tell
+        with pytest.raises(RuntimeError, match="device"):
+            growing.noise = growing.noise + torch.zeros(1, 70, device="cpu")
+
+
+def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70):
+    """A rollout after its prefill, made by hand: reading real prompts would need values."""
+    growing = object.__new__(grpo.sampler._Growing)
+    lengths = torch.full((N,), P)
+    growing.model, growing.temperature = model, 0.7
+    growing.allowed_V = torch.ones(VOCABULARY, dtype=torch.bool)
+    positions = torch.zeros(3, N, P, dtype=torch.int64)
+    growing.cache = GroupCache(lengths, P, G, T)
+    tokens = torch.zeros(N, P, dtype=torch.int64)
+    model._decode_layers(model.embed(tokens), positions, growing.cache.prefill)
+    growing.noise, growing.ends = torch.zeros(N * G, T), torch.tensor([3, 4])
+    growing.tokens, growing.logps = torch.zeros(N * G, T, dtype=torch.int64), torch.zeros(N * G, T)
+    growing.row_R, growing.first_position_R = torch.arange(N * G), torch.full((N * G,), P)
+    growing.done_R = torch.zeros(N * G, dtype=torch.bool)
+    return growing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_replayed_graphs_sample_the_tokens_of_eager_steps(prompts, monkeypatch) -> None:
+    rollouts = []
+    for graphs in (True, False):
+        model = tiny_model().cuda()
+        if not graphs:
+            monkeypatch.setattr(grpo.sampler._Growing, "advance", lambda self, t: self.decode_and_choose(span=t + 1))
+        rollouts.append(sampled(model, prompts, group_size=6, max_new_tokens=200, ends=tuple(range(0, 300, 12)))[0])
+    assert torch.equal(rollouts[0].tokens_NGT, rollouts[1].tokens_NGT)
+    torch.testing.assert_close(rollouts[0].logp_NGT, rollouts[1].logp_NGT, rtol=0, atol=1e-4)
