@@ -13,7 +13,6 @@ import resource
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -103,9 +102,9 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().split("\n") if Path(path).exists() else []
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, which `benchmarks.peers` shares."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo_step", description=__doc__.split("\n")[0])
+def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The command line that all programs share which take steps."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--checkpoint", default="46m", help=f"folder, or a shape to make: {', '.join(SHAPES)}")
     parser.add_argument("--prompts", type=int, default=2, help="prompts a step (default: 2)")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt (default: 8)")
@@ -118,7 +117,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="as in the config (default: 1024)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    return parser.parse_args(given)
+    return parser
 
 
 def checkpoint_folder(name: str, folder: Path) -> Path:
@@ -127,7 +126,7 @@ def checkpoint_folder(name: str, folder: Path) -> Path:
 
 
 def main() -> int:
-    args = arguments()
+    args = argument_parser("python -m benchmarks.grpo_step", __doc__.split("\n")[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = measured_steps(checkpoint_folder(args.checkpoint, Path(folder)), Path(folder) / "work", args)

@@ -22,7 +22,7 @@ from grpo.loss import grpo_loss
 from grpo.run import load_questions, prompt_encoder
 from model import read_config
 
-from .grpo_step import arguments, checkpoint_folder, endless, step_config, summary
+from .grpo_step import argument_parser, checkpoint_folder, endless, step_config, summary
 
 
 def repeated(prompt: Prompt, copies: int, image_token_id: int, device: str) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], completions_GT: 
 
 
 def main() -> int:
-    args = arguments()
+    args = argument_parser("python -m benchmarks.peer_transformers", __doc__.split("\n")[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_folder(args.checkpoint, Path(folder))
         config = step_config(checkpoint, Path(folder) / "work", args)

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from data import prompt_text, read_questions
 
-from .grpo_step import WARM_UP, arguments, checkpoint_folder, machine, peak_memory
+from .grpo_step import WARM_UP, argument_parser, checkpoint_folder, machine, peak_memory
 from .shapes import make_questions
 
 
@@ -58,7 +58,7 @@ def letters(completions: Sequence[object], **_: object) -> list[float]:
 
 
 def main() -> int:
-    args = arguments()
+    args = argument_parser("python -m benchmarks.peer_trl", __doc__.split("\n")[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_folder(args.checkpoint, Path(folder))
         questions = read_questions(

@@ -1,0 +1,49 @@
+"""Memory of log-probabilities and their gradients, beyond inputs and gradients: ours, or by full logits.
+
+    python -m benchmarks.logprob_memory [--full] --positions 4096 --vocabulary 151936 --hidden 512
+
+Prints one JSON line. On a processor it is the process's own peak; run each way in a process of its own.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from model import keep_freed_memory, token_logprobs
+
+
+def full_logprobs(hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor) -> Tensor:
+    """All logits at once, with as few copies of them as autograd allows."""
+    return (hidden_MD @ head_VD.T).log_softmax(dim=-1).gather(-1, tokens_M[:, None]).squeeze(-1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.logprob_memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="by full logits")
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--hidden", type=int, default=512)
+    args = parser.parse_args()
+    keep_freed_memory()
+    hidden = torch.randn(args.positions, args.hidden, requires_grad=True)
+    head = torch.empty(args.vocabulary, args.hidden).normal_(0, 0.02).requires_grad_()
+    tokens = torch.randint(0, args.vocabulary, (args.positions,))
+    allowed = torch.ones(args.vocabulary, dtype=torch.bool)
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()  # the libraries' own memory
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    started = time.perf_counter()
+    logp = full_logprobs(hidden, head, tokens) if args.full else token_logprobs(hidden, head, tokens, allowed)[0]
+    logp.sum().backward()
+    seconds = time.perf_counter() - started
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - hidden.grad.nbytes - head.grad.nbytes
+    print(json.dumps({"extra_mb": extra / 1e6, "seconds": seconds, **vars(args)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
