@@ -4,12 +4,13 @@ BIN := .venv/bin
 CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
 
-.PHONY: help setup train sft eval test questions base tensorboard clean
+.PHONY: help setup train sft eval bench test questions base tensorboard clean
 
 help:
 	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for another run)"
 	@echo "make sft          the baseline beside it: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make eval         the table, the audits and the report of base, SFT and GRPO (trains the SFT baseline if need be)"
+	@echo "make bench        what a step costs here, beside transformers and (if installed) TRL; rewrites BENCHMARKS.md"
 	@echo "make test         all tests"
 	@echo "make tensorboard  curves, completions and images of the runs"
 	@echo "make base         make the miniature's base model anew from nothing (half an hour)"
@@ -35,6 +36,9 @@ sft: questions
 # A run that is finished is not trained further: this only measures it again, in seconds.
 eval: sft
 	$(BIN)/python evaluate.py --config $(CONFIG)
+
+bench: setup
+	$(BIN)/python -m benchmarks
 
 test: questions
 	$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data import Prompt, Vocabulary
 from model import InputError, Qwen2VL
+from model.linear import arranged
 from model.logprobs import masked_logits
 
 from .batch import Rollout, collate
@@ -97,12 +98,13 @@ def sample_groups(
     N, G, T = shape
     growing = _Growing(model, vocabulary, prompts, shape, noise_NGT, temperature)
     growing.begin()
-    for t in range(T):
-        if watch is not None:
-            watch(growing.tokens.view(shape)[..., t])
-        if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and not growing.drop_finished(t + 1)):
-            break
-        growing.advance(t)
+    with arranged(model.decoding_weights(), rows=N * G):
+        for t in range(T):
+            if watch is not None:
+                watch(growing.tokens.view(shape)[..., t])
+            if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and not growing.drop_finished(t + 1)):
+                break
+            growing.advance(t)
 
     tokens, logps = growing.tokens.view(shape), growing.logps.view(shape)
     ends = torch.isin(tokens, growing.ends)

@@ -7,6 +7,8 @@ has figures. Everything else is torch's own `linear`, the twin.
 
 import ctypes
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +24,30 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@contextmanager
+def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
+    """Within, `linear` without gradient finds these weights in oneDNN's own order, best for so many rows of input.
+
+    Decoding multiplies the same weights by a few rows again and again; oneDNN would rearrange them every time. They must
+    not change within, and each is held twice. On a GPU, and in bf16, this does nothing.
+    """
+    weights = [w for w in weights if _HAS_ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32]
+    for weight in weights:
+        weight.arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del weight.arranged
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable in all three."""
     if not (_HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _OneDNNLinear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+    return _product(x, getattr(weight, "arranged", weight), bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

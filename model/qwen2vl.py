@@ -39,6 +39,11 @@ class Qwen2VL(nn.Module):
         """(V, D): the matrix that turns hidden states into logits, tied to the embeddings or not."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
+    def decoding_weights(self) -> list[Tensor]:
+        """The matrices that `decode` and the head multiply by."""
+        layers = (module.weight for module in self.layers.modules() if isinstance(module, Linear))
+        return [*layers, self.head_weight]
+
     def forward(
         self,
         tokens_BL: Tensor,

@@ -10,7 +10,7 @@ from grpo.sampler import inverse_cdf, naive_inverse_cdf
 from model import Qwen2VL
 from model.attention import merged_attention, two_part_attention
 from model.cache import GroupCache
-from model.linear import Linear, linear
+from model.linear import Linear, arranged, linear
 from model.rope import batch_positions
 from test_model_twins import assert_close_gradients, gradients, random_tokens, replicated_logits
 from test_sampler import sampled
@@ -219,3 +219,18 @@ def test_replayed_graphs_sample_the_tokens_of_eager_steps(prompts, monkeypatch) 
         rollouts.append(sampled(model, prompts, group_size=6, max_new_tokens=200, ends=tuple(range(0, 300, 12)))[0])
     assert torch.equal(rollouts[0].tokens_NGT, rollouts[1].tokens_NGT)
     torch.testing.assert_close(rollouts[0].logp_NGT, rollouts[1].logp_NGT, rtol=0, atol=1e-4)
+
+
+def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> None:
+    layer, x = Linear(24, 37), torch.randn(6, 24)
+    with torch.no_grad():
+        expected = layer(x)
+        with pytest.raises(KeyError), arranged([layer.weight], rows=6):
+            assert hasattr(layer.weight, "arranged")
+            for rows in (6, 3, 1):
+                torch.testing.assert_close(layer(x[:rows]), expected[:rows], rtol=1e-5, atol=1e-6)
+            layer.weight.arranged = torch.ops.mkldnn._reorder_linear_weight(2 * layer.weight.detach(), 6)
+            assert not torch.allclose(layer(x), expected)  # it is what is multiplied by
+            raise KeyError
+        assert not hasattr(layer.weight, "arranged")
+        assert torch.equal(layer(x), expected)

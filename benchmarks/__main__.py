@@ -1,0 +1,141 @@
+"""All figures of BENCHMARKS.md, measured on this machine: `make bench`, or `python -m benchmarks [--rounds 3]`.
+
+Writes benchmarks/results.json after every part, and the tables between the marks in BENCHMARKS.md at the end.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from .grpo_step import argument_parser, checkpoint_folder
+from .peers import compare, installed_peers, memory_of, ratios, run, spread
+
+FOLDER = Path(__file__).resolve().parent
+MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
+NAMES = {"step": "seconds a step", "memory": "peak memory", "rollout": "rollout tokens/s", "update": "update"}
+
+
+def measure(rounds: int, device: str, file: Path) -> dict:
+    """All parts, in turn; `file` holds those that are done."""
+    began, results = time.perf_counter(), {"date": date.today().isoformat(), "rounds": rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = str(checkpoint_folder("46m", Path(folder)))
+        args = argument_parser("", "").parse_args(["--checkpoint", checkpoint, "--steps", "2", "--device", device])
+        for side in (448, 224):
+            results[f"peers {side}"] = compare(with_(args, side=side), installed_peers(), rounds)
+            save(results, file)
+        results["groups"] = {group: [] for group in ("4", "16")}
+        results["dtypes"] = {dtype: [] for dtype in ("float32", "bfloat16")}
+        for _ in range(rounds):
+            for group, runs in results["groups"].items():
+                runs.append(run("ours", args, group=int(group)))
+            for dtype, runs in results["dtypes"].items():
+                runs.append(run("ours", args, dtype=dtype))
+        save(results, file)
+    results["logprobs"] = {way: logprob_memory(*way.split()) for way in ("", "--full")}
+    results["minutes"] = (time.perf_counter() - began) / 60
+    results["versions"] = {name: version(name) for name in ("torch", "transformers", *installed_peers()[1:])}
+    save(results, file)
+    return results
+
+
+def with_(args: argparse.Namespace, **changed: object) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | changed)
+
+
+def save(results: dict, file: Path) -> None:
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def logprob_memory(*options: str) -> dict:
+    """One call of benchmarks/logprob_memory.py."""
+    command = [sys.executable, "-m", "benchmarks.logprob_memory", *options]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def tables(results: dict) -> str:
+    """The results in Markdown."""
+    first = results["peers 448"]["ours"][0]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    lines = [
+        f"{first['machine']}, {first['threads']} threads, {versions}; {results['date']}, {results['minutes']:.0f} minutes "
+        f"of measuring. Medians, with the range over {results['rounds']} rounds in brackets.",
+        "",
+    ]
+    for side in (448, 224):
+        lines += [f"**{side} x {side} pixels**", "", *peer_table(results[f"peers {side}"]), ""]
+    lines += ["**Where our time goes** (448 x 448, seconds)", "", *phase_table(results["peers 448"]), ""]
+    lines += ["**Other questions**", "", "| | figure |", "|---|---|"]
+    groups, dtypes = ([by_step(runs) for runs in results[part].values()] for part in ("groups", "dtypes"))
+    lines += [f"| a step's time, G = 16 over G = 4 (replication: 4) | {spread(pairs(groups[1], groups[0]))} |"]
+    lines += [f"| a step's time, fp32 over bf16 | {spread(pairs(dtypes[0], dtypes[1]))} |"]
+    ours, full = (results["logprobs"][way]["extra_mb"] for way in ("", "--full"))
+    text = f"{ours:,.0f} MB against {full:,.0f} MB: 1/{full / ours:.0f}"
+    lines += [f"| memory of log-probabilities, 4,096 positions, vocabulary 151,936, against full logits | {text} |"]
+    return "\n".join(lines)
+
+
+def peer_table(results: dict[str, list[dict]]) -> list[str]:
+    """Seconds and memory of each, and the ratios to ours."""
+    lines = [
+        "| | seconds a step | rollout tokens/s | peak MB | " + " | ".join(f"{x}, ratio" for x in NAMES.values()) + " |"
+    ]
+    lines += ["|---" * (4 + len(NAMES)) + "|"]
+    for name, runs in results.items():
+        found = ratios(results["ours"], runs) if name != "ours" else {}
+        rollout = [one["rollout_tokens_per_second"] for one in runs if "rollout_tokens_per_second" in one]
+        cells = [spread(by_step(runs)), f"{statistics.median(rollout):.0f}" if rollout else ""]
+        cells += [f"{statistics.median(one[memory_of(one)] for one in runs):,.0f}"]
+        cells += [spread(found[key]) if key in found else "" for key in NAMES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def phase_table(results: dict[str, list[dict]]) -> list[str]:
+    """Median seconds of each phase, of those that tell."""
+    told = {name: [one["seconds"] for one in runs] for name, runs in results.items() if "seconds" in runs[0]}
+    phases = ("rollout", "reference", "update", "optimizer")
+    lines = ["| | " + " | ".join(phases) + " |", "|---" * (1 + len(phases)) + "|"]
+    for name, seconds in told.items():
+        lines.append(
+            f"| {name} | " + " | ".join(f"{statistics.median(s[p] for s in seconds):.2f}" for p in phases) + " |"
+        )
+    return lines
+
+
+def by_step(runs: Sequence[dict]) -> list[float]:
+    return [one["seconds_per_step"] for one in runs]
+
+
+def pairs(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def write_tables(results: dict, page: Path) -> None:
+    """Put the tables between the marks of the page."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    page.write_text(f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured, in turn (default: 3)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results.json", help="where the figures go")
+    parser.add_argument("--page", type=Path, default=FOLDER.parent / "BENCHMARKS.md", help="page with the tables")
+    args = parser.parse_args()
+    write_tables(measure(args.rounds, args.device, args.results), args.page)
+    print(f"{args.page} and {args.results} hold the new figures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
