@@ -15,10 +15,11 @@ from torch import Tensor
 
 from data import Prompt, Vocabulary
 from model import InputError, Qwen2VL
+from model.cache import GroupCache
 from model.linear import arranged
 from model.logprobs import masked_logits
 
-from .batch import Rollout, collate
+from .batch import PromptBatch, Rollout, collate
 
 ASK_EVERY = 8
 """Decoding steps between two looks at which completions have ended: each makes the host wait for the device."""
@@ -27,7 +28,8 @@ SHRINK_AT = 0.75
 """Finished completions leave the batch when no more than this share of its rows would stay."""
 
 SPAN_STEP = 64
-"""On a GPU, attention looks at so many slots more at a time: every length has its own captured graph."""
+"""On a GPU, attention looks at so many slots more at a time, and prompts have room to such sizes: every size has its
+own captured graph."""
 
 
 def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int, max_new_tokens: int) -> Tensor:
@@ -94,10 +96,10 @@ def sample_groups(
         temperature: divides the logits, in sampling and in the log-probabilities returned.
         watch: called with each step's tokens (N, G) as they are chosen, for showing them.
     """
-    shape = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
-    N, G, T = shape
-    growing = _Growing(model, vocabulary, prompts, shape, noise_NGT, temperature)
-    growing.begin()
+    N, G, T = shape = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
+    batch = collate(prompts, model.embed.weight.device)
+    growing = _growing(model, vocabulary, shape, batch.tokens_NP.shape[1], temperature, greedy=noise_NGT is None)
+    growing.begin(batch, noise_NGT)
     with arranged(model.decoding_weights(), rows=N * G):
         for t in range(T):
             if watch is not None:
@@ -111,9 +113,10 @@ def sample_groups(
     mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end before it
     if not bool(logps[mask].isfinite().all()):
         raise InputError("the model's probabilities are not finite: its weights are damaged, or training has diverged")
+    # Out of the buffers, which the next rollout may use again; behind a completion there are ends and zeros.
+    tokens, logps = tokens.masked_fill(~mask, vocabulary.end_ids[0]), logps.masked_fill(~mask, 0.0)
     kept = int(mask.sum(-1).max())
-    tokens, mask = tokens.masked_fill(~mask, vocabulary.end_ids[0])[..., :kept], mask[..., :kept]
-    logps, ended = logps[..., :kept].masked_fill(~mask, 0.0), ends[..., :kept].any(-1)
+    tokens, mask, logps, ended = tokens[..., :kept], mask[..., :kept], logps[..., :kept], ends[..., :kept].any(-1)
     lengths, rows = mask.sum(-1).tolist(), tokens.cpu()
     texts = [[vocabulary.decode(rows[n, g, : lengths[n][g]]) for g in range(G)] for n in range(N)]
     return Rollout(prompts, tokens, mask, logps, ended, texts)
@@ -124,35 +127,48 @@ class _Growing:
 
     Results lie in `tokens` and `logps` (N * G, T) of all completions; `row_R` says which of them each row is. Beside
     rows that grow, a group may hold some that have ended: groups are kept equally wide, since they share products.
+    Like the cache's, its tensors are written in place, never replaced; of those named _R the first `rows` count.
     """
 
     def __init__(
         self,
         model: Qwen2VL,
         vocabulary: Vocabulary,
-        prompts: Sequence[Prompt],
         shape: tuple[int, int, int],
-        noise_NGT: Tensor | None,
+        prompt_size: int,
         temperature: float,
+        greedy: bool,
     ) -> None:
-        N, G, T = shape
-        device = model.embed.weight.device
-        self.model, self.allowed_V, self.temperature = model, vocabulary.allowed_V, temperature
-        self.batch = collate(prompts, device)
-        self.last_ND, self.cache = model.prefill(*self.batch.parts(), G, T)
-        self.noise = None if noise_NGT is None else noise_NGT.to(device).view(N * G, T)
+        (N, G, T), device = shape, model.embed.weight.device
+        self.model, self.allowed_V, self.temperature, self.greedy = model, vocabulary.allowed_V, temperature, greedy
+        self.vocabulary, self.made_for = vocabulary, (shape, temperature, greedy)
+        self.cache = GroupCache(N, prompt_size, G, T, device)
         self.ends = torch.tensor(vocabulary.end_ids, device=device)
-        self.tokens = torch.full((N * G, T), vocabulary.end_ids[0], device=device)
+        self.noise = torch.zeros(N * G, T, device=device)
+        self.tokens = torch.zeros(N * G, T, dtype=torch.int64, device=device)
         self.logps = torch.zeros(N * G, T, device=device)
-        self.row_R = torch.arange(N * G, device=device)
-        after_prompt_N = self.batch.positions_3NP.amax(dim=(0, 2)) + 1  # where all completions of a prompt go on
-        self.first_position_R = after_prompt_N.repeat_interleave(G)
+        self.row_R, self.position_R = (torch.zeros(N * G, dtype=torch.int64, device=device) for _ in range(2))
         self.done_R = torch.zeros(N * G, dtype=torch.bool, device=device)
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph | None] = {}
 
-    def begin(self) -> None:
-        """The first tokens, from the prompts' last states."""
-        self._choose(self.last_ND.repeat_interleave(self.cache.group_size, dim=0))
+    def holds(self, prompt_size: int) -> bool:
+        """Whether prompts of that length fit."""
+        return prompt_size <= self.cache.prompt_seen.shape[1]
+
+    def begin(self, batch: PromptBatch, noise_NGT: Tensor | None) -> None:
+        """Run the prompts and choose the first tokens."""
+        G = self.cache.group_size
+        self.rows = len(self.tokens)
+        if noise_NGT is not None:
+            self.noise.copy_(noise_NGT.view_as(self.noise))
+        self.tokens.fill_(self.ends[0])
+        self.logps.zero_()
+        self.done_R.zero_()
+        self.row_R.copy_(torch.arange(self.rows))
+        after_prompt_N = batch.positions_3NP.amax(dim=(0, 2)) + 1  # where all completions of a prompt go on
+        self.position_R.copy_(after_prompt_N.repeat_interleave(G))
+        last_ND = self.model.prefill(*batch.parts(), self.cache)
+        self._choose(last_ND.repeat_interleave(G, dim=0))
 
     def advance(self, t: int) -> None:
         """Token t of every row goes into the cache, and token t + 1 is chosen.
@@ -161,37 +177,39 @@ class _Growing:
         """
         if not self.tokens.is_cuda:
             return self.decode_and_choose(span=t + 1)
-        shape = len(self.row_R), min((t // SPAN_STEP + 1) * SPAN_STEP, self.tokens.shape[1])
+        span = min((t // SPAN_STEP + 1) * SPAN_STEP, self.tokens.shape[1])
+        shape = self.cache.groups, self.rows, span
         if shape not in self.graphs:
             self.graphs[shape] = None
-            return self.decode_and_choose(shape[1], padded=True)  # the libraries' warm-up, which can't be captured
+            return self.decode_and_choose(span, padded=True)  # the libraries' warm-up, which can't be captured
         if self.graphs[shape] is None:
             pool = next((graph.pool() for graph in self.graphs.values() if graph is not None), None)
-            self.graphs[shape] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[shape], pool=pool):  # one pool: they run one at a time
-                self.decode_and_choose(shape[1], padded=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):  # one pool: they run one at a time
+                self.decode_and_choose(span, padded=True)
+            self.graphs[shape] = graph
         self.graphs[shape].replay()
 
     def decode_and_choose(self, span: int, padded: bool = False) -> None:
         """The device's part of a step: no host in it, and nothing that depends on which step it is but `span`."""
-        step = self.cache.step
-        position_R = self.first_position_R + step
-        self._choose(self.model.decode(self.tokens[self.row_R, step], position_R, self.cache, span, padded))
+        row_R, step = self.row_R[: self.rows], self.cache.step
+        position_R = self.position_R[: self.rows] + step
+        self._choose(self.model.decode(self.tokens[row_R, step], position_R, self.cache, span, padded))
 
     def _choose(self, hidden_RD: Tensor) -> None:
-        step = self.cache.step
+        row_R, step = self.row_R[: self.rows], self.cache.step
         logits_RV = masked_logits(hidden_RD, self.model.head_weight, self.allowed_V, self.temperature)
-        if self.noise is None:
+        if self.greedy:
             logp_R, chosen_R = logits_RV.log_softmax(dim=-1).max(dim=-1)
         else:
-            chosen_R, logp_R = inverse_cdf(logits_RV, self.noise[self.row_R, step])
-        self.tokens[self.row_R, step] = chosen_R
-        self.logps[self.row_R, step] = logp_R
-        self.done_R |= (chosen_R[:, None] == self.ends).any(dim=-1)
+            chosen_R, logp_R = inverse_cdf(logits_RV, self.noise[row_R, step])
+        self.tokens[row_R, step] = chosen_R
+        self.logps[row_R, step] = logp_R
+        self.done_R[: self.rows] |= (chosen_R[:, None] == self.ends).any(dim=-1)
 
     def drop_finished(self, written: int) -> bool:
         """Let groups and rows go that have ended, where enough have. False if all have."""
-        growing = (~self.done_R).view(self.cache.groups, -1).cpu()
+        growing = (~self.done_R[: self.rows]).view(self.cache.groups, -1).cpu()
         groups = growing.any(dim=1).nonzero()[:, 0]
         if not len(groups):
             return False
@@ -201,7 +219,28 @@ class _Growing:
             members = growing[groups].int().argsort(dim=1, descending=True, stable=True)[:, :width]
             rows = (groups[:, None] * growing.shape[1] + members).flatten().to(self.row_R.device)
             self.cache.keep(groups.to(rows.device), rows, written - 1)
-            self.row_R, self.first_position_R, self.done_R = (
-                x[rows] for x in (self.row_R, self.first_position_R, self.done_R)
-            )
+            for buffer in (self.row_R, self.position_R, self.done_R):
+                buffer[: len(rows)] = buffer[rows]
+            self.rows = len(rows)
         return True
+
+
+def _growing(
+    model: Qwen2VL,
+    vocabulary: Vocabulary,
+    shape: tuple[int, int, int],
+    prompt_size: int,
+    temperature: float,
+    greedy: bool,
+) -> _Growing:
+    """A rollout's state. On a GPU the model keeps the latest one, with its graphs, for the next step's rollout."""
+    made_for = shape, temperature, greedy
+    kept = model.rollout_state
+    if kept is not None and kept.vocabulary is vocabulary and kept.made_for == made_for and kept.holds(prompt_size):
+        return kept
+    model.rollout_state = None  # its memory goes before the new one's comes
+    if not model.embed.weight.is_cuda:
+        return _Growing(model, vocabulary, shape, prompt_size, temperature, greedy)
+    prompt_size = -(-prompt_size // SPAN_STEP) * SPAN_STEP  # with room for prompts somewhat longer
+    model.rollout_state = _Growing(model, vocabulary, shape, prompt_size, temperature, greedy)
+    return model.rollout_state

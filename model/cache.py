@@ -10,30 +10,43 @@ class GroupCache:
     """Prompt KV (N, K, P, d) and completion KV (R, K, T, d) of every layer; R = N * A rows, A of each prompt's group.
 
     It serves as a decoder layer's `attend` twice: `prefill` runs the prompts and keeps their keys and values; `decode`
-    adds one token per row at slot `step` and attends to both parts. `keep` lets rows go. The buffers never move: the
-    rows that stay are moved to their beginning, so that a CUDA graph may be replayed on them.
+    adds one token per row at slot `step` and attends to both parts. `keep` lets rows go: those that stay are moved to
+    the buffers' beginning. `begin` makes all ready for other prompts. No buffer is ever replaced, so that a CUDA graph
+    that was captured once may be replayed on them for good.
     """
 
-    def __init__(self, prompt_lengths_N: Tensor, prompt_size: int, group_size: int, max_new_tokens: int) -> None:
-        device = prompt_lengths_N.device
-        self.groups, self.group_size, self.max_new_tokens = len(prompt_lengths_N), group_size, max_new_tokens
-        self.prompt_seen = torch.arange(prompt_size, device=device) < prompt_lengths_N[:, None]
+    def __init__(
+        self, groups: int, prompt_size: int, group_size: int, max_new_tokens: int, device: torch.device
+    ) -> None:
+        self.groups, self.group_size, self.max_new_tokens = groups, group_size, max_new_tokens
+        self.prompt_seen = torch.zeros(groups, prompt_size, dtype=torch.bool, device=device)
+        self.prompt_bias: Tensor | None = None
         self.prompt: list[tuple[Tensor, Tensor]] = []
         self.own: list[tuple[Tensor, Tensor]] = []
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         """The slot of the next token, on the device: a captured graph reads it anew at every replay."""
         self.places = torch.arange(max_new_tokens, device=device)
 
+    def begin(self, lengths_N: Tensor) -> None:
+        """Forget all rows; the next to come are prompts of these lengths."""
+        self.groups = len(lengths_N)
+        self.prompt_seen.copy_(torch.arange(self.prompt_seen.shape[1], device=lengths_N.device) < lengths_N[:, None])
+        self.step.zero_()
+
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (N, H, P, d), k and v (N, K, P, d) -> (N, H, P, d)."""
-        N, K, _, d = k.shape
+        """q (N, H, P, d), k and v (N, K, P, d), P at most the buffers' size -> (N, H, P, d)."""
+        N, K, P, d = k.shape
         if layer == 0:
             bias = torch.zeros(self.prompt_seen.shape, dtype=q.dtype, device=q.device)
-            self.prompt_bias = bias.masked_fill_(~self.prompt_seen, float("-inf"))[:, None, None]
-        # Views of the fused projection would keep all of it alive, and every decoding step would copy them into order.
-        self.prompt.append((k.contiguous(), v.contiguous()))
-        # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times garbage may be NaN.
-        self.own.append(tuple(k.new_zeros(N * self.group_size, K, self.max_new_tokens, d) for _ in "kv"))
+            bias = bias.masked_fill_(~self.prompt_seen, float("-inf"))[:, None, None]
+            self.prompt_bias = bias if self.prompt_bias is None else self.prompt_bias.copy_(bias)
+        if layer == len(self.prompt):
+            # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times garbage may be NaN.
+            size, rows = self.prompt_seen.shape[1], N * self.group_size
+            self.prompt.append(tuple(k.new_zeros(N, K, size, d) for _ in "kv"))
+            self.own.append(tuple(k.new_zeros(rows, K, self.max_new_tokens, d) for _ in "kv"))
+        for buffer, new in zip(self.prompt[layer], (k, v)):
+            buffer[:, :, :P] = new
         return causal_attention(q, k, v)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: int, own_seen: Tensor | None) -> Tensor:

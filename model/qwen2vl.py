@@ -27,6 +27,7 @@ class Qwen2VL(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # whether backward makes each block's activations anew in place of keeping them
+        self.rollout_state: object | None = None  # what the sampler keeps from one step to the next, on a GPU
         self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along when it is saved
         self.visual = VisionTower(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -97,17 +98,15 @@ class Qwen2VL(nn.Module):
         lengths_N: Tensor,
         images: Tensor | None,
         grids_I3: Tensor | None,
-        group_size: int,
-        max_new_tokens: int,
-    ) -> tuple[Tensor, GroupCache]:
-        """Run right-padded prompts once; returns each one's last hidden state (N, D) and the cache for its group.
+        cache: GroupCache,
+    ) -> Tensor:
+        """Run right-padded prompts once into the cache; returns each one's last hidden state (N, D).
 
         `images` and `grids_I3`: see `embed_prompt`.
         """
-        cache = GroupCache(lengths_N, tokens_NP.shape[1], group_size, max_new_tokens)
-        x = self.embed_prompt(tokens_NP, images, grids_I3)
-        hidden = self._decode_layers(x, positions_3NP, cache.prefill)
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1], cache
+        cache.begin(lengths_N)
+        hidden = self._decode_layers(self.embed_prompt(tokens_NP, images, grids_I3), positions_3NP, cache.prefill)
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1]
 
     def decode(
         self, tokens_R: Tensor, positions_R: Tensor, cache: GroupCache, span: int, padded: bool = False

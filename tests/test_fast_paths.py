@@ -3,17 +3,19 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import grpo.sampler
 from grpo.batch import collate, completion_logprobs, see_once
 from grpo.sampler import inverse_cdf, naive_inverse_cdf
+from data import Vocabulary
 from model import Qwen2VL
 from model.attention import merged_attention, two_part_attention
-from model.cache import GroupCache
 from model.linear import Linear, arranged, linear
 from model.rope import batch_positions
 from test_model_twins import assert_close_gradients, gradients, random_tokens, replicated_logits
 from test_sampler import sampled
+from tiny import tiny_tokenizer
 from tiny_models import IMAGE, MIXED, VOCABULARY, make_batch, tiny_config
 from tiny_models import tiny_model as bare_model
 from tiny_run import tiny_model
@@ -194,19 +196,36 @@ def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
 
 def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70):
     """A rollout after its prefill, made by hand: reading real prompts would need values."""
-    growing = object.__new__(grpo.sampler._Growing)
-    lengths = torch.full((N,), P)
-    growing.model, growing.temperature = model, 0.7
-    growing.allowed_V = torch.ones(VOCABULARY, dtype=torch.bool)
-    positions = torch.zeros(3, N, P, dtype=torch.int64)
-    growing.cache = GroupCache(lengths, P, G, T)
+    vocabulary = Vocabulary(tiny_tokenizer(), (3, 4), torch.ones(VOCABULARY, dtype=torch.bool))
+    growing = grpo.sampler._Growing(model, vocabulary, (N, G, T), P, 0.7, greedy=False)
+    growing.rows = N * G
     tokens = torch.zeros(N, P, dtype=torch.int64)
-    model._decode_layers(model.embed(tokens), positions, growing.cache.prefill)
-    growing.noise, growing.ends = torch.zeros(N * G, T), torch.tensor([3, 4])
-    growing.tokens, growing.logps = torch.zeros(N * G, T, dtype=torch.int64), torch.zeros(N * G, T)
-    growing.row_R, growing.first_position_R = torch.arange(N * G), torch.full((N * G,), P)
-    growing.done_R = torch.zeros(N * G, dtype=torch.bool)
+    growing.cache.begin(torch.full((N,), P))
+    model._decode_layers(model.embed(tokens), torch.zeros(3, N, P), growing.cache.prefill)
     return growing
+
+
+def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_no_trace(prompts, monkeypatch) -> None:
+    """What a captured graph relies on: every tensor that a step reads or writes lies where it lay."""
+    monkeypatch.setattr(grpo.sampler, "ASK_EVERY", 2)
+    monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
+    options = dict(group_size=6, max_new_tokens=40, ends=tuple(range(0, 300, 12)))
+    model = tiny_model()
+    shown = [prompts, prompts[::-1], [prompts[0]] * 3]  # the last ones are shorter than the buffers
+    expected = [sampled(model, part, **options)[0] for part in shown]
+    vocabulary = Vocabulary(tiny_tokenizer(), options["ends"], sampled(model, prompts, **options)[1])
+    size = max(len(prompt.tokens_P) for prompt in prompts)
+    growing = grpo.sampler._Growing(model, vocabulary, (3, 6, 40), size, 1.3, greedy=False)
+    monkeypatch.setattr(grpo.sampler, "_growing", lambda *_, **__: growing)
+    places = []
+    for part, slow in zip(shown, expected):
+        fast, _ = sampled(model, part, **options)
+        assert growing.rows < 18  # some have left
+        assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(fast.mask_NGT, slow.mask_NGT)
+        torch.testing.assert_close(fast.logp_NGT, slow.logp_NGT, rtol=0, atol=1e-5)
+        state = tree_leaves([vars(growing), vars(growing.cache)])
+        places.append([x.data_ptr() for x in state if isinstance(x, torch.Tensor)])
+    assert places[0] == places[1] == places[2] and len(places[0]) > 15
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
 from model import Qwen2VL, Qwen2VLConfig, load_model, read_config, save_model
+from model.cache import GroupCache
 from model.rope import batch_positions
 from model.weights import INDEX
 from tiny_models import FORBIDDEN, IMAGE, MIXED, Batch, flat_config, hf_model, make_batch, tiny_config, write_weights
@@ -161,7 +162,8 @@ def hf_greedy(theirs: nn.Module, batch: Batch) -> Tensor:
 def greedy_by_cache(ours: Qwen2VL, batch: Batch) -> Tensor:
     """(N, NEW_TOKENS) by prefill and decode."""
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
-    hidden, cache = ours.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, 1, NEW_TOKENS)
+    cache = GroupCache(*batch.tokens.shape, 1, NEW_TOKENS, batch.tokens.device)
+    hidden = ours.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, cache)
     after, out = positions.amax(dim=(0, 2)) + 1, []
     for step in range(NEW_TOKENS):
         out.append(best_allowed(hidden @ ours.head_weight.T).view(-1, 1))

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import Qwen2VL, token_logprobs
 from model.attention import two_part_attention
+from model.cache import GroupCache
 from model.logprobs import naive_logprobs
 from model.rope import batch_positions
 from tiny_models import FORBIDDEN, IMAGE, MIXED, VOCABULARY, Batch, make_batch, tiny_config, tiny_model
@@ -54,7 +55,8 @@ def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int, padde
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), G, T)
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
-    last, cache = model.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, G, T)
+    cache = GroupCache(len(MIXED), batch.tokens.shape[1] + 3 * padded, G, T, batch.tokens.device)
+    last = model.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, cache)
     states = [last[:, None].expand(-1, G, -1)]
     for step in range(T - 1):
         after = (positions.amax(dim=(0, 2)) + 1 + step).repeat_interleave(G)
