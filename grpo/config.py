@@ -220,8 +220,8 @@ def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentPa
 
 
 def _boolean(text: str) -> bool:
-    """As TOML writes it."""
-    return {"true": True, "false": False}[text]
+    """As TOML writes it. Argparse wants a ValueError for anything else."""
+    return bool(("false", "true").index(text))
 
 
 class _OneLineParser(argparse.ArgumentParser):

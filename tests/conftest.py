@@ -17,14 +17,19 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
     for i, size in enumerate([(60, 60), (90, 40), (56, 112)]):
         paths.append(folder / f"{i}.png")
         Image.effect_noise(size, 80).save(paths[-1])
+    encoder = tiny_encoder()
+    images: list[tuple[Path, ...]] = [(), (paths[0],), (paths[1], paths[2])]
+    words = ["Which?", "What is seen in this image?", "What?"]
+    return [encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w)) for i, w in zip(images, words)]
+
+
+def tiny_encoder() -> PromptEncoder:
+    """For the tiny tokenizer's checkpoints."""
     tokenizer = tiny_tokenizer()
-    encoder = PromptEncoder(
+    return PromptEncoder(
         tokenizer,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         min_pixels=3136,
         max_pixels=10000,
         max_prompt_tokens=2000,
     )
-    images: list[tuple[Path, ...]] = [(), (paths[0],), (paths[1], paths[2])]
-    words = ["Which?", "What is seen in this image?", "What?"]
-    return [encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w)) for i, w in zip(images, words)]

@@ -58,6 +58,8 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("format_weight = 0\naccuracy_weight = 0", "accuracy_weight"),
         ("warmup_steps = 400", "must not exceed steps"),
         ("group_size = 1", "group_size"),
+        ("freeze_vision = 1", "freeze_vision must be bool"),
+        ("micro_batch_tokens = 0", "micro_batch_tokens"),
         ("device = 'cpu:3'", "cpu or cuda"),
         ("steps = ", "not TOML"),
     ],
@@ -75,9 +77,21 @@ def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
     with pytest.raises(InputError, match="train_questions is missing"):
         load_config(tmp_path / "c.toml")
     file = written(tmp_path, "")
-    for flags, named in ((["--stepz", "3"], "stepz"), (["--steps", "three"], "steps"), (["--step", "3"], "step")):
+    for flags, named in (
+        (["--stepz", "3"], "stepz"),
+        (["--steps", "three"], "steps"),
+        (["--step", "3"], "step"),
+        (["--freeze_vision", "yes"], "freeze_vision"),
+    ):
         with pytest.raises(InputError, match=named):
             parse_arguments("", ["--config", str(file), *flags])
+
+
+def test_switches_are_written_as_in_the_file(tmp_path):
+    file = written(tmp_path, "freeze_vision = true")
+    assert parse_arguments("", ["--config", str(file)]).freeze_vision is True
+    assert parse_arguments("", ["--config", str(file), "--freeze_vision", "false"]).freeze_vision is False
+    assert parse_arguments("", ["--config", str(file), "--activation_checkpointing", "true"]).activation_checkpointing
 
 
 def test_help_explains_every_field_with_the_words_that_stand_under_it_in_the_source(capsys):

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from data import Question, choose_questions, questions_of_step, split_by_image
+from conftest import tiny_encoder
+from data import Question, choose_questions, prompts_of_steps, questions_of_step, split_by_image
 from data.stream import permutation
 from model.errors import InputError
 
@@ -111,3 +113,27 @@ def test_questions_chained_through_several_images_stay_together(many):
         split_by_image(shared[:50], 0.3, seed=0)
     with pytest.raises(InputError, match="between 0 and 1"):
         split_by_image(many, 1.0, seed=0)
+
+
+def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_step(prompts):
+    """An encoder of pretence would prove nothing about threads, hence real images."""
+    encoder, questions = tiny_encoder(), [prompt.question for prompt in prompts]
+    steps = range(2, 7)
+    ahead = list(prompts_of_steps(encoder, questions, steps, 2, 0))
+    assert len(ahead) == 5
+    for step, made in zip(steps, ahead):
+        asked = questions_of_step(questions, step, 2, 0)
+        assert [prompt.question for prompt in made] == asked
+        for prompt, question in zip(made, asked):
+            alone = encoder.encode(question)
+            assert torch.equal(prompt.tokens_P, alone.tokens_P) and torch.equal(prompt.patches_SC, alone.patches_SC)
+            assert torch.equal(prompt.positions_3P, alone.positions_3P)
+
+    broken = [*questions, replace(questions[1], images=(Path("gone.png"),))]
+    told = prompts_of_steps(encoder, broken, range(4), 1, 0)
+    with pytest.raises(InputError, match="gone.png"):
+        for step in range(4):
+            at = questions_of_step(broken, step, 1, 0)[0]
+            next(told)
+            assert at.images != (Path("gone.png"),)
+    assert list(prompts_of_steps(encoder, questions, range(3, 3), 2, 0)) == []

@@ -1,5 +1,6 @@
 """Grouped rollouts: the distribution, its log-probabilities, and what a completion may depend on."""
 
+import pytest
 import torch
 
 from data import Vocabulary, allowed_tokens_V
@@ -24,7 +25,9 @@ def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(E
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(model, rollout, allowed, Config("m", "q", "r", temperature=1.3, micro_batch_tokens=100))
+    recomputed = rollout_logprobs(
+        model, rollout, allowed, Config("m", "q", "r", temperature=1.3, micro_batch_tokens=100)
+    )
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 
@@ -159,3 +162,18 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
         torch.testing.assert_close(
             fast[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize("budget", [1, 150, 400, 10**9])
+def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget):
+    rollout, _ = sampled(tiny_model(), [*prompts, *prompts], places=range(6))
+    counts = [len(p.tokens_P) + int(rollout.mask_NGT[n].sum()) for n, p in enumerate(rollout.prompts)]
+    parts = [groups for groups, *_ in rollout.micro_batches(budget)]
+    assert [n for part in parts for n in range(6)[part]] == list(range(6))
+    for part, after in zip(parts, [*parts[1:], None]):
+        tokens = sum(counts[part])
+        assert tokens <= budget or part.stop - part.start == 1
+        assert after is None or tokens + counts[after.start] > budget  # no more would have fitted
+    for groups, _, tokens, mask in rollout.micro_batches(budget):
+        assert torch.equal(tokens, rollout.tokens_NGT[groups, :, : mask.shape[-1]])
+        assert mask.sum() == rollout.mask_NGT[groups].sum()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grpo.checkpoint
+import grpo.sft
 import train
 from grpo.config import load_config
 from grpo.run import load_questions
@@ -131,6 +134,79 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
     assert results[0]["grad_norm"] > 0
     for name in ("loss", "kl", "entropy", "grad_norm"):
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(train, "score", vowel_score)
+    fields = dict(freeze_vision=True, method=method, test_questions=[], steps=3, save_every=1, train_count=5)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        write_run(folder, **fields)
+    assert run(monkeypatch, whole / "config.toml") == 0
+    base, trained = (load_file(whole / name / "model.safetensors") for name in ("base", "run/model"))
+    changed = {name for name, value in trained.items() if not torch.equal(value, base[name])}
+    assert changed and not any(name.startswith("visual.") for name in changed)
+    assert "seconds/vision" in rows(whole / "run" / "metrics.jsonl")[0] or method == "sft"
+
+    monkeypatch.setattr(train, "end_step", stop_after(2))
+    monkeypatch.setattr(grpo.sft, "end_step", stop_after(2))
+    assert run(monkeypatch, broken / "config.toml") == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "score", vowel_score)
+    assert run(monkeypatch, broken / "config.toml") == 0
+    resumed = load_file(broken / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in trained.items())
+
+
+def stop_after(step: int):
+    """An `end_step` that is asked to stop once so many steps are done."""
+
+    def ending(config, model, optimizer, progress, stop):
+        stop.asked = stop.asked or progress["step"] == step
+        grpo.checkpoint.end_step(config, model, optimizer, progress, stop)
+
+    return ending
+
+
+def test_recomputed_activations_do_not_change_what_is_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score", vowel_score)
+    found = []
+    for recompute in (False, True):
+        (folder := tmp_path / str(recompute)).mkdir()
+        assert run(monkeypatch, write_run(folder, activation_checkpointing=recompute, test_questions=[], steps=2)) == 0
+        found.append(load_file(folder / "run" / "model" / "model.safetensors"))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_step_says_where_its_seconds_went(finished):
+    for row in rows(finished / "run" / "metrics.jsonl"):
+        phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
+        assert phases.keys() == {"prompts", "rollout", "rewards", "reference", "update", "optimizer"}
+        assert sum(phases.values()) == pytest.approx(row["seconds"]) and min(phases.values()) >= 0
+
+
+def test_an_image_that_breaks_during_the_run_ends_it_with_a_line_and_without_a_hanging_thread(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "score", vowel_score)
+    config = write_run(tmp_path, test_questions=[])
+    monkeypatch.setattr(train, "grpo_step", lambda *args: break_images(tmp_path) or grpo_step(*args))
+    before = threading.active_count()
+    assert run(monkeypatch, config) == 2
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert line.startswith("train.py: ") and ".png" in line
+    assert threading.active_count() == before
+
+
+grpo_step = train.grpo_step
+
+
+def break_images(folder: Path) -> None:
+    """Every image file, torn after its first bytes."""
+    for file in (folder / "questions").glob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
