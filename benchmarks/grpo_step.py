@@ -13,6 +13,7 @@ import resource
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -106,18 +107,29 @@ def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The command line that all programs share which take steps."""
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--checkpoint", default="46m", help=f"folder, or a shape to make: {', '.join(SHAPES)}")
-    parser.add_argument("--prompts", type=int, default=2, help="prompts a step (default: 2)")
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt (default: 8)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a completion, exactly (default: 64)")
-    parser.add_argument("--side", type=int, default=448, help="images are side x side pixels (default: 448)")
+    parser.add_argument("--prompts", type=_at_least(1), default=2, help="prompts a step (default: 2)")
+    parser.add_argument("--group", type=_at_least(2), default=8, help="completions a prompt (default: 8)")
+    parser.add_argument("--tokens", type=_at_least(1), default=64, help="tokens a completion, exactly (default: 64)")
+    parser.add_argument("--side", type=_at_least(56), default=448, help="images are side x side pixels (default: 448)")
     parser.add_argument(
-        "--steps", type=int, default=4, help=f"steps counted, after {WARM_UP} that are not (default: 4)"
+        "--steps", type=_at_least(1), default=4, help=f"steps counted, after {WARM_UP} that are not (default: 4)"
     )
     parser.add_argument("--beta", type=float, default=0.04, help="0 leaves the reference out (default: 0.04)")
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="as in the config (default: 1024)")
+    parser.add_argument(
+        "--micro-batch-tokens", type=_at_least(1), default=1024, help="as in the config (default: 1024)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
+        return int(text)
+
+    return number
 
 
 def checkpoint_folder(name: str, folder: Path) -> Path:

@@ -1,0 +1,119 @@
+"""The benchmarks do the work that they say, ours and the peers' alike, and tell it whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from benchmarks.__main__ import MARKS, write_tables
+from benchmarks.grpo_step import argument_parser, endless, measured_steps, step_config
+from benchmarks.peer_transformers import logprobs, repeated
+from benchmarks.peers import ratios
+from benchmarks.shapes import SHAPES, make_checkpoint, shape
+from data import load_vocabulary
+from grpo.batch import collate, completion_logprobs
+from grpo.run import load_questions, prompt_encoder
+from model import Qwen2VL, load_model
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--side", "56", "--tokens", "3", "--group", "2", "--steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("shapes") / "tiny")
+
+
+def arguments(*more: str):
+    return argument_parser("", "").parse_args([*SMALL, *more])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes_have_as_many_parameters_as_their_names_say(name: str) -> None:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Qwen2VL(shape(name)).parameters())
+    assert count == {"tiny": 422_016, "46m": 45_944_320, "2b": 2_208_985_600}[name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(checkpoint, tmp_path, dtype: str) -> None:
+    result = measured_steps(checkpoint, tmp_path, arguments("--dtype", dtype))
+    assert result["seconds"].keys() == {"rollout", "rewards", "reference", "update", "optimizer"}
+    assert result["seconds_per_step"] == pytest.approx(sum(result["seconds"].values()))
+    assert result["peak_rss_mb"] > 100 and result["prompts"] == 2 and result["machine"]
+    without = measured_steps(checkpoint, tmp_path / "again", arguments("--dtype", dtype, "--beta", "0"))
+    assert without["seconds"]["reference"] < 0.2 * without["seconds"]["update"]
+    json.dumps(result)
+
+
+def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(checkpoint, tmp_path) -> None:
+    args = arguments()
+    config = step_config(checkpoint, tmp_path, args)
+    ours, theirs = load_model(checkpoint), Qwen2VLForConditionalGeneration.from_pretrained(checkpoint)
+    vocabulary = endless(load_vocabulary(checkpoint, ours.config), ours.config)
+    prompt = prompt_encoder(vocabulary, ours.config, config).encode(load_questions(config)[0][0])
+    completions = torch.randint(0, 700, (3, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slow = logprobs(
+            theirs, repeated(prompt, 3, ours.config.image_token_id, "cpu"), completions, vocabulary.allowed_V
+        )
+        every = torch.ones(1, 3, 4, dtype=torch.bool)
+        fast, _ = completion_logprobs(ours, collate([prompt]), completions[None], every, vocabulary.allowed_V, 1.0)
+    torch.testing.assert_close(fast[0], slow, rtol=0, atol=1e-4)
+
+
+def test_log_probabilities_need_a_fraction_of_the_memory_of_full_logits() -> None:
+    extra = []
+    for options in ([], ["--full"]):
+        size = ["--positions", "2048", "--vocabulary", "40000", "--hidden", "64"]
+        command = [sys.executable, "-m", "benchmarks.logprob_memory", *size, *options]
+        extra.append(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)["extra_mb"])
+    assert 10 * extra[0] < extra[1] > 600
+
+
+def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    ours = {"seconds_per_step": 2.0, "peak_rss_mb": 1000.0, "rollout_tokens_per_second": 500.0, "machine": "M"}
+    ours |= {"threads": 2, "seconds": {"rollout": 1.0, "reference": 0.2, "update": 0.7, "optimizer": 0.1}}
+    peer = {"seconds_per_step": 24.0, "peak_rss_mb": 5000.0}  # tells no phases, as TRL
+    pair = {"ours": [ours, ours], "trl": [peer, peer | {"seconds_per_step": 20.0}]}
+    assert ratios(pair["ours"], pair["trl"]) == {"step": [12.0, 10.0], "memory": [5.0, 5.0]}
+    results = {
+        "date": "2026-01-02", "rounds": 2, "minutes": 3.0, "versions": {"torch": "2"}, "peers 448": pair,
+        "peers 224": pair, "groups": {"4": [ours], "16": [ours | {"seconds_per_step": 3.0}]},
+        "dtypes": {"float32": [ours], "bfloat16": [ours]},
+        "logprobs": {"": {"extra_mb": 100.0}, "--full": {"extra_mb": 7000.0}},
+    }  # fmt: skip
+    write_tables(results, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "11.0 (10.0 to 12.0)" in text and "1.5 (1.5 to 1.5)" in text and "1/70" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--group", "1"], "group"),
+        (["--tokens", "0"], "tokens"),
+        (["--prompts", "0"], "prompts"),
+        (["--steps", "0"], "steps"),
+        (["--side", "10"], "side"),
+        (["--device", "tpu"], "device"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_exit_code_2(flags: list[str], named: str, checkpoint, monkeypatch, capsys):
+    import benchmarks.grpo_step
+
+    monkeypatch.setattr(sys, "argv", ["grpo_step", "--checkpoint", str(checkpoint), *SMALL, *flags])
+    try:
+        code = benchmarks.grpo_step.main()
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert code == 2 and named in error
