@@ -15,7 +15,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from .grpo_step import argument_parser, checkpoint_folder
+from .grpo_step import WITHOUT, argument_parser, checkpoint_folder
 from .peers import compare, installed_peers, memory_of, ratios, run, spread
 
 FOLDER = Path(__file__).resolve().parent
@@ -33,12 +33,15 @@ def measure(rounds: int, device: str, file: Path) -> dict:
             results[f"peers {side}"] = compare(with_(args, side=side), installed_peers(), rounds)
             save(results, file)
         results["groups"] = {group: [] for group in ("4", "16")}
+        results["without"] = {name: [] for name in ("nothing", *WITHOUT)}
         results["dtypes"] = {dtype: [] for dtype in ("float32", "bfloat16")}
         for _ in range(rounds):
             for group, runs in results["groups"].items():
                 runs.append(run("ours", args, group=int(group)))
             for dtype, runs in results["dtypes"].items():
                 runs.append(run("ours", args, dtype=dtype))
+            for name, runs in results["without"].items():
+                runs.append(run("ours", args, without=[name] if name in WITHOUT else []))
         save(results, file)
     results["logprobs"] = {way: logprob_memory(*way.split()) for way in ("", "--full")}
     results["minutes"] = (time.perf_counter() - began) / 60
@@ -73,6 +76,11 @@ def tables(results: dict) -> str:
     for side in (448, 224):
         lines += [f"**{side} x {side} pixels**", "", *peer_table(results[f"peers {side}"]), ""]
     lines += ["**Where our time goes** (448 x 448, seconds)", "", *phase_table(results["peers 448"]), ""]
+    lines += [
+        "**What each is worth** (448 x 448): a step without it, its slow twin in its place, over a step with all",
+        "",
+    ]
+    lines += without_table(results["without"]) + [""]
     lines += ["**Other questions**", "", "| | figure |", "|---|---|"]
     groups, dtypes = ([by_step(runs) for runs in results[part].values()] for part in ("groups", "dtypes"))
     lines += [f"| a step's time, G = 16 over G = 4 (replication: 4) | {spread(pairs(groups[1], groups[0]))} |"]
@@ -108,6 +116,16 @@ def phase_table(results: dict[str, list[dict]]) -> list[str]:
         lines.append(
             f"| {name} | " + " | ".join(f"{statistics.median(s[p] for s in seconds):.2f}" for p in phases) + " |"
         )
+    return lines
+
+
+def without_table(results: dict[str, list[dict]]) -> list[str]:
+    """Ratios of time and memory to the runs that leave out nothing."""
+    lines = ["| without | seconds a step, ratio | peak memory, ratio |", "|---|---|---|"]
+    whole = results["nothing"]
+    for name in list(results)[1:]:
+        found = ratios(whole, results[name])
+        lines.append(f"| {name} | {spread(found['step'], 2)} | {spread(found['memory'], 2)} |")
     return lines
 
 

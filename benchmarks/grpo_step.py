@@ -14,17 +14,25 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import grpo.batch
+import grpo.run
+import grpo.sampler
+import model.cache
+import model.linear
 from data import Vocabulary, prompts_of_steps
 from grpo.config import Config
 from grpo.log import Stopwatch
 from grpo.run import prepare
 from model import InputError, Qwen2VLConfig
+from model.attention import two_part_attention
+from model.logprobs import naive_logprobs
 from train import grpo_step
 
 from .shapes import SHAPES, make_checkpoint, make_questions
@@ -32,9 +40,27 @@ from .shapes import SHAPES, make_checkpoint, make_questions
 WARM_UP = 2
 """Steps that are not counted: libraries load, and the process's memory grows to what it needs."""
 
+WITHOUT = {
+    "oneDNN": lambda: setattr(model.linear, "_HAS_ONEDNN", False),
+    "arranged weights": lambda: setattr(grpo.sampler, "arranged", lambda *_, **__: nullcontext()),
+    "kept memory": lambda: setattr(grpo.run, "keep_freed_memory", lambda: None),
+    "merged attention": lambda: setattr(model.cache, "merged_attention", _unmerged_attention),
+    "blocked log-probs": lambda: setattr(grpo.batch, "token_logprobs", naive_logprobs),
+}
+"""What can be left out, to see what it is worth on a machine: the slow twin takes its place in this process."""
+
+
+def _unmerged_attention(
+    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor
+) -> Tensor:
+    own = (x.unflatten(0, q.shape[:2]) for x in (own_k, own_v))
+    return two_part_attention(q, prompt_k, prompt_v, *own, bias[:, 0, 0] == 0, None)
+
 
 def measured_steps(checkpoint: Path, folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run writes."""
+    for name in args.without:
+        WITHOUT[name]()
     config = step_config(checkpoint, folder, args)
     with redirect_stdout(sys.stderr):
         run = prepare(config)
@@ -118,6 +144,10 @@ def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--micro-batch-tokens", type=_at_least(1), default=1024, help="as in the config (default: 1024)"
     )
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=WITHOUT, metavar="WHAT",
+        help=f"replace by their slow twins: {', '.join(repr(name) for name in WITHOUT)}",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser

@@ -37,7 +37,9 @@ def memory_of(result: dict) -> str:
 def run(name: str, args: argparse.Namespace, **changed: object) -> dict:
     """One result of `name` (of MODULES) in a process of its own, with the arguments, some of them changed."""
     given = vars(args) | changed
+    without = given.pop("without")
     options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key not in ("rounds", "peers")]
+    options += ["--without", *without] if without else []
     command = [sys.executable, "-m", f"benchmarks.{MODULES[name]}", *options]
     print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True)
@@ -68,9 +70,9 @@ def ratios(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, list[float
     return found
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Median and range."""
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def installed_peers() -> list[str]:

@@ -50,6 +50,23 @@ def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(ch
     json.dumps(result)
 
 
+def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
+    """In a process of its own, because what is left out stays out."""
+    parts = ["model.linear._HAS_ONEDNN", "grpo.sampler.arranged", "grpo.run.keep_freed_memory"]
+    parts += ["model.cache.merged_attention", "grpo.batch.token_logprobs"]
+    code = "\n".join([
+        "import sys, tempfile, pathlib",
+        "from benchmarks import grpo_step as bench",
+        "import grpo.batch, grpo.run, grpo.sampler, model.cache, model.linear",
+        f"before = [{', '.join(parts)}]",
+        f"args = bench.argument_parser('', '').parse_args({SMALL!r} + ['--without', *bench.WITHOUT])",
+        f"bench.measured_steps(pathlib.Path({str(checkpoint)!r}), pathlib.Path(tempfile.mkdtemp()), args)",
+        f"after = [{', '.join(parts)}]",
+        "assert len(bench.WITHOUT) == len(before) and not any(a is b for a, b in zip(before, after))",
+    ])  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(checkpoint, tmp_path) -> None:
     args = arguments()
     config = step_config(checkpoint, tmp_path, args)
@@ -86,7 +103,7 @@ def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path
     results = {
         "date": "2026-01-02", "rounds": 2, "minutes": 3.0, "versions": {"torch": "2"}, "peers 448": pair,
         "peers 224": pair, "groups": {"4": [ours], "16": [ours | {"seconds_per_step": 3.0}]},
-        "dtypes": {"float32": [ours], "bfloat16": [ours]},
+        "without": {"nothing": [ours], "kept memory": [ours | {"seconds_per_step": 2.5}]}, "dtypes": {"float32": [ours], "bfloat16": [ours]},
         "logprobs": {"": {"extra_mb": 100.0}, "--full": {"extra_mb": 7000.0}},
     }  # fmt: skip
     write_tables(results, page)
