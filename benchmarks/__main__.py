@@ -33,7 +33,8 @@ def measure(rounds: int, device: str, file: Path) -> dict:
             results[f"peers {side}"] = compare(with_(args, side=side), installed_peers(), rounds)
             save(results, file)
         results["groups"] = {group: [] for group in ("4", "16")}
-        results["without"] = {name: [] for name in ("nothing", *WITHOUT)}
+        results["ragged"] = {name: [] for name in ("nothing", "dropping the finished")}
+        results["without"] = {name: [] for name in ("nothing", *WITHOUT) if name != "dropping the finished"}
         results["dtypes"] = {dtype: [] for dtype in ("float32", "bfloat16")}
         for _ in range(rounds):
             for group, runs in results["groups"].items():
@@ -42,6 +43,9 @@ def measure(rounds: int, device: str, file: Path) -> dict:
                 runs.append(run("ours", args, dtype=dtype))
             for name, runs in results["without"].items():
                 runs.append(run("ours", args, without=[name] if name in WITHOUT else []))
+            for name, runs in results["ragged"].items():  # lengths as of dice: 64 tokens on average, up to 256
+                left_out = [name] if name in WITHOUT else []
+                runs.append(run("ours", args, without=left_out, tokens=256, ending=1 / 64, beta=0))
         save(results, file)
     results["logprobs"] = {way: logprob_memory(*way.split()) for way in ("", "--full")}
     results["minutes"] = (time.perf_counter() - began) / 60
@@ -85,6 +89,9 @@ def tables(results: dict) -> str:
     groups, dtypes = ([by_step(runs) for runs in results[part].values()] for part in ("groups", "dtypes"))
     lines += [f"| a step's time, G = 16 over G = 4 (replication: 4) | {spread(pairs(groups[1], groups[0]))} |"]
     lines += [f"| a step's time, fp32 over bf16 | {spread(pairs(dtypes[0], dtypes[1]))} |"]
+    ragged = [[one["seconds"]["rollout"] for one in runs] for runs in results["ragged"].values()]
+    text = "rollout's time if finished completions stay, over ours; lengths 64 on average, at most 256"
+    lines += [f"| {text} | {spread(pairs(ragged[1], ragged[0]))} |"]
     ours, full = (results["logprobs"][way]["extra_mb"] for way in ("", "--full"))
     text = f"{ours:,.0f} MB against {full:,.0f} MB: 1/{full / ours:.0f}"
     lines += [f"| memory of log-probabilities, 4,096 positions, vocabulary 151,936, against full logits | {text} |"]

@@ -45,6 +45,7 @@ WITHOUT = {
     "arranged weights": lambda: setattr(grpo.sampler, "arranged", lambda *_, **__: nullcontext()),
     "kept memory": lambda: setattr(grpo.run, "keep_freed_memory", lambda: None),
     "merged attention": lambda: setattr(model.cache, "merged_attention", _unmerged_attention),
+    "dropping the finished": lambda: setattr(grpo.sampler, "SHRINK_AT", 0.0),
     "blocked log-probs": lambda: setattr(grpo.batch, "token_logprobs", naive_logprobs),
 }
 """What can be left out, to see what it is worth on a machine: the slow twin takes its place in this process."""
@@ -64,12 +65,13 @@ def measured_steps(checkpoint: Path, folder: Path, args: argparse.Namespace) -> 
     config = step_config(checkpoint, folder, args)
     with redirect_stdout(sys.stderr):
         run = prepare(config)
-    run = replace(run, vocabulary=endless(run.vocabulary, run.policy.config))
+    run = replace(run, vocabulary=endless(run.vocabulary, run.policy.config, args.ending))
     laps, steps = [], range(config.steps)
     for step, prompts in zip(steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)):
         clock = Stopwatch(args.device)
         rollout, *_ = grpo_step(run, config, step, prompts, clock)
-        assert rollout.mask_NGT.shape == (args.prompts, args.group, args.tokens) and rollout.mask_NGT.all()
+        tokens = int(rollout.mask_NGT.sum())
+        assert args.ending or tokens == args.prompts * args.group * args.tokens
         laps.append(clock.laps)
         print(f"step {step}: {clock.total:.2f} s", file=sys.stderr)
     return summary(laps, args) | {"prompt_tokens": len(prompts[0].tokens_P)}
@@ -85,11 +87,17 @@ def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Con
     )  # fmt: skip
 
 
-def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig) -> Vocabulary:
-    """Every row of the embedding may be sampled, as if the tokenizer used them all, but no end of turn and no image."""
+def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig, ending: float = 0.0) -> Vocabulary:
+    """Every row of the embedding may be sampled, as if the tokenizer used them all, but no end of turn and no image.
+
+    With `ending`, that share of all rows ends a completion: under random weights, about that share of its tokens.
+    """
     vision = (shape.image_token_id, shape.video_token_id, shape.vision_start_token_id, shape.vision_end_token_id)
     allowed_V = torch.ones_like(vocabulary.allowed_V)
     allowed_V[[*vocabulary.end_ids, *vision]] = False
+    if ending:
+        ends = range(0, len(allowed_V), round(1 / ending))
+        return replace(vocabulary, allowed_V=allowed_V, end_ids=tuple(i for i in ends if allowed_V[i]))
     return replace(vocabulary, allowed_V=allowed_V)
 
 
@@ -143,6 +151,9 @@ def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--beta", type=float, default=0.04, help="0 leaves the reference out (default: 0.04)")
     parser.add_argument(
         "--micro-batch-tokens", type=_at_least(1), default=1024, help="as in the config (default: 1024)"
+    )
+    parser.add_argument(
+        "--ending", type=float, default=0.0, help="share of ids that end a completion; --tokens is then the limit"
     )
     parser.add_argument(
         "--without", nargs="*", default=[], choices=WITHOUT, metavar="WHAT",

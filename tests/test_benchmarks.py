@@ -53,7 +53,7 @@ def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(ch
 def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
     """In a process of its own, because what is left out stays out."""
     parts = ["model.linear._HAS_ONEDNN", "grpo.sampler.arranged", "grpo.run.keep_freed_memory"]
-    parts += ["model.cache.merged_attention", "grpo.batch.token_logprobs"]
+    parts += ["grpo.sampler.SHRINK_AT", "model.cache.merged_attention", "grpo.batch.token_logprobs"]
     code = "\n".join([
         "import sys, tempfile, pathlib",
         "from benchmarks import grpo_step as bench",
@@ -103,7 +103,7 @@ def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path
     results = {
         "date": "2026-01-02", "rounds": 2, "minutes": 3.0, "versions": {"torch": "2"}, "peers 448": pair,
         "peers 224": pair, "groups": {"4": [ours], "16": [ours | {"seconds_per_step": 3.0}]},
-        "without": {"nothing": [ours], "kept memory": [ours | {"seconds_per_step": 2.5}]}, "dtypes": {"float32": [ours], "bfloat16": [ours]},
+        "ragged": {"nothing": [ours], "dropping the finished": [ours]}, "without": {"nothing": [ours], "kept memory": [ours | {"seconds_per_step": 2.5}]}, "dtypes": {"float32": [ours], "bfloat16": [ours]},
         "logprobs": {"": {"extra_mb": 100.0}, "--full": {"extra_mb": 7000.0}},
     }  # fmt: skip
     write_tables(results, page)
