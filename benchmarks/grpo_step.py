@@ -66,15 +66,15 @@ def measured_steps(checkpoint: Path, folder: Path, args: argparse.Namespace) -> 
     with redirect_stdout(sys.stderr):
         run = prepare(config)
     run = replace(run, vocabulary=endless(run.vocabulary, run.policy.config, args.ending))
-    laps, steps = [], range(config.steps)
+    laps, counts, steps = [], [], range(config.steps)
     for step, prompts in zip(steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)):
         clock = Stopwatch(args.device)
         rollout, *_ = grpo_step(run, config, step, prompts, clock)
-        tokens = int(rollout.mask_NGT.sum())
-        assert args.ending or tokens == args.prompts * args.group * args.tokens
+        counts.append(int(rollout.mask_NGT.sum()))
+        assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
         laps.append(clock.laps)
         print(f"step {step}: {clock.total:.2f} s", file=sys.stderr)
-    return summary(laps, args) | {"prompt_tokens": len(prompts[0].tokens_P)}
+    return summary(laps, counts, args) | {"prompt_tokens": len(prompts[0].tokens_P)}
 
 
 def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Config:
@@ -101,11 +101,12 @@ def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig, ending: float = 0.0) -
     return replace(vocabulary, allowed_V=allowed_V)
 
 
-def summary(laps: list[dict[str, float]], args: argparse.Namespace) -> dict[str, object]:
-    """What is printed: medians over all steps after the warm-up, memory, the machine and the arguments."""
+def summary(laps: list[dict[str, float]], counts: list[int], args: argparse.Namespace) -> dict[str, object]:
+    """What is printed, of seconds by phase and completion tokens of each step: medians over the steps after the warm-up,
+    memory, the machine and the arguments."""
     seconds = {phase: statistics.median(lap[phase] for lap in laps[WARM_UP:]) for phase in laps[0]}
     whole = [sum(lap.values()) for lap in laps[WARM_UP:]]
-    tokens = args.prompts * args.group * args.tokens
+    tokens = statistics.median(counts[WARM_UP:])
     return {
         "seconds_per_step": statistics.median(whole),
         "spread": [min(whole), max(whole)],

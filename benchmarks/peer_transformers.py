@@ -66,7 +66,8 @@ def main() -> int:
             one_step(policy, reference if args.beta else None, adamw, prompts, allowed_V, args, clock)
             laps.append(clock.laps)
             print(f"transformers, step {step}: {clock.total:.2f} s", file=sys.stderr)
-        print(json.dumps(summary(laps, args)))
+        counts = [args.prompts * args.group * args.tokens] * len(laps)
+        print(json.dumps(summary(laps, counts, args)))
     return 0
 
 

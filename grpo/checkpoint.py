@@ -1,9 +1,12 @@
 """A run on disk: the resolved config, checkpoints to resume from, and the request to stop.
 
 A checkpoint is a folder `checkpoints/step-000100/` with the model in Hugging Face layout, the optimiser's tensors and
-a small JSON: safetensors and text only. It is written beside its place and renamed: a half-written one never counts.
+a small JSON: safetensors and text only, and a manifest of every file's size and SHA-256. It is written beside its place,
+flushed to the disk and renamed, so that a half-written one never counts; one whose files are not those of its manifest
+is passed over, loudly, for the one before it.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,15 +35,19 @@ MAY_DIFFER = {
 }
 """Fields that a resumed run may change, because they change nothing but speed, memory and what is written down."""
 
+MANIFEST = "manifest.json"
+
 KEPT = 2
 """Newest checkpoints that are kept: one to resume from, and the one before it in case that is damaged."""
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The newest checkpoint that this config may resume from, or None for a fresh start. Writes nothing.
+    """The newest checkpoint that this config may resume from, or None for a fresh start.
 
-    InputError if the folder holds checkpoints of a config that differs in more than `MAY_DIFFER`: mixing two runs would
-    make both worthless. A run without checkpoint or result is begun anew.
+    Newer ones that are damaged are moved aside; apart from that, it writes nothing.
+
+    InputError if the folder holds checkpoints of a config that differs in more than `MAY_DIFFER` (mixing two runs would
+    make both worthless), or none that is whole. A run without checkpoint or result is begun anew.
     """
     folder = Path(config.run_dir)
     saved = checkpoints(folder)
@@ -57,7 +64,37 @@ def find_checkpoint(config: Config) -> Path | None:
     if keys:
         values = ", ".join(f"{key} ({theirs.get(key)} there, {ours.get(key)} here)" for key in keys)
         raise InputError(f"{folder} holds a run with other values of {values}; choose another --run_dir or delete it")
-    return saved[-1]
+    damages = {}
+    for checkpoint in reversed(saved):
+        if damage := damage_of(checkpoint):
+            damages[checkpoint] = damage
+            continue
+        for damaged, damage in damages.items():
+            aside = damaged.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(damaged, aside)
+            print(f"{damaged} is damaged ({damage}): moved to {aside.name}, passed over", file=sys.stderr)
+        return checkpoint
+    raise InputError(
+        f"{folder}: every checkpoint is damaged, the newest too ({damages[saved[-1]]}); restore one from a backup, or "
+        "choose another --run_dir"
+    )
+
+
+def damage_of(checkpoint: Path) -> str:
+    """What differs between a checkpoint's files and its manifest, in a few words; "" if nothing does."""
+    try:
+        expected = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in expected.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"no readable {MANIFEST}"
+    for name, (size, digest) in files.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or of another size"
+        if _sha256(file) != digest:
+            return f"{name} has other contents"
+    return ""
 
 
 def claim_run_dir(config: Config) -> None:
@@ -72,7 +109,7 @@ def claim_run_dir(config: Config) -> None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if not path.suffix)
 
 
 def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
@@ -85,10 +122,32 @@ def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, prog
     save_model(model, partial)
     save_file(optimizer.state(), partial / "optimizer.safetensors")
     (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+    files = sorted(path for path in partial.iterdir())
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for path in (*files, partial / MANIFEST, partial):
+        _flush(path)  # all of it is on the disk before its name says so
     os.replace(partial, final)
+    _flush(folder)
     for old in checkpoints(Path(config.run_dir))[:-KEPT]:
-        shutil.rmtree(old)
+        going = old.with_suffix(".partial")  # a kill while it is deleted leaves nothing that looks like a checkpoint
+        os.replace(old, going)
+        shutil.rmtree(going)
     return final
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint_model(config: Config, checkpoint: Path) -> Qwen2VL:

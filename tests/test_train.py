@@ -255,6 +255,63 @@ def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(tmp_pa
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
 
 
+DAMAGE = {
+    "a file cut short": lambda step: os.truncate(step / "optimizer.safetensors", 100),
+    "one bit": lambda step: flip(step / "model.safetensors"),
+    "a file gone": lambda step: (step / "progress.json").unlink(),
+    "no manifest": lambda step: (step / "manifest.json").unlink(),
+    "a manifest of nonsense": lambda step: (step / "manifest.json").write_text("[1, 2"),
+}
+
+
+def flip(file: Path) -> None:
+    """The lowest bit of a byte in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(finished, tmp_path, monkeypatch, capsys, damage):
+    """The run goes on from step 2 of 4 and ends with the bytes that it had."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "copy")
+    folder = tmp_path / "copy" / "run"
+    text = (finished / "config.toml").read_text().replace(str(finished), str(tmp_path / "copy"))
+    (tmp_path / "copy" / "config.toml").write_text(text)
+    resolved = (folder / "config.toml").read_text().replace(str(finished), str(tmp_path / "copy"))
+    (folder / "config.toml").write_text(resolved)
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    damage(folder / "checkpoints" / "step-000004")
+    assert run(monkeypatch, tmp_path / "copy" / "config.toml") == 0
+    shown = capsys.readouterr()
+    assert "step-000004 is damaged" in shown.err and "going on from" in shown.out and "step-000002" in shown.out
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step-000002", "step-000004", "step-000004.damaged",
+    ]  # fmt: skip
+
+    for step in ("step-000002", "step-000004"):
+        damage(folder / "checkpoints" / step)
+    assert run(monkeypatch, tmp_path / "copy" / "config.toml") == 2
+    assert "every checkpoint is damaged" in capsys.readouterr().err
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_saved_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score", vowel_score)
+    happened, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: happened.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: happened.append((str(a), str(b))) or replace(a, b))
+    assert run(monkeypatch, write_run(tmp_path, test_questions=[], steps=1)) == 0
+    final = str(tmp_path / "run" / "checkpoints" / "step-000001")
+    renamed = happened.index((f"{final}.partial", final))
+    flushed = set(happened[:renamed])
+    assert {f"{final}.partial/{file.name}" for file in Path(final).iterdir()} | {f"{final}.partial"} <= flushed
+    assert str(Path(final).parent) in happened[renamed:]
+
+
 def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[])
     assert run(monkeypatch, config) == 0
