@@ -6,6 +6,7 @@ flushed to the disk and renamed, so that a half-written one never counts; one wh
 is passed over, loudly, for the one before it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -97,14 +98,25 @@ def damage_of(checkpoint: Path) -> str:
     return ""
 
 
-def claim_run_dir(config: Config) -> None:
-    """Make the run's folder and write the resolved config into it. InputError if that can't be done."""
+def claim_run_dir(config: Config) -> IO[str]:
+    """Make the run's folder this process's own and write the resolved config into it.
+
+    Returns an open file: the claim lasts until it is closed, or the process ends however it may. InputError if another
+    process has the folder, or it can't be written.
+    """
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        claim = (folder / "lock").open("w")
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "config.toml").write_text(config_toml(config), encoding="utf-8")
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another process is at work there; wait for it or choose another --run_dir"
+        ) from None
     except OSError as error:
         raise InputError(f"{folder}: can't hold a run ({error.strerror}); choose another --run_dir") from None
+    return claim
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

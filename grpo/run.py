@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,7 +24,10 @@ from .optimizer import MasterAdamW
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds" and "tokens"."""
+    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds" and "tokens".
+
+    `claim` keeps other processes out of the run's folder for as long as it lives.
+    """
 
     train_questions: list[Question]
     test_questions: list[Question]
@@ -34,6 +37,7 @@ class Run:
     encoder: PromptEncoder
     optimizer: MasterAdamW
     progress: dict[str, Any]
+    claim: IO[str]
 
 
 def prepare(config: Config) -> Run:
@@ -61,7 +65,7 @@ def prepare(config: Config) -> Run:
         raise InputError(
             f"{config.run_dir}: begun with other test questions; restore the files or choose another --run_dir"
         )
-    claim_run_dir(config)
+    claim = claim_run_dir(config)
 
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {config.dtype} on {config.device}")
@@ -71,7 +75,7 @@ def prepare(config: Config) -> Run:
         print(f"{limit}: {skipped} of training, {skipped_tests} of test")
     if checkpoint:
         print(f"going on from {checkpoint}")
-    return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress)
+    return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress, claim)
 
 
 def refuse_missing_device(config: Config) -> None:

@@ -312,6 +312,21 @@ def test_a_saved_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypa
     assert str(Path(final).parent) in happened[renamed:]
 
 
+def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(finished, monkeypatch, capsys):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+         "print('held', flush=True); sys.stdin.read()", str(finished / "run" / "lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    before = {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
+    assert run(monkeypatch, finished / "config.toml") == 2
+    assert "another process is at work there" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
+    holder.communicate()  # however a process ends, its claim ends with it
+    assert run(monkeypatch, finished / "config.toml") == 0
+
+
 def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[])
     assert run(monkeypatch, config) == 0
