@@ -7,9 +7,9 @@ Prints one JSON line. On a processor it is the process's own peak; run each way 
 
 import argparse
 import json
-import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from model import keep_freed_memory, token_logprobs
 def full_logprobs(hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor) -> Tensor:
     """All logits at once, with as few copies of them as autograd allows."""
     return (hidden_MD @ head_VD.T).log_softmax(dim=-1).gather(-1, tokens_M[:, None]).squeeze(-1)
+
+
+def held(what: str = "VmRSS") -> int:
+    """Bytes of memory that this process holds now, or has held at most ("VmHWM"), as Linux counts."""
+    status = Path("/proc/self/status").read_text().split("\n")
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{what}:"))
 
 
 def main() -> int:
@@ -35,12 +41,12 @@ def main() -> int:
     tokens = torch.randint(0, args.vocabulary, (args.positions,))
     allowed = torch.ones(args.vocabulary, dtype=torch.bool)
     torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()  # the libraries' own memory
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = held()
     started = time.perf_counter()
     logp = full_logprobs(hidden, head, tokens) if args.full else token_logprobs(hidden, head, tokens, allowed)[0]
     logp.sum().backward()
     seconds = time.perf_counter() - started
-    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - hidden.grad.nbytes - head.grad.nbytes
+    extra = held("VmHWM") - before - hidden.grad.nbytes - head.grad.nbytes
     print(json.dumps({"extra_mb": extra / 1e6, "seconds": seconds, **vars(args)}))
     return 0
 
