@@ -26,7 +26,7 @@ from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summ
 from evaluation.answers import answer_greedily
 from evaluation.blind import blind_credits, by_modality
 from grpo.advantages import group_advantages
-from grpo.batch import Rollout, completion_logprobs, rollout_logprobs, see_once
+from grpo.batch import Rollout, completion_logprobs, rollout_logprobs, with_image_features
 from grpo.checkpoint import StopRequest, end_step
 from grpo.config import Config, parse_arguments
 from grpo.log import RunLog, Stopwatch
@@ -67,7 +67,7 @@ def grpo_step(
     weights_R = torch.tensor([config.format_weight, config.accuracy_weight, config.consistency_weight])  # rewards.RULES
 
     if config.freeze_vision:  # then all models and passes of the step see the same
-        prompts = see_once(policy, prompts)
+        prompts = with_image_features(policy, prompts)
         clock.lap("vision")
 
     # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
@@ -86,6 +86,7 @@ def grpo_step(
     clock.lap("reference")
     # Not the sampler's log-probabilities: the trainer's own, so that the first ratio is exactly 1.
     old_NGT = logprobs_of(policy) if config.inner_updates > 1 else None
+    clock.lap("old policy")
     rate = scheduled_rate(step, config)
     for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
         stats = accumulate_gradient(policy, optimizer, rollout, advantages_NG, old_NGT, ref_NGT, allowed_V, config)

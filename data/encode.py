@@ -106,9 +106,9 @@ class PromptEncoder:
         Raises:
             InputError: the prompt is too long (whatever `too_long` says), or an image can't be used.
         """
-        return self.assemble(question, self.see(question, load))
+        return self.assemble(question, self.patchify(question, load))
 
-    def see(self, question: Question, load: LoadImage = load_image) -> list[tuple[Tensor, tuple[int, int, int]]]:
+    def patchify(self, question: Question, load: LoadImage = load_image) -> list[tuple[Tensor, tuple[int, int, int]]]:
         """Patches (S, C) and grid of each image: the slow half of `encode`, which any thread may do."""
         seen = []
         for path in question.images:
@@ -123,7 +123,7 @@ class PromptEncoder:
         return seen
 
     def assemble(self, question: Question, seen: list[tuple[Tensor, tuple[int, int, int]]]) -> Prompt:
-        """The other half of `encode`: words around what was seen. One thread at a time may use the tokenizer."""
+        """The other half of `encode`: words around the images. One thread at a time may use the tokenizer."""
         patches = [torch.empty(0, self._patch_values()), *(patches_SC for patches_SC, _ in seen)]
         grids = [grid for _, grid in seen]
         tokens_P = torch.tensor(self._tokens(question, [self._image_tokens(grid) for grid in grids]))

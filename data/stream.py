@@ -56,7 +56,7 @@ def prompts_of_steps(
 
         def begin(step: int) -> list[tuple[Question, Future]]:
             asked = questions_of_step(questions, step, prompts_per_step, seed) if step in steps else []
-            return [(question, pool.submit(encoder.see, question)) for question in asked]
+            return [(question, pool.submit(encoder.patchify, question)) for question in asked]
 
         coming = begin(steps.start)
         for step in steps:

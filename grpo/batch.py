@@ -51,11 +51,11 @@ def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> Pr
 
 
 @torch.no_grad()
-def see_once(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Prompt]:
+def with_image_features(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with what the model's vision tower makes of their images, for models that share that tower."""
     device = model.embed.weight.device
     return [
-        replace(prompt, features_ID=model.see(prompt.patches_SC.to(device), prompt.grids_I3))
+        replace(prompt, features_ID=model.encode_images(prompt.patches_SC.to(device), prompt.grids_I3))
         if len(prompt.grids_I3)
         else prompt
         for prompt in prompts
@@ -78,12 +78,12 @@ class Rollout:
     texts: list[list[str]]
 
     def micro_batches(self, tokens_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
-        """Whole groups, as many as have `tokens_each` tokens, at least one: which of the N, prompts, tokens and mask.
+        """Whole groups in their order, each part as large as `tokens_each` allows, but never less than one group.
 
-        T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
+        Yields which of the N groups they are, their prompts, tokens and mask. T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
         """
-        counts = (self.mask_NGT.sum(-1).sum(-1)).tolist()
-        counts = [len(prompt.tokens_P) + count for prompt, count in zip(self.prompts, counts, strict=True)]
+        completion_tokens = self.mask_NGT.sum(dim=(1, 2)).tolist()
+        counts = [len(prompt.tokens_P) + n for prompt, n in zip(self.prompts, completion_tokens, strict=True)]
         start = 0
         while start < len(counts):
             stop = start + 1

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
@@ -29,6 +30,7 @@ from .optimizer import MasterAdamW
 MAY_DIFFER = {
     "device",
     "micro_batch_tokens",
+    "micro_batch_prompts",  # of older runs
     "activation_checkpointing",
     "eval_batch_prompts",
     "save_every",
@@ -61,6 +63,7 @@ def find_checkpoint(config: Config) -> Path | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: its config.toml can't be read ({error}); choose another --run_dir") from None
     ours = tomllib.loads(config_toml(config))
+    theirs = {field.name: field.default for field in fields(Config)} | theirs  # fields that came later
     keys = sorted(key for key in (ours.keys() | theirs.keys()) - MAY_DIFFER if ours.get(key) != theirs.get(key))
     if keys:
         values = ", ".join(f"{key} ({theirs.get(key)} there, {ours.get(key)} here)" for key in keys)

@@ -137,7 +137,7 @@ class Config:
         rules += [
             ("group_size", self.group_size >= 2, "must be at least 2"),
             ("test_fraction", 0 <= self.test_fraction < 1, "must be at least 0 and below 1"),
-            ("warmup_steps", self.warmup_steps <= self.steps, "must not exceed steps"),
+            ("warmup_steps", self.warmup_steps <= self.steps, f"must not exceed steps ({self.steps})"),
             ("accuracy_weight", self.format_weight + self.accuracy_weight > 0, "must not be 0 like format_weight"),
             ("clip_low", self.clip_low <= 1, "must be at most 1"),
             ("adam_beta1", self.adam_beta1 < 1, "must be below 1"),

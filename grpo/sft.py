@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import Question, prompts_of_steps
 
-from .batch import Rollout, completion_logprobs, see_once, written_rollout
+from .batch import Rollout, completion_logprobs, with_image_features, written_rollout
 from .checkpoint import StopRequest, end_step
 from .config import Config
 from .log import RunLog
@@ -29,7 +29,7 @@ def fine_tune(run: Run, config: Config) -> None:
             started = time.perf_counter()
             prompts = next(prompts_of_step)
             if config.freeze_vision:
-                prompts = see_once(run.policy, prompts)
+                prompts = with_image_features(run.policy, prompts)
             targets = [[target(prompt.question, config.sft_answer)] for prompt in prompts]  # a group of one
             answers = written_rollout(run.vocabulary, prompts, targets, config.device)
 

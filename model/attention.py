@@ -1,7 +1,7 @@
 """Attention where G completions share one prompt: each fast form beside the obvious one that tests compare it with.
 
-A decoder layer computes queries, keys and values and hands them to an `attend` function; which tokens see which is
-decided here and nowhere else. Shapes: queries (B, H, L, d); keys and values (B, K, L, d), each KV head serving H / K
+A decoder layer computes queries, keys and values and hands them to an `attend` function; how tokens see one another is
+computed here and nowhere else. Shapes: queries (B, H, L, d); keys and values (B, K, L, d), each KV head serving H / K
 query heads in a row (grouped-query attention).
 """
 
@@ -116,8 +116,8 @@ class SharedPrefix:
             own = [_padded(x, self.own_places, N * G * T).view(N, G, T, -1, d) for _, x in parts]
             if self.bias is None:  # the same for all layers
                 self.bias = _score_bias(self.seen, G, H // own[1].shape[3], q.dtype)
-            answers = _prefixed_attention(own[0], *prompt[1:], own[1], own[2], self.bias).flatten(0, 2)
-            out = torch.cat((out, answers if len(answers) == sizes[1] else answers[self.own_places]))
+            completions = _prefixed_attention(own[0], *prompt[1:], own[1], own[2], self.bias).flatten(0, 2)
+            out = torch.cat((out, completions if len(completions) == sizes[1] else completions[self.own_places]))
         return out.transpose(0, 1)[None]
 
 

@@ -32,20 +32,21 @@ def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
     not change within, and each is held twice. On a GPU, and in bf16, this does nothing.
     """
     weights = [w for w in weights if _HAS_ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32]
-    for weight in weights:
-        weight.arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     try:
+        for weight in weights:
+            weight.arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         yield
     finally:
         for weight in weights:
-            del weight.arranged
+            vars(weight).pop("arranged", None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable in all three."""
     if not (_HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    learned = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
         return _OneDNNLinear.apply(x, weight, bias)
     return _product(x, getattr(weight, "arranged", weight), bias)
 

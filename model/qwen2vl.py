@@ -71,21 +71,21 @@ class Qwen2VL(nn.Module):
     ) -> Tensor:
         """Final hidden states (B, L, D), each token seeing its past."""
         x = self.embed_prompt(tokens_BL, patches_SC, grids_I3)
-        return self._decode_layers(x, positions_3BL, lambda layer, q, k, v: causal_attention(q, k, v))
+        return self._run_layers(x, positions_3BL, lambda layer, q, k, v: causal_attention(q, k, v))
 
-    def see(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
+    def encode_images(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
         """What the vision tower makes of images: one row (D,) for each of their tokens, in reading order."""
         return self.visual(patches_SC, grids_I3, recompute=self.recompute)
 
     def embed_prompt(self, tokens_BL: Tensor, images: Tensor | None, grids_I3: Tensor | None) -> Tensor:
         """Token embeddings (B, L, D), the image tokens' rows replaced by what the vision tower sees.
 
-        `images` are patches with their grids, or, if `grids_I3` is None, what `see` made of them before.
+        `images` are patches with their grids, or, if `grids_I3` is None, what `encode_images` made of them before.
         """
         x = self.embed(tokens_BL)
         if images is None or not len(images):
             return x
-        seen = images if grids_I3 is None else self.see(images, grids_I3)
+        seen = images if grids_I3 is None else self.encode_images(images, grids_I3)
         places = tokens_BL == self.config.image_token_id
         if int(places.sum()) != len(seen):
             raise ValueError(f"{int(places.sum())} image tokens in the batch, but the images make {len(seen)}")
@@ -105,7 +105,7 @@ class Qwen2VL(nn.Module):
         `images` and `grids_I3`: see `embed_prompt`.
         """
         cache.begin(lengths_N)
-        hidden = self._decode_layers(self.embed_prompt(tokens_NP, images, grids_I3), positions_3NP, cache.prefill)
+        hidden = self._run_layers(self.embed_prompt(tokens_NP, images, grids_I3), positions_3NP, cache.prefill)
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1]
 
     def decode(
@@ -119,7 +119,7 @@ class Qwen2VL(nn.Module):
         """
         positions = positions_R.view(1, -1, 1).expand(3, -1, -1)
         seen = cache.places[:span] <= cache.step if padded else None
-        hidden = self._decode_layers(
+        hidden = self._run_layers(
             self.embed(tokens_R[:, None]), positions, partial(cache.decode, span=span, own_seen=seen)
         )
         cache.step += 1
@@ -149,7 +149,7 @@ class Qwen2VL(nn.Module):
         positions = torch.cat((positions_3NP[:, prompt_NP], after.expand(N, G, T - 1)[run_NGT].expand(3, -1)), dim=1)
         tokens = torch.cat((tokens_NP[prompt_NP], completions_NGT[..., :-1][run_NGT]))
         x = self.embed_prompt(tokens[None], images, grids_I3)
-        hidden = self._decode_layers(x, positions[:, None], SharedPrefix(prompt_NP, run_NGT))[0]
+        hidden = self._run_layers(x, positions[:, None], SharedPrefix(prompt_NP, run_NGT))[0]
 
         # Where in `hidden` the state lies that predicts a token: the prompt's last, or the one before it.
         prompt_tokens = lengths_N.sum()
@@ -157,7 +157,7 @@ class Qwen2VL(nn.Module):
         last = (lengths_N.cumsum(0) - 1)[:, None, None].expand(N, G, 1)
         return hidden[torch.cat((last, own), dim=2)[mask_NGT]]
 
-    def _decode_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
+    def _run_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
         config = self.config
         cos, sin = text_rotary(positions_3BL, config.head_dim, config.rope_theta, config.mrope_section)
         cos, sin = cos.to(x_BLD.dtype), sin.to(x_BLD.dtype)

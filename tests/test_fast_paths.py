@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import grpo.sampler
-from grpo.batch import collate, completion_logprobs, see_once
+from grpo.batch import collate, completion_logprobs, with_image_features
 from grpo.sampler import inverse_cdf, naive_inverse_cdf
 from data import Vocabulary
 from model import Qwen2VL
@@ -95,7 +95,7 @@ def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_
     rollout, allowed = sampled(tiny_model(), prompts)
     model, found = tiny_model(), []
     model.visual.requires_grad_(False)
-    for shown in (prompts, see_once(model, prompts)):
+    for shown in (prompts, with_image_features(model, prompts)):
         logp, _ = completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
         found.append((logp.detach(), gradients(model, logp.sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
@@ -103,7 +103,7 @@ def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_
     assert_close_gradients(found[1][1], found[0][1])
     model.visual.forward = None  # whoever would run it again fails
     completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
-    assert see_once(model, prompts[:1]) == list(prompts[:1])  # a prompt without an image needs no tower
+    assert with_image_features(model, prompts[:1]) == list(prompts[:1])  # a prompt without an image needs no tower
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -201,7 +201,7 @@ def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70
     growing.rows = N * G
     tokens = torch.zeros(N, P, dtype=torch.int64)
     growing.cache.begin(torch.full((N,), P))
-    model._decode_layers(model.embed(tokens), torch.zeros(3, N, P), growing.cache.prefill)
+    model._run_layers(model.embed(tokens), torch.zeros(3, N, P), growing.cache.prefill)
     return growing
 
 
