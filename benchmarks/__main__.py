@@ -15,7 +15,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from .grpo_step import WITHOUT, argument_parser, checkpoint_folder
+from model import InputError
+
+from .common import FAST_PATHS, argument_parser, at_least, checkpoint_folder, program
 from .peers import compare, installed_peers, memory_of, ratios, run, spread
 
 FOLDER = Path(__file__).resolve().parent
@@ -34,7 +36,7 @@ def measure(rounds: int, device: str, file: Path) -> dict:
             save(results, file)
         results["groups"] = {group: [] for group in ("4", "16")}
         results["ragged"] = {name: [] for name in ("nothing", "dropping the finished")}
-        results["without"] = {name: [] for name in ("nothing", *WITHOUT) if name != "dropping the finished"}
+        results["without"] = {name: [] for name in ("nothing", *FAST_PATHS) if name != "dropping the finished"}
         results["dtypes"] = {dtype: [] for dtype in ("float32", "bfloat16")}
         for _ in range(rounds):
             for group, runs in results["groups"].items():
@@ -42,9 +44,9 @@ def measure(rounds: int, device: str, file: Path) -> dict:
             for dtype, runs in results["dtypes"].items():
                 runs.append(run("ours", args, dtype=dtype))
             for name, runs in results["without"].items():
-                runs.append(run("ours", args, without=[name] if name in WITHOUT else []))
+                runs.append(run("ours", args, without=[name] if name in FAST_PATHS else []))
             for name, runs in results["ragged"].items():  # lengths as of dice: 64 tokens on average, up to 256
-                left_out = [name] if name in WITHOUT else []
+                left_out = [name] if name in FAST_PATHS else []
                 runs.append(run("ours", args, without=left_out, tokens=256, ending=1 / 64, beta=0))
         save(results, file)
     results["logprobs"] = {way: logprob_memory(*way.split()) for way in ("", "--full")}
@@ -74,12 +76,13 @@ def tables(results: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [
         f"{first['machine']}, {first['threads']} threads, {versions}; {results['date']}, {results['minutes']:.0f} minutes "
-        f"of measuring. Medians, with the range over {results['rounds']} rounds in brackets.",
+        f"of measuring. Medians, with the range over the rounds in brackets: {results['rounds']} beside "
+        f"peers, {len(results['groups']['4'])} of the rest.",
         "",
     ]
     for side in (448, 224):
         lines += [f"**{side} x {side} pixels**", "", *peer_table(results[f"peers {side}"]), ""]
-    lines += ["**Where our time goes** (448 x 448, seconds)", "", *phase_table(results["peers 448"]), ""]
+    lines += ["**Where the time goes** (448 x 448, seconds)", "", *phase_table(results["peers 448"]), ""]
     lines += [
         "**What each is worth** (448 x 448): a step without it, its slow twin in its place, over a step with all",
         "",
@@ -144,23 +147,36 @@ def pairs(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
+def around_tables(page: Path) -> tuple[str, str]:
+    """What stands on the page before and behind its tables. InputError if it has no marks for them."""
+    try:
+        before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+        return before, rest.split(MARKS[1])[1]
+    except (OSError, ValueError, IndexError):
+        raise InputError(f"{page}: no page with the marks {' and '.join(MARKS)}") from None
+
+
 def write_tables(results: dict, page: Path) -> None:
     """Put the tables between the marks of the page."""
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    page.write_text(f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    before, behind = around_tables(page)
+    page.write_text(f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{behind}", encoding="utf-8")
 
 
-def main() -> int:
+def work() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured, in turn (default: 3)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="times that everything is measured (default: 3)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--results", type=Path, default=FOLDER / "results.json", help="where the figures go")
     parser.add_argument("--page", type=Path, default=FOLDER.parent / "BENCHMARKS.md", help="page with the tables")
+    parser.add_argument("--tables-only", action="store_true", help="measure nothing, write the tables anew")
     args = parser.parse_args()
-    write_tables(measure(args.rounds, args.device, args.results), args.page)
-    print(f"{args.page} and {args.results} hold the new figures")
-    return 0
+    around_tables(args.page)  # an error now, not after an hour
+    if not args.tables_only:
+        print(f"peers: {', '.join(installed_peers())}; with TRL it takes about an hour on 2 cores", file=sys.stderr)
+        measure(args.rounds, args.device, args.results)
+    write_tables(json.loads(args.results.read_text(encoding="utf-8")), args.page)
+    print(f"{args.page} and {args.results} hold the figures")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(work))

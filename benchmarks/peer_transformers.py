@@ -5,9 +5,7 @@ cache; reference and update run whole sequences, a prompt's group at a time, and
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from grpo.loss import grpo_loss
 from grpo.run import load_questions, prompt_encoder
 from model import read_config
 
-from .grpo_step import argument_parser, checkpoint_folder, endless, step_config, summary
+from .common import endless, on_checkpoint, program, step_config, summary
 
 
 def repeated(prompt: Prompt, copies: int, image_token_id: int, device: str) -> dict[str, Tensor]:
@@ -48,27 +46,22 @@ def logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], completions_GT: 
     return logits.log_softmax(dim=-1).gather(-1, completions_GT[..., None]).squeeze(-1)
 
 
-def main() -> int:
-    args = argument_parser("python -m benchmarks.peer_transformers", __doc__.split("\n")[0]).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = checkpoint_folder(args.checkpoint, Path(folder))
-        config = step_config(checkpoint, Path(folder) / "work", args)
-        questions, _ = load_questions(config)
-        vocabulary = load_vocabulary(checkpoint, read_config(checkpoint), args.device)
-        allowed_V = endless(vocabulary, read_config(checkpoint)).allowed_V
-        encoder = prompt_encoder(vocabulary, read_config(checkpoint), config)
-        load = Qwen2VLForConditionalGeneration.from_pretrained
-        policy, reference = (load(checkpoint, dtype=getattr(torch, args.dtype)).to(args.device) for _ in range(2))
-        adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-        laps, steps = [], range(config.steps)
-        for step, prompts in zip(steps, prompts_of_steps(encoder, questions, steps, args.prompts, 0)):
-            clock = Stopwatch(args.device)
-            one_step(policy, reference if args.beta else None, adamw, prompts, allowed_V, args, clock)
-            laps.append(clock.laps)
-            print(f"transformers, step {step}: {clock.total:.2f} s", file=sys.stderr)
-        counts = [args.prompts * args.group * args.tokens] * len(laps)
-        print(json.dumps(summary(laps, counts, args)))
-    return 0
+def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
+    """As the function of that name in benchmarks/grpo_step.py."""
+    config = step_config(checkpoint, folder, args)
+    shape = read_config(checkpoint)
+    vocabulary = load_vocabulary(checkpoint, shape, args.device)
+    allowed_V = endless(vocabulary, shape).allowed_V
+    load = Qwen2VLForConditionalGeneration.from_pretrained
+    policy, reference = (load(checkpoint, dtype=getattr(torch, args.dtype)).to(args.device) for _ in range(2))
+    adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    laps, steps, encoder = [], range(config.steps), prompt_encoder(vocabulary, shape, config)
+    for step, prompts in zip(steps, prompts_of_steps(encoder, load_questions(config)[0], steps, args.prompts, 0)):
+        clock = Stopwatch(args.device)
+        one_step(policy, reference if args.beta else None, adamw, prompts, allowed_V, args, clock)
+        laps.append(clock.laps)
+        print(f"transformers, step {step}: {clock.total:.2f} s", file=sys.stderr)
+    return summary(laps, [args.prompts * args.group * args.tokens] * len(laps), args)
 
 
 def one_step(
@@ -107,4 +100,4 @@ def one_step(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(lambda: on_checkpoint(measured_steps, "peer_transformers", __doc__.split("\n")[0])))

@@ -4,10 +4,9 @@ Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. T
 gradient checkpointing, one update per rollout, the whole batch at once, no logging of completions.
 """
 
-import json
+import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from data import prompt_text, read_questions
 
-from .grpo_step import WARM_UP, argument_parser, checkpoint_folder, machine, peak_memory
+from .common import WARM_UP, machine, on_checkpoint, peak_memory, program
 from .shapes import make_questions
 
 
@@ -57,45 +56,40 @@ def letters(completions: Sequence[object], **_: object) -> list[float]:
     return [float(len(str(completion)) % 7) for completion in completions]
 
 
-def main() -> int:
-    args = argument_parser("python -m benchmarks.peer_trl", __doc__.split("\n")[0]).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = checkpoint_folder(args.checkpoint, Path(folder))
-        questions = read_questions(
-            make_questions(args.prompts * (args.steps + WARM_UP), args.side, Path(folder) / "work")
-        )
-        rows = [
-            {"prompt": [{"role": "user", "content": prompt_text(q)}], "image": Image.open(q.images[0]).convert("RGB")}
-            for q in questions
-        ]
-        model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
-        clock, config = Clock(), model.config
-        endless = [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=ImageProcessor(images, tokenizer, tokenizer.chat_template),
-            reward_funcs=letters,
-            train_dataset=Dataset.from_list(rows),
-            callbacks=[clock],
-            args=GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=args.prompts * args.group, num_generations=args.group,
-                max_completion_length=args.tokens, max_steps=args.steps + WARM_UP, beta=args.beta, temperature=1.0,
-                learning_rate=1e-6, gradient_checkpointing=False, bf16=args.dtype == "bfloat16", report_to="none",
-                use_cpu=args.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                generation_kwargs={
-                    "min_new_tokens": args.tokens, "suppress_tokens": [config.image_token_id, *endless],
-                },
-            ),
-        )  # fmt: skip
-        trainer.train()
+def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
+    """As the function of that name in benchmarks/grpo_step.py, without the phases."""
+    questions = read_questions(make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder))
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt_text(q)}], "image": Image.open(q.images[0]).convert("RGB")}
+        for q in questions
+    ]
+    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
+    clock, config = Clock(), model.config
+    endless = [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=ImageProcessor(images, tokenizer, tokenizer.chat_template),
+        reward_funcs=letters,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[clock],
+        args=GRPOConfig(
+            output_dir=str(folder), per_device_train_batch_size=args.prompts * args.group, num_generations=args.group,
+            max_completion_length=args.tokens, max_steps=args.steps + WARM_UP, beta=args.beta, temperature=1.0,
+            learning_rate=1e-6, gradient_checkpointing=False, bf16=args.dtype == "bfloat16", report_to="none",
+            use_cpu=args.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            generation_kwargs={
+                "min_new_tokens": args.tokens, "suppress_tokens": [config.image_token_id, *endless],
+            },
+        ),
+    )  # fmt: skip
+    trainer.train()
     seconds = clock.seconds[WARM_UP:]
     result = {"seconds_per_step": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
-    print(json.dumps(result | peak_memory(args.device) | vars(args) | machine(args.device)))
-    return 0
+    return result | peak_memory(args.device) | vars(args) | machine(args.device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(lambda: on_checkpoint(measured_steps, "peer_trl", __doc__.split("\n")[0])))

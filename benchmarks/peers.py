@@ -17,7 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .grpo_step import argument_parser, checkpoint_folder
+from model import InputError
+
+from .common import argument_parser, at_least, checkpoint_folder, program
 
 MODULES = {"ours": "grpo_step", "transformers": "peer_transformers", "trl": "peer_trl"}
 RATIOS = {
@@ -43,8 +45,10 @@ def run(name: str, args: argparse.Namespace, **changed: object) -> dict:
     command = [sys.executable, "-m", f"benchmarks.{MODULES[name]}", *options]
     print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise InputError(done.stderr.strip().split("\n")[-1].removeprefix("benchmarks: "))
     if done.returncode:
-        raise SystemExit(f"benchmarks.peers: {name} failed:\n{done.stderr[-2000:]}")
+        raise InputError(f"{name} failed; its last words:\n{done.stderr[-2000:]}")
     result = json.loads(done.stdout.strip().split("\n")[-1])
     print(f"  {result['seconds_per_step']:.2f} s a step, {result[memory_of(result)]:,.0f} MB", file=sys.stderr)
     return result
@@ -80,19 +84,20 @@ def installed_peers() -> list[str]:
     return ["transformers", *(["trl"] if importlib.util.find_spec("trl") else [])]
 
 
-def main() -> int:
+def measured_pairs() -> None:
     parser = argument_parser("python -m benchmarks.peers", __doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="pairs (default: 3)")
-    parser.add_argument("--peers", nargs="*", default=installed_peers(), choices=list(MODULES)[1:])
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="pairs (default: 3)")
+    parser.add_argument("--peers", nargs="+", default=installed_peers(), choices=list(MODULES)[1:])
     args = parser.parse_args()
+    if missing := set(args.peers) - set(installed_peers()):
+        raise InputError(f"{', '.join(missing)} is not installed: pip install -e '.[bench]'")
     with tempfile.TemporaryDirectory() as folder:
         args.checkpoint = str(checkpoint_folder(args.checkpoint, Path(folder)))
         results = compare(args, args.peers, args.rounds)
     for peer in args.peers:
         for name, values in ratios(results["ours"], results[peer]).items():
             print(f"{peer} / ours, {name}: {spread(values)}; pairs {', '.join(f'{value:.2f}' for value in values)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(measured_pairs))

@@ -80,17 +80,22 @@ class Rollout:
     def micro_batches(self, tokens_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
         """Whole groups in their order, each part as large as `tokens_each` allows, but never less than one group.
 
-        Yields which of the N groups they are, their prompts, tokens and mask. T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
+        What counts is the size with padding, as attention sees it. Yields which of the N groups they are, their prompts, tokens and mask. T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
         """
-        completion_tokens = self.mask_NGT.sum(dim=(1, 2)).tolist()
-        counts = [len(prompt.tokens_P) + n for prompt, n in zip(self.prompts, completion_tokens, strict=True)]
+        N, G, _ = self.mask_NGT.shape
+        prompt_sizes = [len(prompt.tokens_P) for prompt in self.prompts]
+        longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
+
+        def tokens_of(start: int, stop: int) -> int:
+            return (stop - start) * (max(prompt_sizes[start:stop]) + G * max(longest_N[start:stop]))
+
         start = 0
-        while start < len(counts):
+        while start < N:
             stop = start + 1
-            while stop < len(counts) and sum(counts[start : stop + 1]) <= tokens_each:
+            while stop < N and tokens_of(start, stop + 1) <= tokens_each:
                 stop += 1
             mask = self.mask_NGT[start:stop]
-            longest = int(mask.sum(-1).max())
+            longest = max(longest_N[start:stop])
             prompts = collate(self.prompts[start:stop], self.tokens_NGT.device)
             yield slice(start, stop), prompts, self.tokens_NGT[start:stop, :, :longest], mask[..., :longest]
             start = stop

@@ -142,7 +142,7 @@ class _Growing:
         (N, G, T), device = shape, model.embed.weight.device
         self.model, self.allowed_V, self.temperature, self.greedy = model, vocabulary.allowed_V, temperature, greedy
         self.vocabulary, self.made_for = vocabulary, (shape, temperature, greedy)
-        self.cache = GroupCache(N, prompt_size, G, T, device)
+        self.cache = GroupCache(N, prompt_size, G, T, model.embed.weight.dtype, device)
         self.ends = torch.tensor(vocabulary.end_ids, device=device)
         self.noise = torch.zeros(N * G, T, device=device)
         self.tokens = torch.zeros(N * G, T, dtype=torch.int64, device=device)
@@ -153,7 +153,7 @@ class _Growing:
 
     def holds(self, prompt_size: int) -> bool:
         """Whether prompts of that length fit."""
-        return prompt_size <= self.cache.prompt_seen.shape[1]
+        return prompt_size <= self.cache.prompt_bias.shape[-1]
 
     def begin(self, batch: PromptBatch, noise_NGT: Tensor | None) -> None:
         """Run the prompts and choose the first tokens."""

@@ -30,7 +30,8 @@ def two_part_attention(
     """Softmax over a prompt that a group shares and over each completion's own tokens, without copying the prompt.
 
     The scores of the two parts are two matrix products, the first over all G completions at once ("bifurcated
-    attention", arXiv 2403.08845); one softmax runs over both.
+    attention", arXiv 2403.08845); one softmax runs over both. Scores are fp32 whatever comes in: in bf16, whose steps
+    near 30 are an eighth, sampler and trainer would disagree.
 
     Args:
         q: queries (N, G, H, T, d).
@@ -44,24 +45,32 @@ def two_part_attention(
     """
     N, G, H, T, d = q.shape
     K, S, P = own_k.shape[2], own_k.shape[3], prompt_k.shape[2]
-    q = (q * d**-0.5).view(N, G, K, H // K, T, d)
+    q = q.reshape(N, G, K, H // K, T, d)
     shared = q.transpose(1, 2).reshape(
         N, K, G * (H // K) * T, d
     )  # all queries of a KV head, whichever completion they belong to
-    prompt_scores = shared @ prompt_k.transpose(-1, -2)  # (N, K, G * H/K * T, P)
-    own_scores = q.reshape(N, G, K, H // K * T, d) @ own_k.transpose(-1, -2)  # (N, G, K, H/K * T, S)
+    prompt_scores = _wide_product(shared, prompt_k.transpose(-1, -2))  # (N, K, G * H/K * T, P)
+    own_scores = _wide_product(q.reshape(N, G, K, H // K * T, d), own_k.transpose(-1, -2))  # (N, G, K, H/K * T, S)
     if seen is not None:
         prompt_scores = prompt_scores.masked_fill(~seen[:, None, None, :], float("-inf"))
     own_scores = own_scores.view(N, G, K, H // K, T, S)
     if own_seen is not None:
         own_scores = own_scores.masked_fill(~own_seen, float("-inf"))
     prompt_scores = prompt_scores.view(N, K, G, H // K, T, P).transpose(1, 2)
-    weights = torch.cat((prompt_scores, own_scores), dim=-1).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = torch.cat((prompt_scores, own_scores), dim=-1).mul(d**-0.5).softmax(dim=-1).to(q.dtype)
     prompt_weights, own_weights = weights.split((P, S), dim=-1)
     from_prompt = prompt_weights.transpose(1, 2).reshape(N, K, G * (H // K) * T, P) @ prompt_v
     from_own = own_weights.reshape(N, G, K, H // K * T, S) @ own_v
     out = from_prompt.view(N, K, G, H // K, T, d).transpose(1, 2) + from_own.view(N, G, K, H // K, T, d)
     return out.reshape(N, G, H, T, d)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product with fp32 results; on a GPU without fp32 copies of what comes in."""
+    if a.is_cuda and a.dtype != torch.float32:
+        out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return out.view(*a.shape[:-1], b.shape[-1])
+    return a.float() @ b.float()
 
 
 def merged_attention(
@@ -129,17 +138,21 @@ def _padded(packed: Tensor, places: Tensor, size: int) -> Tensor:
 def _score_bias(seen_NTS: Tensor, group_size: int, heads_each: int, dtype: torch.dtype) -> Tensor:
     """What is added to scores, 0 or -inf, (N * G, 1, heads_each * T, S), for `_prefixed_attention`."""
     N, T, S = seen_NTS.shape
-    bias = torch.zeros(N, T, S, dtype=dtype, device=seen_NTS.device).masked_fill_(~seen_NTS, float("-inf"))
-    return bias[:, None, None].expand(N, group_size, heads_each, T, S).reshape(N * group_size, 1, heads_each * T, S)
+    aligned = -(-S // 8) * 8  # rows of another stride would be copied by CUDA's kernels, once for every layer
+    bias = torch.zeros(N, T, aligned, dtype=dtype, device=seen_NTS.device)
+    bias[..., :S].masked_fill_(~seen_NTS, float("-inf"))
+    bias = bias[:, None, None].expand(N, group_size, heads_each, T, aligned)
+    return bias.reshape(N * group_size, 1, heads_each * T, aligned)[..., :S]
 
 
 def _prefixed_attention(
     q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor
 ) -> Tensor:
-    """As `two_part_attention` for many queries, by the fused kernel, which never holds the scores.
+    """As `two_part_attention` for many queries, by the fused kernel, which never holds the scores of all heads.
 
-    The kernel takes one set of keys, so the prompt's are copied G times for its duration; with few KV heads that is
-    little beside scores of H heads. The query heads of a KV head go in as further queries of that one head.
+    The kernel takes one set of keys, so that each layer keeps G copies of the prompt's keys and values for backward;
+    with few KV heads that is little beside scores of H heads. The query heads of a KV head go in as further queries of
+    that one head; the bias is as large as the scores of one head in each KV group, and shared by all layers.
 
     Args: q (N, G, T, H, d), prompt_k and prompt_v (N, K, P, d), own_k and own_v (N, G, T, K, d). Returns (N, G, T, H, d).
     """

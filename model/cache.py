@@ -10,17 +10,22 @@ class GroupCache:
     """Prompt KV (N, K, P, d) and completion KV (R, K, T, d) of every layer; R = N * A rows, A of each prompt's group.
 
     It serves as a decoder layer's `attend` twice: `prefill` runs the prompts and keeps their keys and values; `decode`
-    adds one token per row at slot `step` and attends to both parts. `keep` lets rows go: those that stay are moved to
-    the buffers' beginning. `begin` makes all ready for other prompts. No buffer is ever replaced, so that a CUDA graph
+    adds one token per row at slot `step` and attends to both parts. `keep` lets rows go: those that stay are
+    copied to the buffers' beginning. `begin` makes all ready for other prompts. No buffer is ever replaced, so that a CUDA graph
     that was captured once may be replayed on them for good.
     """
 
     def __init__(
-        self, groups: int, prompt_size: int, group_size: int, max_new_tokens: int, device: torch.device
+        self,
+        groups: int,
+        prompt_size: int,
+        group_size: int,
+        max_new_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.groups, self.group_size, self.max_new_tokens = groups, group_size, max_new_tokens
-        self.prompt_seen = torch.zeros(groups, prompt_size, dtype=torch.bool, device=device)
-        self.prompt_bias: Tensor | None = None
+        self.prompt_bias = torch.zeros(groups, 1, 1, prompt_size, dtype=dtype, device=device)  # 0, or -inf on padding
         self.prompt: list[tuple[Tensor, Tensor]] = []
         self.own: list[tuple[Tensor, Tensor]] = []
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -30,19 +35,16 @@ class GroupCache:
     def begin(self, lengths_N: Tensor) -> None:
         """Forget all rows; the next to come are prompts of these lengths."""
         self.groups = len(lengths_N)
-        self.prompt_seen.copy_(torch.arange(self.prompt_seen.shape[1], device=lengths_N.device) < lengths_N[:, None])
+        places = torch.arange(self.prompt_bias.shape[-1], device=lengths_N.device)
+        self.prompt_bias.zero_().masked_fill_((places >= lengths_N[:, None])[:, None, None], float("-inf"))
         self.step.zero_()
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, P, d), k and v (N, K, P, d), P at most the buffers' size -> (N, H, P, d)."""
         N, K, P, d = k.shape
-        if layer == 0:
-            bias = torch.zeros(self.prompt_seen.shape, dtype=q.dtype, device=q.device)
-            bias = bias.masked_fill_(~self.prompt_seen, float("-inf"))[:, None, None]
-            self.prompt_bias = bias if self.prompt_bias is None else self.prompt_bias.copy_(bias)
         if layer == len(self.prompt):
             # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times garbage may be NaN.
-            size, rows = self.prompt_seen.shape[1], N * self.group_size
+            size, rows = self.prompt_bias.shape[-1], N * self.group_size
             self.prompt.append(tuple(k.new_zeros(N, K, size, d) for _ in "kv"))
             self.own.append(tuple(k.new_zeros(rows, K, self.max_new_tokens, d) for _ in "kv"))
         for buffer, new in zip(self.prompt[layer], (k, v)):
@@ -64,7 +66,7 @@ class GroupCache:
             out = merged_attention(q, *prompt, *own, self.prompt_bias[:N])
         else:
             own = [x.unflatten(0, (N, R // N)) for x in own]
-            out = two_part_attention(q, *prompt, *own, self.prompt_seen[:N], own_seen)
+            out = two_part_attention(q, *prompt, *own, self.prompt_bias[:N, 0, 0] == 0, own_seen)
         return out.reshape(R, H, 1, d)
 
     def keep(self, groups: Tensor, rows: Tensor, written: int) -> None:
@@ -78,6 +80,5 @@ class GroupCache:
             if len(groups) < self.groups:
                 for buffer in self.prompt[layer]:
                     buffer[: len(groups)] = buffer[groups]
-        for buffer in (self.prompt_seen, self.prompt_bias):
-            buffer[: len(groups)] = buffer[groups]
+        self.prompt_bias[: len(groups)] = self.prompt_bias[groups]
         self.groups = len(groups)

@@ -10,7 +10,8 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.__main__ import MARKS, write_tables
-from benchmarks.grpo_step import argument_parser, endless, measured_steps, step_config
+from benchmarks.common import FAST_PATHS, argument_parser, endless, on_checkpoint, program, step_config
+from benchmarks.grpo_step import WITHOUT, measured_steps
 from benchmarks.peer_transformers import logprobs, repeated
 from benchmarks.peers import ratios
 from benchmarks.shapes import SHAPES, make_checkpoint, shape
@@ -41,11 +42,11 @@ def test_named_shapes_have_as_many_parameters_as_their_names_say(name: str) -> N
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(checkpoint, tmp_path, dtype: str) -> None:
-    result = measured_steps(checkpoint, tmp_path, arguments("--dtype", dtype))
-    assert result["seconds"].keys() == {"rollout", "rewards", "reference", "update", "optimizer"}
+    result = measured_steps(arguments("--dtype", dtype), checkpoint, tmp_path)
+    assert result["seconds"].keys() == {"rollout", "rewards", "reference", "old policy", "update", "optimizer"}
     assert result["seconds_per_step"] == pytest.approx(sum(result["seconds"].values()))
     assert result["peak_rss_mb"] > 100 and result["prompts"] == 2 and result["machine"]
-    without = measured_steps(checkpoint, tmp_path / "again", arguments("--dtype", dtype, "--beta", "0"))
+    without = measured_steps(arguments("--dtype", dtype, "--beta", "0"), checkpoint, tmp_path / "again")
     assert without["seconds"]["reference"] < 0.2 * without["seconds"]["update"]
     json.dumps(result)
 
@@ -56,11 +57,11 @@ def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
     parts += ["grpo.sampler.SHRINK_AT", "model.cache.merged_attention", "grpo.batch.token_logprobs"]
     code = "\n".join([
         "import sys, tempfile, pathlib",
-        "from benchmarks import grpo_step as bench",
+        "from benchmarks import grpo_step as bench; from benchmarks.common import argument_parser",
         "import grpo.batch, grpo.run, grpo.sampler, model.cache, model.linear",
         f"before = [{', '.join(parts)}]",
-        f"args = bench.argument_parser('', '').parse_args({SMALL!r} + ['--without', *bench.WITHOUT])",
-        f"bench.measured_steps(pathlib.Path({str(checkpoint)!r}), pathlib.Path(tempfile.mkdtemp()), args)",
+        f"args = argument_parser('', '').parse_args({SMALL!r} + ['--without', *bench.WITHOUT])",
+        f"bench.measured_steps(args, pathlib.Path({str(checkpoint)!r}), pathlib.Path(tempfile.mkdtemp()))",
         f"after = [{', '.join(parts)}]",
         "assert len(bench.WITHOUT) == len(before) and not any(a is b for a, b in zip(before, after))",
     ])  # fmt: skip
@@ -119,18 +120,23 @@ def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path
         (["--group", "1"], "group"),
         (["--tokens", "0"], "tokens"),
         (["--prompts", "0"], "prompts"),
+        (["--checkpoint", "46M"], "tiny, 46m, 2b"),
+        (["--side", "-5"], "side"),
+        (["--device", "cuda"], "no CUDA GPU"),
         (["--steps", "0"], "steps"),
         (["--side", "10"], "side"),
         (["--device", "tpu"], "device"),
     ],
 )
 def test_a_wrong_argument_is_one_line_with_exit_code_2(flags: list[str], named: str, checkpoint, monkeypatch, capsys):
-    import benchmarks.grpo_step
-
     monkeypatch.setattr(sys, "argv", ["grpo_step", "--checkpoint", str(checkpoint), *SMALL, *flags])
     try:
-        code = benchmarks.grpo_step.main()
+        code = program(lambda: on_checkpoint(measured_steps, "grpo_step", ""))
     except SystemExit as stopped:
         code = stopped.code
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert code == 2 and named in error
+
+
+def test_what_can_be_left_out_is_what_the_command_line_offers() -> None:
+    assert tuple(WITHOUT) == FAST_PATHS

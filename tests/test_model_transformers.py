@@ -162,7 +162,7 @@ def hf_greedy(theirs: nn.Module, batch: Batch) -> Tensor:
 def greedy_by_cache(ours: Qwen2VL, batch: Batch) -> Tensor:
     """(N, NEW_TOKENS) by prefill and decode."""
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
-    cache = GroupCache(*batch.tokens.shape, 1, NEW_TOKENS, batch.tokens.device)
+    cache = GroupCache(*batch.tokens.shape, 1, NEW_TOKENS, torch.float32, batch.tokens.device)
     hidden = ours.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, cache)
     after, out = positions.amax(dim=(0, 2)) + 1, []
     for step in range(NEW_TOKENS):

@@ -55,7 +55,7 @@ def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int, padde
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), G, T)
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
-    cache = GroupCache(len(MIXED), batch.tokens.shape[1] + 3 * padded, G, T, batch.tokens.device)
+    cache = GroupCache(len(MIXED), batch.tokens.shape[1] + 3 * padded, G, T, torch.float32, batch.tokens.device)
     last = model.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, cache)
     states = [last[:, None].expand(-1, G, -1)]
     for step in range(T - 1):

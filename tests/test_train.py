@@ -183,7 +183,7 @@ def test_recomputed_activations_do_not_change_what_is_learned(tmp_path, monkeypa
 def test_a_step_says_where_its_seconds_went(finished):
     for row in rows(finished / "run" / "metrics.jsonl"):
         phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
-        assert phases.keys() == {"prompts", "rollout", "rewards", "reference", "update", "optimizer"}
+        assert phases.keys() == {"prompts", "rollout", "rewards", "reference", "old policy", "update", "optimizer"}
         assert sum(phases.values()) == pytest.approx(row["seconds"]) and min(phases.values()) >= 0
 
 

@@ -80,6 +80,7 @@ def tiny_config(heads: int = 4, kv_heads: int = 2, tied: bool = True, vocabulary
 
 
 def tiny_model(config: Qwen2VLConfig | None = None, seed: int = 0) -> Qwen2VL:
+    torch.manual_seed(seed)  # biases keep what they are born with, and a little
     model = Qwen2VL(config or tiny_config())
     randomise(model, seed)
     return model
