@@ -27,13 +27,13 @@ from evaluation.report import write_report
 from evaluation.results import cases, measure
 from evaluation.table import results_table
 from grpo.config import Config, config_of, config_parser
-from grpo.run import load_questions, prompt_encoder, refuse_missing_device
+from grpo.run import load_questions, prompt_encoder, use_device
 from model import InputError, read_config
 
 
 def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) -> None:
     """Answer, measure, audit and report; prints the table. `folders` holds each model's, by name."""
-    refuse_missing_device(config)
+    use_device(config)
     train, questions = load_questions(config)
     if not questions:
         raise InputError("there are no test questions: name question files by test_questions or --questions")

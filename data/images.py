@@ -21,6 +21,7 @@ TEMPORAL_PATCH_SIZE = 2  # frames in a patch; a still image fills both
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our error says it
 _BIT_DEPTHS = (8, 10, 12, 14, 16)  # those of DICOM's "bits stored"
 
 
@@ -51,13 +52,15 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 def _opened(path: Path | str, decode: bool) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image) if decode else image
+        with Image.open(path) as image:
+            # Pillow refuses twice that limit by itself. Warnings made into errors would be no help: several threads
+            # load images, and the filters of warnings are common to all.
+            if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            return ImageOps.exif_transpose(image) if decode else image
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where the user's filters say so
         limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
         raise InputError(f"{path}: more than {limit}, which is not decoded: give a smaller copy") from None
     except Exception as error:  # decoders raise whatever a damaged file leads them to

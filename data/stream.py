@@ -52,13 +52,16 @@ def prompts_of_steps(
     Raises:
         InputError: when its step comes, an image can't be used or a prompt is too long.
     """
-    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="images") as pool:
+    pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
 
-        def begin(step: int) -> list[tuple[Question, Future]]:
-            asked = questions_of_step(questions, step, prompts_per_step, seed) if step in steps else []
-            return [(question, pool.submit(encoder.patchify, question)) for question in asked]
+    def begin(step: int) -> list[tuple[Question, Future]]:
+        asked = questions_of_step(questions, step, prompts_per_step, seed) if step in steps else []
+        return [(question, pool.submit(encoder.patchify, question)) for question in asked]
 
+    try:
         coming = begin(steps.start)
         for step in steps:
             now, coming = coming, begin(step + 1)
-            yield [encoder.assemble(question, seen.result()) for question, seen in now]
+            yield [encoder.assemble(question, images.result()) for question, images in now]
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever stops does not wait for images that nobody will see

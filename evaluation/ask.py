@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data import Question, Vocabulary, load_vocabulary, option_letter
 from grpo.config import Config, config_of
-from grpo.run import prompt_encoder, refuse_missing_device
+from grpo.run import prompt_encoder, use_device
 from grpo.sampler import sample_groups
 from model import InputError, load_model, printable
 
@@ -35,7 +35,7 @@ def ask(given: dict[str, Any]) -> None:
         folder = Path(config.model)
     else:
         raise InputError("--ask needs a model: give --model FOLDER, or the --config of a finished run")
-    refuse_missing_device(config)
+    use_device(config)
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
     prompt = prompt_encoder(vocabulary, model.config, config).encode(question)

@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import textwrap
 import tomllib
 from collections.abc import Sequence
@@ -171,6 +172,8 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
     except ValueError as error:
         raise InputError(f"{file}: not TOML ({error})") from None
     known = {field.name: field for field in fields(Config)}
+    if values.pop("micro_batch_prompts", None):
+        print(f"{file}: micro_batch_prompts is left out; micro_batch_tokens has taken its place", file=sys.stderr)
     for key in values:
         if key not in known:
             raise InputError(f"{file}: unknown key {key!r}; `python train.py --help` lists the known ones")

@@ -43,7 +43,7 @@ class Run:
 def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
     keep_freed_memory()
-    refuse_missing_device(config)
+    use_device(config)
     train_questions, test_questions = load_questions(config)
     refuse_overlap(train_questions, test_questions)
     checkpoint = find_checkpoint(config)
@@ -78,10 +78,14 @@ def prepare(config: Config) -> Run:
     return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress, claim)
 
 
-def refuse_missing_device(config: Config) -> None:
-    """InputError if the config asks for a GPU that is not there."""
+def use_device(config: Config) -> None:
+    """Make the config's device the one that is meant where none is named. InputError if it is a GPU that is not there."""
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
+    if ":" in config.device:  # graphs are captured, and waited for, on the current device
+        if int(config.device.split(":")[1]) >= torch.cuda.device_count():
+            raise InputError(f"device is {config.device!r}, but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(config.device)
 
 
 def prompt_encoder(vocabulary: Vocabulary, shape: Qwen2VLConfig, config: Config) -> PromptEncoder:

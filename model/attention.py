@@ -66,8 +66,10 @@ def two_part_attention(
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product with fp32 results; on a GPU without fp32 copies of what comes in."""
-    if a.is_cuda and a.dtype != torch.float32:
+    """Batched matrix product, its results at least fp32; on a GPU without fp32 copies of what comes in."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.is_cuda:
         out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
         return out.view(*a.shape[:-1], b.shape[-1])
     return a.float() @ b.float()

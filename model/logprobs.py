@@ -9,6 +9,7 @@ the obviously right twin.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .linear import linear
 
@@ -89,6 +90,7 @@ class _BlockedLogProbs(torch.autograd.Function):
         return chosen - normaliser, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_M, _):
         hidden_MD, head_VD, tokens_M, allowed_V, normaliser = ctx.saved_tensors
         to_hidden, to_head = ctx.needs_input_grad[:2]

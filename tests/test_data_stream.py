@@ -1,5 +1,6 @@
 """Which questions are trained on: subsets, splits, and the stream that depends on seed and step alone."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,3 +138,13 @@ def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_
             next(told)
             assert at.images != (Path("gone.png"),)
     assert list(prompts_of_steps(encoder, questions, range(3, 3), 2, 0)) == []
+
+
+def test_who_stops_does_not_wait_for_images_that_nobody_will_see(prompts):
+    encoder, questions = tiny_encoder(), [prompt.question for prompt in prompts] * 20
+    patchify, begun = encoder.patchify, []
+    encoder.patchify = lambda question: begun.append(question) or time.sleep(0.05) or patchify(question)
+    told = prompts_of_steps(encoder, questions, range(2), 30, 0)
+    next(told)
+    told.close()
+    assert 30 <= len(begun) < 50

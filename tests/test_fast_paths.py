@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import grpo.sampler
+import model.linear
 from grpo.batch import collate, completion_logprobs, with_image_features
 from grpo.sampler import inverse_cdf, naive_inverse_cdf
 from data import Vocabulary
@@ -66,6 +67,46 @@ def test_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengt
     assert fast.dtype == torch.bfloat16
     # Deep random towers amplify rounding; what counts is that packing adds none of its own.
     assert 0 < (fast.float() - exact).norm() < 1.3 * (slow.float() - exact).norm() < exact.norm()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_gradients_of_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengths) -> None:
+    batch, mask = make_batch(MIXED), mask_of(lengths)
+    completions = random_tokens(*mask.shape)
+    weights = torch.randn(int(mask.sum()), VOCABULARY, generator=torch.Generator().manual_seed(2))
+    found = []
+    for packed, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
+        model = bare_model(tiny_config(4, 2)).to(dtype)
+        if packed:
+            logits = packed_hidden(model, batch, completions, mask) @ model.head_weight.T
+        else:
+            logits = replicated_logits(model, batch, completions)[mask]
+        found.append(gradients(model, (logits.float() * weights).sum()))
+    exact, slow, fast = ({name: x.float() for name, x in part.items()} for part in found)
+    error = {name: [(part[name] - exact[name]).norm() for part in (fast, slow)] for name in exact}
+    whole = [sum(pair[i] ** 2 for pair in error.values()) ** 0.5 for i in range(2)]
+    size = sum(x.norm() ** 2 for x in exact.values()) ** 0.5
+    assert 0 < whole[0] < 1.3 * whole[1] < 0.3 * size
+
+
+def test_decoding_in_bf16_agrees_with_the_update_about_its_log_probabilities(prompts) -> None:
+    model = tiny_model().bfloat16()
+    rollout, allowed = sampled(model, prompts, max_new_tokens=20)
+    with torch.no_grad():
+        logp, _ = completion_logprobs(model, collate(prompts), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
+    gap = (logp - rollout.logp_NGT)[rollout.mask_NGT].abs()
+    assert 0 < gap.mean() < 0.03
+
+
+def test_scores_of_bf16_keys_are_fp32() -> None:
+    """Where the scores near 30 the steps of bf16 are an eighth: a sampler that rounded them would be another policy."""
+    generator = torch.Generator().manual_seed(0)
+    q = (6 * torch.randn(1, 2, 4, 1, 64, generator=generator)).bfloat16()
+    keys = [torch.randn(1, 2, 300, 64, generator=generator).bfloat16() for _ in range(4)]
+    parts = [keys[0], keys[1], keys[2][:, None].expand(1, 2, 2, 300, 64), keys[3][:, None].expand(1, 2, 2, 300, 64)]
+    narrow = two_part_attention(q, *parts, None, None)
+    exact = two_part_attention(q.double(), *(part.double() for part in parts), None, None)
+    assert (narrow.double() - exact).norm() < 0.004 * exact.norm()
 
 
 def test_what_is_masked_out_is_never_looked_at() -> None:
@@ -244,6 +285,8 @@ def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> No
     layer, x = Linear(24, 37), torch.randn(6, 24)
     with torch.no_grad():
         expected = layer(x)
+        if not model.linear._HAS_ONEDNN:
+            pytest.skip("this build of torch has no oneDNN")
         with pytest.raises(KeyError), arranged([layer.weight], rows=6):
             assert hasattr(layer.weight, "arranged")
             for rows in (6, 3, 1):
@@ -253,3 +296,32 @@ def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> No
             raise KeyError
         assert not hasattr(layer.weight, "arranged")
         assert torch.equal(layer(x), expected)
+        with pytest.raises(RuntimeError), arranged([layer.weight, torch.zeros(2, 2, 2)], rows=6):
+            pass  # the second can't be arranged
+        assert not hasattr(layer.weight, "arranged")
+
+
+def test_all_that_decoding_multiplies_by_is_arranged_for_it(prompts, monkeypatch) -> None:
+    """A weight that is not would be as right, and slow."""
+    if not model.linear._HAS_ONEDNN:
+        pytest.skip("this build of torch has no oneDNN")
+    network, plain, product = tiny_model(), [], model.linear._product
+    decoding = []
+    decode = network.decode
+    monkeypatch.setattr(network, "decode", lambda *args: decoding.append(1) or decode(*args))
+    monkeypatch.setattr(
+        model.linear,
+        "_product",
+        lambda x, weight, bias=None: (
+            plain.append(bool(decoding) and weight.layout == torch.strided) or product(x, weight, bias)
+        ),
+    )
+    sampled(network, prompts)
+    assert len(plain) > 50 and not any(plain)
+
+
+def test_a_bias_alone_can_learn() -> None:
+    layer = Linear(3, 5).requires_grad_(False)
+    layer.bias.requires_grad_()
+    layer(torch.randn(4, 3)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((5,), 4.0))
