@@ -101,7 +101,7 @@ class Config:
     micro_batch_tokens: int = 4096
     """tokens in one forward and backward, whole groups at a time; changes memory and speed, never the gradient"""
     activation_checkpointing: bool = False
-    """keep no activations within a block, make them anew in backward: a third slower, for a fraction of the memory"""
+    """keep no activations within a block, make them anew in backward: less memory, more time"""
     freeze_vision: bool = False
     """leave the vision tower as it is, so that each image is encoded once per step (the paper's run trains it)"""
     eval_batch_prompts: int = 64

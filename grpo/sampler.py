@@ -24,6 +24,9 @@ from .batch import PromptBatch, Rollout, collate
 ASK_EVERY = 8
 """Decoding steps between two looks at which completions have ended: each makes the host wait for the device."""
 
+IDS_IN_BLOCK = 128
+"""Ids that are summed before the choice among them begins: about the root of a vocabulary."""
+
 SHRINK_AT = 0.75
 """Finished completions leave the batch when no more than this share of its rows would stay."""
 
@@ -40,19 +43,19 @@ def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int
 
 
 def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token whose cumulative probability exceeds the noise: logits (R, V), noise (R,) -> ids (R,).
+    """The first token whose cumulative probability exceeds the noise: of logits (R, V) and noise (R,).
 
-    Two levels, blocks of ids and then ids of one block, because a running sum over 150,000 ids is slow and in float32
-    would shift the odds of the last ones: sums over blocks are short, and those of blocks run in float64. A token of
-    probability 0 is never chosen, because it does not raise its running sum. `naive_inverse_cdf` is the twin.
+    One running sum over 150,000 ids would be slow, and in float32 would shift the chances of the last ones. Here ids are
+    summed in blocks, a float64 running sum over the blocks' masses finds the block, and one over its ids the token. A
+    token of probability 0 is never chosen, because it does not raise its running sum. `naive_inverse_cdf` is the twin.
 
     Returns:
-        The ids, and their log-probabilities, float32 (R,). `logits` are overwritten.
+        The ids (R,), and their log-probabilities, float32 (R,). `logits` are overwritten.
     """
     R, V = logits.shape
     highest = logits.amax(dim=-1, keepdim=True)
-    odds = logits.sub_(highest).exp_()
-    size = 128
+    odds = logits.sub_(highest).exp_()  # proportional to the probabilities
+    size = IDS_IN_BLOCK
     whole = V // size * size
     masses = odds[:, :whole].view(R, -1, size).sum(dim=-1, dtype=torch.float32)
     if whole < V:
@@ -65,7 +68,8 @@ def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     share = (threshold - blocks.gather(-1, block)) / masses.gather(-1, block).double() + 1
     ids = block * size + torch.arange(size, device=logits.device)
     within = odds.gather(-1, ids.clamp(max=V - 1)).masked_fill(ids >= V, 0.0).double().cumsum(dim=-1)
-    place = torch.searchsorted(within, share.clamp(0, 1 - 1e-12) * within[:, -1:], right=True).clamp(max=size - 1)
+    share = share.clamp(0, 1 - 1e-12)  # below 1, so that some id's running sum exceeds it
+    place = torch.searchsorted(within, share * within[:, -1:], right=True).clamp(max=size - 1)
     chosen = ids.gather(-1, place).clamp(max=V - 1)
     return chosen.squeeze(-1), (odds.gather(-1, chosen).double() / mass).log().float().squeeze(-1)
 
@@ -104,7 +108,9 @@ def sample_groups(
         for t in range(T):
             if watch is not None:
                 watch(growing.tokens.view(shape)[..., t])
-            if t + 1 == T or ((t + 1) % ASK_EVERY == 0 and not growing.drop_finished(t + 1)):
+            if t + 1 == T:
+                break
+            if (t + 1) % ASK_EVERY == 0 and not growing.drop_finished(written=t):
                 break
             growing.advance(t)
 
@@ -208,7 +214,10 @@ class _Growing:
         self.done_R[: self.rows] |= (chosen_R[:, None] == self.ends).any(dim=-1)
 
     def drop_finished(self, written: int) -> bool:
-        """Let groups and rows go that have ended, where enough have. False if all have."""
+        """Let groups and rows go that have ended, where enough have. False if all have.
+
+        `written` slots of the cache are filled: the token chosen last is not in it yet.
+        """
         growing = (~self.done_R[: self.rows]).view(self.cache.groups, -1).cpu()
         groups = growing.any(dim=1).nonzero()[:, 0]
         if not len(groups):
@@ -218,7 +227,7 @@ class _Growing:
             # Those that grow come first, in their order; ended ones fill up.
             members = growing[groups].int().argsort(dim=1, descending=True, stable=True)[:, :width]
             rows = (groups[:, None] * growing.shape[1] + members).flatten().to(self.row_R.device)
-            self.cache.keep(groups.to(rows.device), rows, written - 1)
+            self.cache.keep(groups.to(rows.device), rows, written)
             for buffer in (self.row_R, self.position_R, self.done_R):
                 buffer[: len(rows)] = buffer[rows]
             self.rows = len(rows)
