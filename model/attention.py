@@ -122,13 +122,15 @@ class SharedPrefix:
         parts = [x[0].transpose(0, 1).split(sizes) for x in (q, k, v)]  # (L, heads, d), prompts and completions
         prompt = [_padded(x, self.prompt_places, N * P).view(N, P, -1, d).transpose(1, 2) for x, _ in parts]
         out = causal_attention(*prompt).transpose(1, 2).reshape(N * P, H, d)
-        out = out if len(out) == sizes[0] else out[self.prompt_places]
+        out = out if len(out) == sizes[0] else out.index_select(0, self.prompt_places)
         if T:
             own = [_padded(x, self.own_places, N * G * T).view(N, G, T, -1, d) for _, x in parts]
             if self.bias is None:  # the same for all layers
                 self.bias = _score_bias(self.seen, G, H // own[1].shape[3], q.dtype)
             completions = _prefixed_attention(own[0], *prompt[1:], own[1], own[2], self.bias).flatten(0, 2)
-            out = torch.cat((out, completions if len(completions) == sizes[1] else completions[self.own_places]))
+            out = torch.cat(
+                (out, completions if len(completions) == sizes[1] else completions.index_select(0, self.own_places))
+            )
         return out.transpose(0, 1)[None]
 
 

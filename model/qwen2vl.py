@@ -155,7 +155,7 @@ class Qwen2VL(nn.Module):
         prompt_tokens = lengths_N.sum()
         own = torch.cumsum(run_NGT.flatten(), 0).view(N, G, T - 1) - 1 + prompt_tokens
         last = (lengths_N.cumsum(0) - 1)[:, None, None].expand(N, G, 1)
-        return hidden[torch.cat((last, own), dim=2)[mask_NGT]]
+        return hidden.index_select(0, torch.cat((last, own), dim=2)[mask_NGT])
 
     def _run_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
         config = self.config
