@@ -63,7 +63,7 @@ def _opened(path: Path | str, decode: bool) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where the user's filters say so
         limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
         raise InputError(f"{path}: more than {limit}, which is not decoded: give a smaller copy") from None
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
+    except Exception as error:  # raised again as InputError: a damaged file makes decoders raise whatever there is
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{path}: not a readable image ({reason}): replace the file") from None
 

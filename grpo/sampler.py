@@ -8,6 +8,7 @@ resumed run needs no generator's state.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,9 +46,9 @@ def sampling_noise(seed: int, step: int, prompts: Sequence[int], group_size: int
 def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The first token whose cumulative probability exceeds the noise: of logits (R, V) and noise (R,).
 
-    One running sum over 150,000 ids would be slow, and in float32 would shift the chances of the last ones. Here ids are
-    summed in blocks, a float64 running sum over the blocks' masses finds the block, and one over its ids the token. A
-    token of probability 0 is never chosen, because it does not raise its running sum. `naive_inverse_cdf` is the twin.
+    One running sum over 150,000 ids would be slow, and in float32 would shift the chances of the last ones. Here ids
+    are summed in blocks, a float64 running sum over the blocks' masses finds the block, and one over its ids the token.
+    A token of probability 0 is never chosen, because it does not raise its running sum. `naive_inverse_cdf` is the twin.
 
     Returns:
         The ids (R,), and their log-probabilities, float32 (R,). `logits` are overwritten.
@@ -102,7 +103,8 @@ def sample_groups(
     """
     N, G, T = shape = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
     batch = collate(prompts, model.embed.weight.device)
-    growing = _growing(model, vocabulary, shape, batch.tokens_NP.shape[1], temperature, greedy=noise_NGT is None)
+    kind = _Kind(shape, temperature, greedy=noise_NGT is None)
+    growing = _growing(model, vocabulary, kind, batch.tokens_NP.shape[1])
     growing.begin(batch, noise_NGT)
     with arranged(model.decoding_weights(), rows=N * G):
         for t in range(T):
@@ -128,6 +130,14 @@ def sample_groups(
     return Rollout(prompts, tokens, mask, logps, ended, texts)
 
 
+class _Kind(NamedTuple):
+    """What decides the buffers and the graphs of a rollout, beside its model and vocabulary."""
+
+    shape: tuple[int, int, int]  # N, G, T
+    temperature: float
+    greedy: bool
+
+
 class _Growing:
     """The completions that are still growing: R rows, as many of each group that is left, and what they have so far.
 
@@ -140,14 +150,12 @@ class _Growing:
         self,
         model: Qwen2VL,
         vocabulary: Vocabulary,
-        shape: tuple[int, int, int],
+        kind: _Kind,
         prompt_size: int,
-        temperature: float,
-        greedy: bool,
     ) -> None:
-        (N, G, T), device = shape, model.embed.weight.device
-        self.model, self.allowed_V, self.temperature, self.greedy = model, vocabulary.allowed_V, temperature, greedy
-        self.vocabulary, self.made_for = vocabulary, (shape, temperature, greedy)
+        (N, G, T), self.temperature, self.greedy = kind
+        self.model, self.vocabulary, self.allowed_V, self.kind = model, vocabulary, vocabulary.allowed_V, kind
+        device = model.embed.weight.device
         self.cache = GroupCache(N, prompt_size, G, T, model.embed.weight.dtype, device)
         self.ends = torch.tensor(vocabulary.end_ids, device=device)
         self.noise = torch.zeros(N * G, T, device=device)
@@ -234,22 +242,14 @@ class _Growing:
         return True
 
 
-def _growing(
-    model: Qwen2VL,
-    vocabulary: Vocabulary,
-    shape: tuple[int, int, int],
-    prompt_size: int,
-    temperature: float,
-    greedy: bool,
-) -> _Growing:
+def _growing(model: Qwen2VL, vocabulary: Vocabulary, kind: _Kind, prompt_size: int) -> _Growing:
     """A rollout's state. On a GPU the model keeps the latest one, with its graphs, for the next step's rollout."""
-    made_for = shape, temperature, greedy
     kept = model.rollout_state
-    if kept is not None and kept.vocabulary is vocabulary and kept.made_for == made_for and kept.holds(prompt_size):
+    if kept is not None and kept.vocabulary is vocabulary and kept.kind == kind and kept.holds(prompt_size):
         return kept
     model.rollout_state = None  # its memory goes before the new one's comes
     if not model.embed.weight.is_cuda:
-        return _Growing(model, vocabulary, shape, prompt_size, temperature, greedy)
+        return _Growing(model, vocabulary, kind, prompt_size)
     prompt_size = -(-prompt_size // SPAN_STEP) * SPAN_STEP  # with room for prompts somewhat longer
-    model.rollout_state = _Growing(model, vocabulary, shape, prompt_size, temperature, greedy)
+    model.rollout_state = _Growing(model, vocabulary, kind, prompt_size)
     return model.rollout_state

@@ -1,7 +1,7 @@
 """Matrix products, where most of the time goes.
 
 On a processor, fp32 products go to oneDNN (torch's mkldnn), the library that torch itself uses for bf16 there, in place
-of MKL: on AMD processors it is about twice as fast. BENCHMARKS.md has what that is worth in a step. Everything else is torch's own `linear`, the twin.
+of MKL, which is slow on AMD processors. BENCHMARKS.md has what that is worth in a step. Everything else is torch's own `linear`, the twin.
 """
 
 import ctypes
@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for the next tensor of the process, in place of returning each to the system.
 
     A step on a processor makes and frees thousands of tensors of the same sizes; handing every one of them back and
-    faulting its pages in again costs about a tenth of the step. Elsewhere than on glibc it does nothing.
+    faulting its pages in again costs time (BENCHMARKS.md). Elsewhere than on glibc it does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -238,7 +238,7 @@ def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
 def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70):
     """A rollout after its prefill, made by hand: reading real prompts would need values."""
     vocabulary = Vocabulary(tiny_tokenizer(), (3, 4), torch.ones(VOCABULARY, dtype=torch.bool))
-    growing = grpo.sampler._Growing(model, vocabulary, (N, G, T), P, 0.7, greedy=False)
+    growing = grpo.sampler._Growing(model, vocabulary, grpo.sampler._Kind((N, G, T), 0.7, False), P)
     growing.rows = N * G
     tokens = torch.zeros(N, P, dtype=torch.int64)
     growing.cache.begin(torch.full((N,), P))
@@ -256,7 +256,7 @@ def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_
     expected = [sampled(model, part, **options)[0] for part in shown]
     vocabulary = Vocabulary(tiny_tokenizer(), options["ends"], sampled(model, prompts, **options)[1])
     size = max(len(prompt.tokens_P) for prompt in prompts)
-    growing = grpo.sampler._Growing(model, vocabulary, (3, 6, 40), size, 1.3, greedy=False)
+    growing = grpo.sampler._Growing(model, vocabulary, grpo.sampler._Kind((3, 6, 40), 1.3, False), size)
     monkeypatch.setattr(grpo.sampler, "_growing", lambda *_, **__: growing)
     places = []
     for part, slow in zip(shown, expected):
