@@ -80,7 +80,9 @@ class Rollout:
     def micro_batches(self, tokens_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
         """Whole groups in their order, each part as large as `tokens_each` allows, but never less than one group.
 
-        What counts is the size with padding, as attention sees it. Yields which of the N groups they are, their prompts, tokens and mask. T is cut to the longest completion among them; the caller cuts what it holds by `mask.shape[-1]`.
+        What counts is the size with padding, as attention sees it. Yields which of the N groups they are, their
+        prompts, tokens and mask. T is cut to the longest completion among them; the caller cuts what it holds by
+        `mask.shape[-1]`.
         """
         N, G, _ = self.mask_NGT.shape
         prompt_sizes = [len(prompt.tokens_P) for prompt in self.prompts]

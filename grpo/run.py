@@ -79,7 +79,7 @@ def prepare(config: Config) -> Run:
 
 
 def use_device(config: Config) -> None:
-    """Make the config's device the one that is meant where none is named. InputError if it is a GPU that is not there."""
+    """Make the config's device the current one. InputError if it is a GPU that is not there."""
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu")
     if ":" in config.device:  # graphs are captured, and waited for, on the current device

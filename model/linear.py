@@ -1,7 +1,8 @@
 """Matrix products, where most of the time goes.
 
 On a processor, fp32 products go to oneDNN (torch's mkldnn), the library that torch itself uses for bf16 there, in place
-of MKL, which is slow on AMD processors. BENCHMARKS.md has what that is worth in a step. Everything else is torch's own `linear`, the twin.
+of MKL, which is slow on AMD processors. BENCHMARKS.md has what that is worth in a step. Everything else is torch's own
+`linear`, the twin.
 """
 
 import ctypes
@@ -28,8 +29,8 @@ class Linear(nn.Linear):
 def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
     """Within, `linear` without gradient finds these weights in oneDNN's own order, best for so many rows of input.
 
-    Decoding multiplies the same weights by a few rows again and again; oneDNN would rearrange them every time. They must
-    not change within, and each is held twice. On a GPU, and in bf16, this does nothing.
+    Decoding multiplies the same weights by a few rows again and again; oneDNN would rearrange them every time. They
+    must not change within, and each is held twice. On a GPU, and in bf16, this does nothing.
     """
     weights = [w for w in weights if _HAS_ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32]
     try:
