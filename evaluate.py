@@ -26,7 +26,8 @@ from evaluation.records import Records
 from evaluation.report import write_report
 from evaluation.results import cases, measure
 from evaluation.table import results_table
-from grpo.config import Config, config_of, config_parser
+from grpo.command_line import config_of, config_parser
+from grpo.config import Config
 from grpo.run import load_questions, prompt_encoder, use_device
 from model import InputError, read_config
 

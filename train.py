@@ -28,7 +28,8 @@ from evaluation.blind import blind_credits, by_modality
 from grpo.advantages import group_advantages
 from grpo.batch import Rollout, completion_logprobs, rollout_logprobs, with_image_features
 from grpo.checkpoint import StopRequest, end_step
-from grpo.config import Config, parse_arguments
+from grpo.command_line import parse_arguments
+from grpo.config import Config
 from grpo.log import RunLog, Stopwatch
 from grpo.loss import grpo_loss, token_weights
 from grpo.optimizer import MasterAdamW, scheduled_rate
@@ -93,7 +94,7 @@ def grpo_step(
         clock.lap("update")
         if update == 0:  # sampler against trainer before anything has moved: rounding, or a bug
             sampler_gap = stats["policy_gap"]
-        stats["grad_norm"] = optimizer.step(rate)  # line 11: maximise the objective, equation 3
+        stats |= optimizer.step(rate)  # line 11: maximise the objective, equation 3
         clock.lap("optimizer")
     return rollout, verdicts_NGR, rewards_NG, advantages_NG, stats | {"sampler_gap": sampler_gap, "learning_rate": rate}
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from data import Question, Vocabulary, load_vocabulary, option_letter
-from grpo.config import Config, config_of
+from grpo.command_line import config_of
+from grpo.config import Config
 from grpo.run import prompt_encoder, use_device
 from grpo.sampler import sample_groups
 from model import InputError, load_model, printable

@@ -32,6 +32,11 @@ MAY_DIFFER = {
     "micro_batch_tokens",
     "micro_batch_prompts",  # of older runs
     "activation_checkpointing",
+    "offload_optimizer",
+    "keep_checkpoints",
+    "bad_images",
+    "max_bad_steps",
+    "validate_every",
     "eval_batch_prompts",
     "save_every",
     "log_samples_every",

@@ -3,19 +3,14 @@
 The docstring under a field is its help text. An unknown key or a value of the wrong type is an error, never ignored.
 """
 
-import argparse
-import ast
-import inspect
 import json
 import math
 import re
 import sys
-import textwrap
 import tomllib
-from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from model import InputError
 
@@ -44,6 +39,16 @@ class Config:
     """test on so many questions of each modality, drawn with the seed; 0 takes all"""
     test_fraction: float = 0.0
     """hold out this share of train_questions, whole images at a time, and test on it too"""
+    validation_questions: tuple[str, ...] = ()
+    """question files to validate on while the run goes on: neither their questions nor their images may be trained on"""
+    validation_fraction: float = 0.0
+    """hold out this share of train_questions too, whole images at a time, and validate on it"""
+    validation_count: int = 0
+    """validate on so many questions of each modality, drawn with the seed; 0 takes all"""
+    validate_every: int = 50
+    """steps between two measurements of greedy accuracy on the validation questions; each is saved as a checkpoint"""
+    bad_images: str = "error"
+    """what a training image that can't be read does: "error" ends the run, "skip" leaves its question out and counts it"""
     min_pixels: int = 3136
     """smaller images are enlarged to at least so many pixels (paper's run: 56 x 56)"""
     max_pixels: int = 401408
@@ -102,12 +107,18 @@ class Config:
     """tokens in one forward and backward, whole groups at a time; changes memory and speed, never the gradient"""
     activation_checkpointing: bool = False
     """keep no activations within a block, make them anew in backward: less memory, more time"""
+    offload_optimizer: bool = False
+    """keep fp32 weights, their gradients and AdamW's moments in the host's memory and update there, not on the GPU"""
     freeze_vision: bool = False
     """leave the vision tower as it is, so that each image is encoded once per step (the paper's run trains it)"""
     eval_batch_prompts: int = 64
     """questions decoded at once when accuracy is measured"""
     save_every: int = 50
     """steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept, beside the best on validation: two, in case the newest gets damaged"""
+    max_bad_steps: int = 3
+    """steps in a row whose loss or gradient is not finite (each is left out and recorded) before the run ends"""
     log_samples_every: int = 10
     """steps between sample images and completions in TensorBoard"""
     dtype: str = "float32"
@@ -118,7 +129,8 @@ class Config:
     def __post_init__(self) -> None:
         at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_tokens"
         at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
-        not_negative = "train_count test_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
+        at_least_one += " validate_every keep_checkpoints max_bad_steps"
+        not_negative = "train_count test_count validation_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
         not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight consistency_weight"
         numbers = [field.name for field in fields(self) if field.type is float]
         rules = [(name, math.isfinite(getattr(self, name)), "must be finite") for name in numbers]
@@ -138,6 +150,7 @@ class Config:
         rules += [
             ("group_size", self.group_size >= 2, "must be at least 2"),
             ("test_fraction", 0 <= self.test_fraction < 1, "must be at least 0 and below 1"),
+            ("validation_fraction", 0 <= self.validation_fraction < 1, "must be at least 0 and below 1"),
             ("warmup_steps", self.warmup_steps <= self.steps, f"must not exceed steps ({self.steps})"),
             ("accuracy_weight", self.format_weight + self.accuracy_weight > 0, "must not be 0 like format_weight"),
             ("clip_low", self.clip_low <= 1, "must be at most 1"),
@@ -155,6 +168,7 @@ _CHOICES = {
     "method": ("grpo", "sft"),
     "sft_answer": ("tags", "bare", "named"),
     "too_long": ("error", "skip"),
+    "bad_images": ("error", "skip"),
     "advantage_scale": ("std", "none"),
     "loss_average": ("sequence", "token", "constant"),
     "dtype": ("float32", "bfloat16"),
@@ -186,52 +200,6 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
     return Config(**values)
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> Config:
-    """The command line, `--config FILE [--field value ...]`; `arguments` default to the program's own."""
-    given = vars(config_parser(description, [field.name for field in fields(Config)]).parse_args(arguments))
-    if given["config"] is None:
-        raise InputError("--config FILE is missing; configs/ has those that come along")
-    return config_of(given)
-
-
-def config_of(given: dict[str, Any]) -> Config:
-    """The config of parsed arguments, which may hold others beside."""
-    names = {field.name for field in fields(Config)} & given.keys()
-    return load_config(given["config"], {k: tuple(given[k]) if isinstance(given[k], list) else given[k] for k in names})
-
-
-def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser of `--config FILE` and of the config's fields `names`; one that is not given is not in the result."""
-    parser = _OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="TOML file of a run, with any field of grpo/config.py")
-    helps = _field_docstrings()
-    for field in (field for field in fields(Config) if field.name in names):
-        default = "required, here or in the file" if field.default is MISSING else field.default
-        extra = {"nargs": "*"} if field.type == tuple[str, ...] else {}
-        kind = str if extra else _boolean if field.type is bool else field.type
-        # The default shown is the dataclass's; the one parsed is "not given", so that the file's value stands.
-        text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
-        parser.add_argument(
-            f"--{field.name}",
-            type=kind,
-            metavar=kind.__name__.strip("_").upper(),
-            help=text,
-            default=argparse.SUPPRESS,
-            **extra,
-        )
-    return parser
-
-
-def _boolean(text: str) -> bool:
-    """As TOML writes it. Argparse wants a ValueError for anything else."""
-    return bool(("false", "true").index(text))
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help; fields are written with _)")
-
-
 def config_toml(config: Config) -> str:
     """The resolved config, every field, as TOML."""
     lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(config).items())
@@ -249,10 +217,3 @@ def _checked(where: str, kind: Any, value: Any) -> Any:
     if type(value) is not kind:
         raise InputError(f"{where} must be {kind.__name__}, not {value!r}")
     return value
-
-
-def _field_docstrings() -> dict[str, str]:
-    """The string under each field, read from the source: what explains a field to a reader explains it in --help."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(Config))).body[0].body
-    pairs = zip(body, body[1:])
-    return {a.target.id: b.value.value for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}

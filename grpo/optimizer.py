@@ -11,42 +11,81 @@ from torch import Tensor, nn
 from .config import Config
 
 
+SAMPLED = 1024
+"""Weights of each tensor that `bf16_lost` looks at, evenly spread over it."""
+
+
 class MasterAdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for a model of any floating-point type.
 
-    Call `accumulate` after each micro-batch's backward, `step` once per update.
+    Call `accumulate` after each micro-batch's backward, `step` once per update. With `config.offload_optimizer` all that
+    is fp32 here lives in the host's memory, and the GPU holds the model and its fresh gradients alone.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.names, self.params = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
+        self.masters = [self._master(p, config.offload_optimizer) for p in self.params]
         self.max_grad_norm = config.max_grad_norm
         betas = (config.adam_beta1, config.adam_beta2)
         self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+    @staticmethod
+    def _master(param: Tensor, offload: bool) -> Tensor:
+        if param.dtype == torch.float32 and not (offload and param.is_cuda):
+            return param
+        return param.detach().to("cpu" if offload else param.device, torch.float32).requires_grad_()
 
     def accumulate(self) -> None:
         """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose bits."""
         for param, master in zip(self.params, self.masters):
             if master is not param and param.grad is not None:
-                master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+                grad = param.grad.to(master.device)
+                master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
-    def step(self, learning_rate: float) -> Tensor:
-        """Clip, update, round into the model, forget the gradients. Returns the gradient's norm before clipping.
+    def forget_gradients(self) -> None:
+        """Drop what was accumulated since the last update, and what a backward that broke off has left."""
+        for tensor in (*self.params, *self.masters):
+            tensor.grad = None
 
-        A gradient that is not finite changes nothing: the update is left out and the returned norm says so.
+    def step(self, learning_rate: float) -> dict[str, Tensor]:
+        """Clip, update, round into the model, forget the gradients.
+
+        A gradient that is not finite changes nothing: the update is left out, and the returned norm says so.
+
+        Returns:
+            "grad_norm", before clipping; and of an update that was made "bf16_lost", the share of changed weights (of a
+            sample, each tensor counting by its size) that bf16 weights would have kept as they were, the update being
+            rounded away.
         """
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        stats = {"grad_norm": norm}
         if torch.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
+            before = self._sample()
             self.adamw.step()
+            stats["bf16_lost"] = self._lost(before)
             with torch.no_grad():
                 for param, master in zip(self.params, self.masters):
                     if master is not param:
                         param.copy_(master)
-        self.adamw.zero_grad(set_to_none=True)
-        return norm
+        self.forget_gradients()
+        return stats
+
+    def _sample(self) -> Tensor:
+        """Some weights of every master, fp32 (n,)."""
+        return torch.cat([master.detach().flatten()[:: _stride(master)] for master in self.masters])
+
+    def _lost(self, before: Tensor) -> Tensor:
+        update = self._sample() - before
+        rounded = before.bfloat16()
+        lost = (rounded.float() + update).bfloat16() == rounded
+        stands_for = torch.cat(
+            [torch.full((-(-m.numel() // _stride(m)),), _stride(m), device=m.device) for m in self.masters]
+        )
+        changed = (update != 0) * stands_for
+        return (lost * changed).sum() / changed.sum().clamp(min=1)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, by parameter name: both moments, the step count, the masters if separate."""
@@ -70,6 +109,10 @@ class MasterAdamW:
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _stride(tensor: Tensor) -> int:
+    return max(1, tensor.numel() // SAMPLED)
 
 
 def scheduled_rate(step: int, config: Config) -> float:

@@ -35,9 +35,9 @@ def fine_tune(run: Run, config: Config) -> None:
 
             loss, probability = accumulate_cross_entropy(run, answers, config)
             rate = scheduled_rate(step, config)
-            norm = run.optimizer.step(rate)
+            updated = run.optimizer.step(rate)
 
-            metrics = {"loss": float(loss), "probability": float(probability), "grad_norm": float(norm)}
+            metrics = {name: float(x) for name, x in {"loss": loss, "probability": probability, **updated}.items()}
             seconds = time.perf_counter() - started
             log.record(step, metrics | {"learning_rate": rate, "seconds": seconds})
             progress["step"] = step + 1

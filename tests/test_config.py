@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import Config, config_toml, load_config, parse_arguments
+from grpo.command_line import parse_arguments
+from grpo.config import Config, config_toml, load_config
 from model import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,7 @@
 """AdamW on fp32 master weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ def test_step_is_adamw_written_out_by_hand():
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     gradient = model.weight.grad.clone() / norm.clamp(min=1)
     assert norm > 1
-    torch.testing.assert_close(optimizer.step(1e-2), norm)
+    torch.testing.assert_close(optimizer.step(1e-2)["grad_norm"], norm)
     # First step: both bias-corrected moments are the gradient and its square, so each weight moves by the rate.
     expected = before * (1 - 1e-2 * 0.1) - 1e-2 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(model.weight.detach(), expected)
@@ -49,6 +51,57 @@ def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
     assert torch.equal(model.weight, optimizer.masters[0].to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rate", "least", "most"), [(1e-6, 0.95, 1.0), (1e-1, 0.0, 0.05), (1e-4, 0.05, 0.95)])
+def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16_leaves_as_they_are(
+    dtype, rate, least, most
+):
+    torch.manual_seed(0)
+    model = nn.Linear(300, 20).to(dtype)  # more weights than are looked at
+    optimizer = MasterAdamW(model, SETTINGS)
+    old = [master.detach().clone() for master in optimizer.masters]
+    model(torch.randn(8, 300, dtype=dtype)).pow(2).sum().backward()
+    optimizer.accumulate()
+    share = float(optimizer.step(rate)["bf16_lost"])
+    pairs = [(a, b.detach()) for a, b in zip(old, optimizer.masters)]
+    lost = [((a.bfloat16() + (b - a).double()).bfloat16() == a.bfloat16()) & (a != b) for a, b in pairs]
+    counted = sum(int(x.sum()) for x in lost) / sum(int((a != b).sum()) for a, b in pairs)
+    assert share == pytest.approx(counted, abs=0.05) and least <= share <= most
+
+
+def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
+    """Without a GPU: fp32 masters are then copies all the same, as if the model were on another device."""
+    found = []
+    for apart in (False, True):
+        model = linear()
+        if apart:
+            monkeypatch.setattr(MasterAdamW, "_master", staticmethod(lambda p, _: p.detach().clone().requires_grad_()))
+        optimizer = MasterAdamW(model, SETTINGS)
+        for _ in range(3):
+            backward(model)
+            optimizer.accumulate()
+            optimizer.step(1e-2)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimizer_in_host_memory_updates_a_model_on_the_gpu(dtype):
+    found = []
+    for offload in (False, True):
+        model = linear(dtype).cuda()
+        optimizer = MasterAdamW(model, replace(SETTINGS, offload_optimizer=offload))
+        assert all(master.is_cuda != offload for master in optimizer.masters)
+        for _ in range(3):
+            (model(torch.ones(2, 4, dtype=dtype, device="cuda")).pow(2).sum()).backward()
+            optimizer.accumulate()
+            optimizer.step(1e-2)
+        found.append([p.detach().cpu() for p in model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 def test_many_small_bf16_gradients_add_up_in_fp32():
     model = linear(torch.bfloat16)
     optimizer = MasterAdamW(model, SETTINGS)
@@ -68,10 +121,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm(bad
     model = linear()
     optimizer, before = MasterAdamW(model, SETTINGS), [p.detach().clone() for p in model.parameters()]
     backward(model, bad)
-    assert not torch.isfinite(optimizer.step(1e-2))
+    stats = optimizer.step(1e-2)
+    assert not torch.isfinite(stats["grad_norm"]) and "bf16_lost" not in stats
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     backward(model)
-    assert torch.isfinite(optimizer.step(1e-2))
+    assert torch.isfinite(optimizer.step(1e-2)["grad_norm"])
     assert all(p.isfinite().all() for p in model.parameters())
 
 
