@@ -35,7 +35,7 @@ from model import InputError, read_config
 def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) -> None:
     """Answer, measure, audit and report; prints the table. `folders` holds each model's, by name."""
     use_device(config)
-    train, questions = load_questions(config)
+    train, _, questions = load_questions(config)
     if not questions:
         raise InputError("there are no test questions: name question files by test_questions or --questions")
     shape = read_config(config.model)

@@ -13,58 +13,51 @@ Letters in names: N prompts, G samples of each, R rules, T completion tokens.
 """
 
 import json
+import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Prompt, prompts_of_steps
-from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summary
+from data import Prompt
+from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summary, tally
 from evaluation.answers import answer_greedily
 from evaluation.blind import blind_credits, by_modality
+from evaluation.statistics import wilson
 from grpo.advantages import group_advantages
-from grpo.batch import Rollout, completion_logprobs, rollout_logprobs, with_image_features
-from grpo.checkpoint import StopRequest, end_step
+from grpo.batch import Rollout, StepRecord, completion_logprobs, rollout_logprobs, with_image_features
 from grpo.command_line import parse_arguments
 from grpo.config import Config
-from grpo.log import RunLog, Stopwatch
+from grpo.log import Stopwatch
 from grpo.loss import grpo_loss, token_weights
-from grpo.optimizer import MasterAdamW, scheduled_rate
+from grpo.optimizer import scheduled_rate
 from grpo.run import Run, prepare
 from grpo.sampler import sample_groups, sampling_noise
+from grpo.session import Session
 from grpo.sft import fine_tune
-from model import InputError, Qwen2VL, save_model
+from grpo.stop import Stopped, stop_at_once
+from model import InputError, Qwen2VL, printable, save_model
 from rewards import Verdict, score
 
 
-def train(run: Run, config: Config) -> None:
+def train(session: Session, run: Run, config: Config) -> None:
     """GRPO from where `run` stands to its last step; leaves metrics, completions and checkpoints."""
     # Lines 1 to 3: policy and frozen reference both begin as the base model.
-    progress, steps = run.progress, range(run.progress["step"], config.steps)
-    prompts_of_step = prompts_of_steps(run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed)
-    with StopRequest() as stop, RunLog(config.run_dir, config.method, progress["step"], config.steps) as log:
-        for step in steps:  # line 4
-            clock = Stopwatch(config.device)
-            prompts = next(prompts_of_step)  # line 5: sample a batch of questions
-            clock.lap("prompts")
-            rollout, verdicts_NGR, rewards_NG, advantages_NG, stats = grpo_step(run, config, step, prompts, clock)
-            log.step(step, rollout, verdicts_NGR, rewards_NG, advantages_NG, stats, clock)
-            if step % config.log_samples_every == 0:
-                log.sample(step, rollout, rewards_NG)
-            progress["step"] = step + 1
-            progress["seconds"] += clock.total
-            progress["tokens"] += int(rollout.mask_NGT.sum())
-            end_step(config, run.policy, run.optimizer, progress, stop)
+    for step, prompts, clock in session:  # lines 4 and 5: a batch of questions
+        that = grpo_step(run, config, step, prompts, clock)
+        session.log.step(step, that, clock)
+        if step % config.log_samples_every == 0:
+            session.log.sample(step, that)
+        judged = {name: getattr(that, name) for name in ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")}
+        session.end_step(step, clock, that.rollout, that.stats, judged)
 
 
-def grpo_step(
-    run: Run, config: Config, step: int, prompts: list[Prompt], clock: Stopwatch
-) -> tuple[Rollout, list[list[tuple[Verdict, ...]]], Tensor, Tensor, dict[str, Tensor]]:
-    """Lines 6 to 11 for the questions of one step: rollout, verdicts, rewards (N, G), advantages (N, G), statistics."""
-    policy, optimizer, allowed_V = run.policy, run.optimizer, run.vocabulary.allowed_V
+def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock: Stopwatch) -> StepRecord:
+    """Lines 6 to 11 for the questions of one step."""
+    policy, allowed_V = run.policy, run.vocabulary.allowed_V
     weights_R = torch.tensor([config.format_weight, config.accuracy_weight, config.consistency_weight])  # rewards.RULES
 
     if config.freeze_vision:  # then all models and passes of the step see the same
@@ -82,7 +75,10 @@ def grpo_step(
     advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
     clock.lap("rewards")
 
-    logprobs_of = partial(rollout_logprobs, rollout=rollout, allowed_V=allowed_V, config=config)
+    def logprobs_of(model: Qwen2VL) -> Tensor:
+        parts = partial(run.micro_batches, rollout)
+        return run.fitted(rollout, lambda: rollout_logprobs(model, rollout, parts(), allowed_V, config.temperature))
+
     ref_NGT = logprobs_of(run.reference) if run.reference is not None else None
     clock.lap("reference")
     # Not the sampler's log-probabilities: the trainer's own, so that the first ratio is exactly 1.
@@ -90,32 +86,28 @@ def grpo_step(
     clock.lap("old policy")
     rate = scheduled_rate(step, config)
     for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
-        stats = accumulate_gradient(policy, optimizer, rollout, advantages_NG, old_NGT, ref_NGT, allowed_V, config)
+        stats = run.fitted(rollout, lambda: accumulate_gradient(run, rollout, advantages_NG, old_NGT, ref_NGT, config))
         clock.lap("update")
         if update == 0:  # sampler against trainer before anything has moved: rounding, or a bug
             sampler_gap = stats["policy_gap"]
-        stats |= optimizer.step(rate)  # line 11: maximise the objective, equation 3
+        stats |= run.update(rate, stats["loss"])  # line 11: maximise the objective, equation 3
         clock.lap("optimizer")
-    return rollout, verdicts_NGR, rewards_NG, advantages_NG, stats | {"sampler_gap": sampler_gap, "learning_rate": rate}
+    stats |= {"sampler_gap": sampler_gap, "learning_rate": rate}
+    return StepRecord(rollout, verdicts_NGR, rewards_NG, advantages_NG, old_NGT, ref_NGT, stats)
 
 
 def accumulate_gradient(
-    policy: Qwen2VL,
-    optimizer: MasterAdamW,
-    rollout: Rollout,
-    advantages_NG: Tensor,
-    old_NGT: Tensor | None,
-    ref_NGT: Tensor | None,
-    allowed_V: Tensor,
-    config: Config,
+    run: Run, rollout: Rollout, advantages_NG: Tensor, old_NGT: Tensor | None, ref_NGT: Tensor | None, config: Config
 ) -> dict[str, Tensor]:
     """Gradient of equation 3 over the whole rollout, a micro-batch of groups at a time; returns its statistics."""
     # The divisor of the loss, fixed before anything is split.
     weights_NGT = token_weights(rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens)
     totals: dict[str, Tensor] = defaultdict(lambda: weights_NGT.new_zeros(()))
-    for groups, batch, tokens, mask in rollout.micro_batches(config.micro_batch_tokens):
+    for groups, batch, tokens, mask in run.micro_batches(rollout):
         part = groups, slice(None), slice(mask.shape[-1])
-        logp, entropy = completion_logprobs(policy, batch, tokens, mask, allowed_V, config.temperature)
+        logp, entropy = completion_logprobs(
+            run.policy, batch, tokens, mask, run.vocabulary.allowed_V, config.temperature
+        )
         loss, stats = grpo_loss(
             logp,
             old=logp.detach() if old_NGT is None else old_NGT[part],  # one update per rollout: pi_old is pi_theta
@@ -128,7 +120,7 @@ def accumulate_gradient(
             weights=weights_NGT[part],
         )
         loss.backward()
-        optimizer.accumulate()
+        run.optimizer.accumulate()
         gap = (logp.detach() - rollout.logp_NGT[part]).abs()
         stats |= {"entropy": (weights_NGT[part] * entropy).sum(), "policy_gap": (weights_NGT[part] * gap).sum()}
         totals["loss"] += loss.detach()
@@ -153,34 +145,78 @@ def measured(config: Config) -> None:
     """
     run = prepare(config)
     folder, questions, progress = Path(config.run_dir), run.test_questions, run.progress
-    answer = partial(answer_greedily, run.policy, run.vocabulary, run.encoder, questions, config=config)
+    answer = partial(answer_greedily, run.policy, run.vocabulary, run.encoder, config=config)
     if "answers_before" not in progress:
-        progress["answers_before"] = answer(label="accuracy before")
-    {"grpo": train, "sft": fine_tune}[config.method](run, config)
+        progress["answers_before"] = answer(questions, label="accuracy before")
+    asked = run.validation_questions
+
+    def validate() -> tuple[int, int]:
+        found = tally([question.answer for question in asked], answer(asked, label="validation"))
+        return found.right, found.total
+
+    with Session(run, config, validate if asked else None) as session:
+        {"grpo": train, "sft": fine_tune}[config.method](session, run, config)
     save_model(run.policy, folder / "model")
 
     before = accuracy_by_modality(questions, progress["answers_before"])
-    after = accuracy_by_modality(questions, answer(label="accuracy after"))
+    after = accuracy_by_modality(questions, answer(questions, label="accuracy after"))
     blind = by_modality(questions, blind_credits(run.train_questions, questions))
     steps, seconds, tokens = (progress[name] for name in ("step", "seconds", "tokens"))
     summary = run_summary(before, after, blind, steps=steps, seconds=seconds, tokens=tokens)
+    summary |= {"validation": progress["best"]} if "best" in progress else {}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"\n{steps} steps in {seconds:.0f} s, {tokens:,} completion tokens")
+    print_end(run, session, folder)
     if after:
         print(f"Greedy accuracy in percent (95 % interval):\n\n{comparison_table(before, after, blind)}\n")
     print(f"model:  {folder / 'model'}\ncurves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
+def print_end(run: Run, session: Session, folder: Path) -> None:
+    """What the person who comes back should know first: what went wrong on the way, and the best on validation."""
+    for kind, count in session.log.kinds.items():
+        print(f"incidents: {count} of kind {kind!r}, see {folder / 'incidents.jsonl'}")
+    if best := run.progress.get("best"):
+        asked = run.validation_questions
+        guesses = by_modality(asked, blind_credits(run.train_questions, asked))
+        counts = Counter(question.modality for question in asked)
+        blind = max(sum(rates[m] * n for m, n in counts.items()) for rates in guesses.values()) / len(asked)
+        low, high = wilson(best["right"], best["total"])
+        checkpoint = folder / "checkpoints" / f"step-{best['step']:06d}"
+        print(
+            f"validation: best {best['right'] / best['total']:.1%} of {best['total']} ({low:.1%} to {high:.1%}; the best "
+            f"guess without the image {blind:.1%}) after {best['step']} steps: {checkpoint}"
+        )
+
+
 def main() -> int:
+    """Exit codes: 0 done; 2 something must be mended, as the one line says; 130 or 143 stopped by Ctrl-C or SIGTERM, with
+    a checkpoint of the last whole step."""
+    signal.signal(signal.SIGTERM, stop_at_once)
     try:
         measured(parse_arguments(__doc__.split("\n")[0]))
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        print(f"train.py: {said(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stopped:
-        print(f"train.py: {str(stopped) or 'stopped'}", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"train.py: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def said(error: Exception) -> str:
+    """An error that comes from outside as one line that names the thing and the remedy."""
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        return printable(
+            f"{named}{error.strerror or error}; mend it, and the same command goes on from the last checkpoint"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory on the GPU; lower prompts_per_step, eval_batch_prompts or max_pixels, or set offload_optimizer"
+    return str(error)
 
 
 if __name__ == "__main__":

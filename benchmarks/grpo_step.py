@@ -57,7 +57,7 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     laps, counts, steps = [], [], range(config.steps)
     for step, prompts in zip(steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)):
         clock = Stopwatch(args.device)
-        rollout, *_ = grpo_step(run, config, step, prompts, clock)
+        rollout = grpo_step(run, config, step, prompts, clock).rollout
         counts.append(int(rollout.mask_NGT.sum()))
         assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
         laps.append(clock.laps)

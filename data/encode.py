@@ -144,25 +144,40 @@ class PromptEncoder:
             counts.append(height // factor * (width // factor))
         return len(self._tokens(question, counts))
 
-    def select(self, questions: Sequence[Question]) -> tuple[list[Question], int]:
-        """The questions whose prompts fit, and how many were left out.
+    def select(
+        self, questions: Sequence[Question], unreadable: Callable[[InputError], None] | None = None
+    ) -> tuple[list[Question], int]:
+        """The questions whose prompts fit, and how many were left out as too long.
+
+        One with an image that can't be used stays, if `unreadable` takes the error: it keeps its place in the order, for a
+        resumed run that may find more such images, and is left out when its step comes.
 
         Raises:
-            InputError: one is too long and `too_long` is "error"; none fits; or an image can't be used.
+            InputError: one is too long and `too_long` is "error"; an image can't be used and `unreadable` is None; or no
+                question can be used.
         """
-        fitting = []
+        fitting, too_long, bad = [], 0, 0
         for question in questions:
-            length = self.count_tokens(question)
+            try:
+                length = self.count_tokens(question)
+            except InputError as error:
+                if unreadable is None:
+                    raise
+                unreadable(error)
+                bad += 1
+                length = 0
             if length <= self.max_prompt_tokens:
                 fitting.append(question)
             elif self.too_long == "error":
                 raise self._too_long_error(question, length)
-        if questions and not fitting:
+            else:
+                too_long += 1
+        if questions and len(fitting) == bad:
             raise InputError(
-                f"none of the {len(questions)} prompts fits into max_prompt_tokens = {self.max_prompt_tokens}: "
-                f"raise it or lower max_pixels"
+                f"none of the {len(questions)} prompts can be used: {too_long} don't fit into max_prompt_tokens = "
+                f"{self.max_prompt_tokens} (raise it or lower max_pixels), and of {bad} an image can't be read"
             )
-        return fitting, len(questions) - len(fitting)
+        return fitting, too_long
 
     def _too_long_error(self, question: Question, length: int) -> InputError:
         return InputError(

@@ -1,7 +1,7 @@
 """Which questions a step trains on: a pure function of (seed, step), so that a resume has nothing to restore."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -43,14 +43,20 @@ def questions_of_step(questions: Sequence[Question], step: int, prompts_per_step
 
 
 def prompts_of_steps(
-    encoder: PromptEncoder, questions: Sequence[Question], steps: range, prompts_per_step: int, seed: int
+    encoder: PromptEncoder,
+    questions: Sequence[Question],
+    steps: range,
+    prompts_per_step: int,
+    seed: int,
+    unreadable: Callable[[InputError], None] | None = None,
 ) -> Iterator[list[Prompt]]:
     """The prompts of each of the `steps` in turn; threads decode the next step's images while a step is worked on.
 
-    Tokenising stays in the caller's thread: it takes no time, and tokenizers are not made for sharing.
+    Tokenising stays in the caller's thread: it takes no time, and tokenizers are not made for sharing. A question whose
+    image can't be used is left out of its step if `unreadable` takes the error.
 
     Raises:
-        InputError: when its step comes, an image can't be used or a prompt is too long.
+        InputError: when its step comes, an image can't be used and `unreadable` is None, or a prompt is too long.
     """
     pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
 
@@ -62,6 +68,14 @@ def prompts_of_steps(
         coming = begin(steps.start)
         for step in steps:
             now, coming = coming, begin(step + 1)
-            yield [encoder.assemble(question, images.result()) for question, images in now]
+            prompts = []
+            for question, images in now:
+                try:
+                    prompts.append(encoder.assemble(question, images.result()))
+                except InputError as error:
+                    if unreadable is None:
+                        raise
+                    unreadable(error)
+            yield prompts
     finally:
         pool.shutdown(cancel_futures=True)  # whoever stops does not wait for images that nobody will see

@@ -9,7 +9,8 @@ from typing import Any
 from grpo.config import Config, load_config
 from model import InputError
 
-TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count", "test_fraction", "seed",
+TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count", "test_fraction",
+                 "validation_fraction", "seed",
                  "min_pixels", "max_pixels", "max_prompt_tokens", "too_long")  # fmt: skip
 """Fields in which the compared runs must agree: same base, same questions (the seed draws them), same pixels."""
 PATHS = ("model", "train_questions", "image_dir")

@@ -1,15 +1,14 @@
 """What a step works on: prompts side by side, the rollout of their groups, and its division into micro-batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data import Prompt, Vocabulary
-from model import Qwen2VL, token_logprobs
-
-from .config import Config
+from model import InputError, Qwen2VL, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,10 @@ def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> Pr
     )
 
 
+MicroBatch = tuple[slice, PromptBatch, Tensor, Tensor]
+"""Which of the N groups these are, their prompts, tokens and mask."""
+
+
 @torch.no_grad()
 def with_image_features(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with what the model's vision tower makes of their images, for models that share that tower."""
@@ -77,13 +80,31 @@ class Rollout:
     ended_NG: Tensor
     texts: list[list[str]]
 
-    def micro_batches(self, tokens_each: int) -> Iterator[tuple[slice, PromptBatch, Tensor, Tensor]]:
+    def micro_batches(self, tokens_each: int) -> Iterator[MicroBatch]:
         """Whole groups in their order, each part as large as `tokens_each` allows, but never less than one group.
 
-        What counts is the size with padding, as attention sees it. Yields which of the N groups they are, their
-        prompts, tokens and mask. T is cut to the longest completion among them; the caller cuts what it holds by
+        What counts is the size with padding, as attention sees it. T is cut to the longest completion among them; the caller cuts what it holds by
         `mask.shape[-1]`.
         """
+        longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
+        for groups in self._parts(tokens_each):
+            longest = max(longest_N[groups])
+            prompts = collate(self.prompts[groups], self.tokens_NGT.device)
+            yield groups, prompts, self.tokens_NGT[groups, :, :longest], self.mask_NGT[groups, :, :longest]
+
+    def smaller_micro_batches(self, tokens_each: int) -> int:
+        """The budget, halved until it makes other micro-batches. InputError if each holds one group already."""
+        parts = self._parts(tokens_each)
+        if len(parts) == len(self.prompts):
+            raise InputError(
+                "out of memory with a single group in a micro-batch; lower group_size, max_new_tokens or max_pixels, or "
+                "set activation_checkpointing or offload_optimizer"
+            )
+        while self._parts(tokens_each) == parts:
+            tokens_each //= 2
+        return tokens_each
+
+    def _parts(self, tokens_each: int) -> list[slice]:
         N, G, _ = self.mask_NGT.shape
         prompt_sizes = [len(prompt.tokens_P) for prompt in self.prompts]
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
@@ -91,16 +112,30 @@ class Rollout:
         def tokens_of(start: int, stop: int) -> int:
             return (stop - start) * (max(prompt_sizes[start:stop]) + G * max(longest_N[start:stop]))
 
-        start = 0
+        parts, start = [], 0
         while start < N:
             stop = start + 1
             while stop < N and tokens_of(start, stop + 1) <= tokens_each:
                 stop += 1
-            mask = self.mask_NGT[start:stop]
-            longest = max(longest_N[start:stop])
-            prompts = collate(self.prompts[start:stop], self.tokens_NGT.device)
-            yield slice(start, stop), prompts, self.tokens_NGT[start:stop, :, :longest], mask[..., :longest]
+            parts.append(slice(start, stop))
             start = stop
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What a step sampled, how it was judged, what the loss compared it with, and the update's statistics.
+
+    A verdict has `rule`, `score` and `why`. `old_NGT` is None with one update per rollout, `ref_NGT` with beta 0.
+    """
+
+    rollout: Rollout
+    verdicts_NGR: Sequence[Sequence[Sequence[Any]]]
+    rewards_NG: Tensor
+    advantages_NG: Tensor
+    old_NGT: Tensor | None
+    ref_NGT: Tensor | None
+    stats: dict[str, Any]
 
 
 def written_rollout(
@@ -144,10 +179,13 @@ def completion_logprobs(
 
 
 @torch.no_grad()
-def rollout_logprobs(model: Qwen2VL, rollout: Rollout, allowed_V: Tensor, config: Config) -> Tensor:
-    """log pi (N, G, T) of a whole rollout under a model that is not being trained, 0 outside the mask."""
+def rollout_logprobs(
+    model: Qwen2VL, rollout: Rollout, parts: Iterable[MicroBatch], allowed_V: Tensor, temperature: float
+) -> Tensor:
+    """log pi (N, G, T) of a whole rollout, given in micro-batches, under a model that is not being trained; 0 outside the
+    mask."""
     logp_NGT = torch.zeros_like(rollout.logp_NGT)
-    for groups, prompts, tokens, mask in rollout.micro_batches(config.micro_batch_tokens):
-        logp, _ = completion_logprobs(model, prompts, tokens, mask, allowed_V, config.temperature)
+    for groups, prompts, tokens, mask in parts:
+        logp, _ = completion_logprobs(model, prompts, tokens, mask, allowed_V, temperature)
         logp_NGT[groups, :, : mask.shape[-1]] = logp
     return logp_NGT

@@ -1,4 +1,4 @@
-"""A run on disk: the resolved config, checkpoints to resume from, and the request to stop.
+"""A run on disk: the resolved config, and checkpoints to resume from.
 
 A checkpoint is a folder `checkpoints/step-000100/` with the model in Hugging Face layout, the optimiser's tensors and
 a small JSON: safetensors and text only, and a manifest of every file's size and SHA-256. It is written beside its place,
@@ -11,18 +11,19 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 import tomllib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from model import InputError, Qwen2VL, load_model, save_model
+from model.weights import published_tensors
 
 from .config import Config, config_toml
 from .optimizer import MasterAdamW
@@ -44,9 +45,6 @@ MAY_DIFFER = {
 """Fields that a resumed run may change, because they change nothing but speed, memory and what is written down."""
 
 MANIFEST = "manifest.json"
-
-KEPT = 2
-"""Newest checkpoints that are kept: one to resume from, and the one before it in case that is damaged."""
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -117,7 +115,8 @@ def claim_run_dir(config: Config) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         claim = (folder / "lock").open("w")
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "config.toml").write_text(config_toml(config), encoding="utf-8")
+        (folder / "config.partial").write_text(config_toml(config), encoding="utf-8")
+        os.replace(folder / "config.partial", folder / "config.toml")  # a torn one could not be resumed from
     except BlockingIOError:
         raise InputError(
             f"{folder}: another process is at work there; wait for it or choose another --run_dir"
@@ -132,28 +131,109 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if not path.suffix)
 
 
-def save_checkpoint(config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
-    """Write `checkpoints/step-NNNNNN`; `progress` holds the finished steps ("step") and all else to resume from."""
-    folder = Path(config.run_dir) / "checkpoints"
-    name = f"step-{progress['step']:06d}"
-    final, partial = folder / name, folder / f"{name}.partial"
-    for leftover in folder.glob("*.partial"):
-        shutil.rmtree(leftover)
-    save_model(model, partial)
-    save_file(optimizer.state(), partial / "optimizer.safetensors")
-    (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-    files = sorted(path for path in partial.iterdir())
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+class Checkpoints:
+    """Saves a run's checkpoints, in a thread of its own wherever memory allows a copy of what is saved.
+
+    Kept are the newest `config.keep_checkpoints`, and the best on validation (`progress["best"]["step"]`).
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.folder, self.kept = Path(config.run_dir) / "checkpoints", config.keep_checkpoints
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+
+    def save(self, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
+        """Write `step-NNNNNN`; `progress` holds the finished steps ("step") and all else to resume from.
+
+        It may still be on its way when this returns: `finish` waits for it, and so does the next one.
+
+        Raises:
+            InputError: this one, or the one before, can't be written.
+        """
+        self.finish()
+        told = json.dumps(progress)  # as it is now
+        final = self.folder / f"step-{progress['step']:06d}"
+        best = progress.get("best", {}).get("step")
+        state = optimizer.state()
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *state.values()))
+        if available_memory() < 2 * size:  # the copy, and as much again for the run
+            self._write(final, model, None, state, told, best)
+        else:
+            copies = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            self._saving = self._pool.submit(self._write, final, model, published_tensors(model), copies, told, best)
+        return final
+
+    def finish(self) -> None:
+        """Wait until what is being saved is on the disk. InputError if it can't be."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """End the thread, after what it is saving."""
+        self._pool.shutdown()
+
+    def newest(self) -> str:
+        """Where a run that ended now would go on from, in words."""
+        return str(["the beginning", *checkpoints(self.folder.parent)][-1])
+
+    def _write(
+        self,
+        final: Path,
+        model: Qwen2VL,
+        weights: dict[str, Tensor] | None,
+        state: dict[str, Tensor],
+        progress: str,
+        best: int | None,
+    ) -> None:
+        partial = final.with_suffix(".partial")
+        try:
+            for leftover in self.folder.glob("*.partial"):
+                shutil.rmtree(leftover)
+            save_model(model, partial, weights)
+            save_file(state, partial / "optimizer.safetensors")
+            (partial / "progress.json").write_text(progress, encoding="utf-8")
+            commit(partial, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(
+                f"{final}: can't save the checkpoint ({error}); make room or mend the disk, and the same command goes on "
+                f"from {self.newest()}"
+            ) from None
+        for old in checkpoints(self.folder.parent)[: -self.kept]:
+            if old.name != f"step-{best or 0:06d}":
+                going = old.with_suffix(".partial")  # a kill while it is deleted leaves nothing that looks whole
+                os.replace(old, going)
+                shutil.rmtree(going)
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Give a folder that is written its manifest and its name; before it has that name, all of it is on the disk."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest = {
+        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
-        _flush(path)  # all of it is on the disk before its name says so
+        _flush(path)
+    if final.exists():  # of a run that was resumed from before it
+        shutil.rmtree(final)
     os.replace(partial, final)
-    _flush(folder)
-    for old in checkpoints(Path(config.run_dir))[:-KEPT]:
-        going = old.with_suffix(".partial")  # a kill while it is deleted leaves nothing that looks like a checkpoint
-        os.replace(old, going)
-        shutil.rmtree(going)
-    return final
+    _flush(final.parent)
+
+
+def available_memory() -> int:
+    """Bytes of memory that the host can still give this process; 0 where that can't be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text().split("\n")
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+        return free
+    except (OSError, ValueError, StopIteration):
+        return 0
 
 
 def _sha256(file: Path) -> str:
@@ -186,36 +266,3 @@ def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> dict[str, Any]:
         raise InputError(
             f"{checkpoint}: not a whole checkpoint ({error}); delete it to resume from the one before"
         ) from None
-
-
-def end_step(
-    config: Config, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any], stop: "StopRequest"
-) -> None:
-    """Save a checkpoint if one is due: every `save_every` steps, after the last, and before obeying a request to stop.
-
-    Raises:
-        KeyboardInterrupt: the run was asked to stop; its message says where it can go on from.
-    """
-    stopping = stop.asked
-    if stopping or progress["step"] % config.save_every == 0 or progress["step"] == config.steps:
-        saved = save_checkpoint(config, model, optimizer, progress)
-    if stopping:
-        raise KeyboardInterrupt(f"stopped; the same command goes on from {saved}")
-
-
-class StopRequest:
-    """Ctrl-C (or SIGTERM) asks the run to stop after the step it is in; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> Self:
-        self.asked = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -1,10 +1,13 @@
 """What a run consists of, made ready: questions, models, tokens, optimiser, and how far it has come."""
 
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from data import (
     PromptEncoder,
@@ -17,19 +20,26 @@ from data import (
 )
 from model import InputError, Qwen2VL, Qwen2VLConfig, keep_freed_memory, load_model
 
+from .batch import MicroBatch, Rollout
 from .checkpoint import claim_run_dir, find_checkpoint, load_checkpoint_model, load_progress
 from .config import Config
 from .optimizer import MasterAdamW
+from .stop import StopRequest
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds" and "tokens".
+    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds", "tokens" and what
+    else a resumed run must know.
 
-    `claim` keeps other processes out of the run's folder for as long as it lives.
+    `claim` keeps other processes out of the run's folder for as long as it lives. `stop` says whether the run is asked
+    to end, and `micro_batch_tokens` may become smaller than the config's where a GPU's memory does not suffice.
     """
 
     train_questions: list[Question]
+    validation_questions: list[Question]
     test_questions: list[Question]
     policy: Qwen2VL
     reference: Qwen2VL | None
@@ -38,16 +48,54 @@ class Run:
     optimizer: MasterAdamW
     progress: dict[str, Any]
     claim: IO[str]
+    stop: StopRequest
+    micro_batch_tokens: int
+
+    def micro_batches(self, rollout: Rollout) -> Iterator[MicroBatch]:
+        """As `Rollout.micro_batches`; between two of them a request to stop is obeyed."""
+        for part in rollout.micro_batches(self.micro_batch_tokens):
+            self.stop.check()
+            yield part
+
+    def fitted(self, rollout: Rollout, work: Callable[[], T]) -> T:
+        """`work()`, which goes through the micro-batches of the rollout; done anew with smaller ones if a GPU's memory
+        does not suffice. That changes no gradient: the divisor of the loss does not depend on them.
+
+        Raises:
+            InputError: not even one group fits.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # left before going on: the error holds on to the tensors of what failed
+            self.optimizer.forget_gradients()
+            torch.cuda.empty_cache()
+            before = self.micro_batch_tokens
+            self.micro_batch_tokens = rollout.smaller_micro_batches(before)
+            print(f"\nout of memory with micro_batch_tokens = {before}; going on with {self.micro_batch_tokens}",
+                  file=sys.stderr)  # fmt: skip
+
+    def update(self, rate: float, loss: Tensor) -> dict[str, Tensor]:
+        """The optimiser's step on the gradients so far; left out, with a norm that says so, if the loss is not finite.
+
+        From here on the step must come to its end before the run may stop.
+        """
+        self.stop.deferred = True
+        if not torch.isfinite(loss):
+            self.optimizer.forget_gradients()
+            return {"grad_norm": loss.detach()}
+        return self.optimizer.step(rate)
 
 
 def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
     keep_freed_memory()
     use_device(config)
-    train_questions, test_questions = load_questions(config)
-    refuse_overlap(train_questions, test_questions)
+    train_questions, validation_questions, test_questions = load_questions(config)
     checkpoint = find_checkpoint(config)
-    load_base = partial(load_model, config.model, config.device, config.dtype)
+    folder = config.model
+    load_base = partial(load_model, folder, config.device, config.dtype)
     policy = load_checkpoint_model(config, checkpoint) if checkpoint else load_base()
     reference = load_base().requires_grad_(False) if config.beta and config.method == "grpo" else None
     policy.recompute = config.activation_checkpointing
@@ -55,9 +103,13 @@ def prepare(config: Config) -> Run:
         policy.visual.requires_grad_(False)
         if reference is not None:
             reference.visual = policy.visual  # one tower in memory
-    vocabulary = load_vocabulary(config.model, policy.config, config.device)
+    vocabulary = load_vocabulary(folder, policy.config, config.device)
     encoder = prompt_encoder(vocabulary, policy.config, config)
-    train_questions, skipped = encoder.select(train_questions)
+    unreadable: list[InputError] = []
+    train_questions, skipped = encoder.select(
+        train_questions, unreadable.append if config.bad_images == "skip" else None
+    )
+    validation_questions, skipped_validation = encoder.select(validation_questions)
     test_questions, skipped_tests = encoder.select(test_questions)
     optimizer = MasterAdamW(policy, config)
     progress = load_progress(checkpoint, optimizer) if checkpoint else {"step": 0, "seconds": 0.0, "tokens": 0}
@@ -69,13 +121,21 @@ def prepare(config: Config) -> Run:
 
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {config.dtype} on {config.device}")
-    print(f"{len(train_questions)} questions to train on, {len(test_questions)} to test")
-    if skipped or skipped_tests:
+    validating = f"{len(validation_questions)} to validate on, " if validation_questions else ""
+    print(f"{len(train_questions)} questions to train on, {validating}{len(test_questions)} to test")
+    if skipped or skipped_validation or skipped_tests:
         limit = f"left out as longer than {config.max_prompt_tokens} tokens"
-        print(f"{limit}: {skipped} of training, {skipped_tests} of test")
+        print(f"{limit}: {skipped} of training, {skipped_validation} of validation, {skipped_tests} of test")
+    if unreadable:
+        print(
+            f"images that can't be read: {len(unreadable)} of training, left out when their turn comes: {unreadable[0]}"
+        )
     if checkpoint:
         print(f"going on from {checkpoint}")
-    return Run(train_questions, test_questions, policy, reference, vocabulary, encoder, optimizer, progress, claim)
+    return Run(
+        train_questions, validation_questions, test_questions, policy, reference, vocabulary, encoder, optimizer,
+        progress, claim, StopRequest(), config.micro_batch_tokens,
+    )  # fmt: skip
 
 
 def use_device(config: Config) -> None:
@@ -103,25 +163,43 @@ def prompt_encoder(vocabulary: Vocabulary, shape: Qwen2VLConfig, config: Config)
     )
 
 
-def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
-    """Training questions, and test questions of all test files by modality, as the config chooses them."""
-    folder = config.image_dir or None
-    train_questions = read_questions(config.train_questions, folder)
+def load_questions(config: Config) -> tuple[list[Question], list[Question], list[Question]]:
+    """Questions to train on, to validate on and to test on, as the config chooses them.
+
+    Those of validation and test are ordered by modality; what is held out for validation is of `train_modality`.
+
+    Raises:
+        InputError: a file is wrong, there are too few questions, or two of the three share an image.
+    """
+    folder, modality = config.image_dir or None, config.train_modality or None
+    trained = read_questions(config.train_questions, folder, check_images=config.bad_images == "error")
     tested = [question for file in config.test_questions for question in read_questions(file, folder)]
+    validated = [question for file in config.validation_questions for question in read_questions(file, folder)]
     if config.test_fraction:
-        train_questions, held_out = split_by_image(train_questions, config.test_fraction, config.seed)
+        trained, held_out = split_by_image(trained, config.test_fraction, config.seed)
         tested += held_out
-    chosen = choose_questions(train_questions, config.train_modality or None, config.train_count or None, config.seed)
-    modalities = dict.fromkeys(question.modality for question in tested)
-    parts = [choose_questions(tested, modality, config.test_count or None, config.seed) for modality in modalities]
-    return chosen, [question for part in parts for question in part]
+    if config.validation_fraction:
+        trained, held_out = split_by_image(trained, config.validation_fraction, config.seed)
+        validated += choose_questions(held_out, modality)
+    chosen = choose_questions(trained, modality, config.train_count or None, config.seed)
+    validated = _of_each_modality(validated, config.validation_count, config.seed)
+    tested = _of_each_modality(tested, config.test_count, config.seed)
+    refuse_overlap(chosen, tested, "trained on")
+    refuse_overlap(chosen, validated, "trained on")
+    refuse_overlap(validated, tested, "validated on")
+    return chosen, validated, tested
 
 
-def refuse_overlap(train_questions: list[Question], test_questions: list[Question]) -> None:
-    """InputError if an image is both trained on and tested."""
-    trained_on = {image for question in train_questions for image in question.images}
-    for question in test_questions:
-        for image in trained_on.intersection(question.images):
+def _of_each_modality(questions: list[Question], count: int, seed: int) -> list[Question]:
+    modalities = dict.fromkeys(question.modality for question in questions)
+    return [one for modality in modalities for one in choose_questions(questions, modality, count or None, seed)]
+
+
+def refuse_overlap(known: list[Question], asked: list[Question], use: str) -> None:
+    """InputError if an image of the questions `asked` is used in the `known` ones too."""
+    images = {image for question in known for image in question.images}
+    for question in asked:
+        for image in images.intersection(question.images):
             raise InputError(
-                f"{question.source}: its image {image} is trained on too; such a test would be worth nothing"
+                f"{question.source}: its image {image} is {use} too, and the result would be worth nothing; leave one out"
             )

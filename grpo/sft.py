@@ -6,44 +6,32 @@ is usually meant by SFT on multiple choice. "named" makes the most of what a que
 imitate, but it does say which option is right, and a model may know the words better than their letters.
 """
 
-import time
-
 from torch import Tensor
 
-from data import Question, prompts_of_steps
+from data import Question
 
 from .batch import Rollout, completion_logprobs, with_image_features, written_rollout
-from .checkpoint import StopRequest, end_step
 from .config import Config
-from .log import RunLog
 from .optimizer import scheduled_rate
 from .run import Run
+from .session import Session
 
 
-def fine_tune(run: Run, config: Config) -> None:
+def fine_tune(session: Session, run: Run, config: Config) -> None:
     """Train `run.policy` by cross-entropy on the right answers; leaves metrics and checkpoints."""
-    progress, steps = run.progress, range(run.progress["step"], config.steps)
-    prompts_of_step = prompts_of_steps(run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed)
-    with StopRequest() as stop, RunLog(config.run_dir, config.method, progress["step"], config.steps) as log:
-        for step in steps:
-            started = time.perf_counter()
-            prompts = next(prompts_of_step)
-            if config.freeze_vision:
-                prompts = with_image_features(run.policy, prompts)
-            targets = [[target(prompt.question, config.sft_answer)] for prompt in prompts]  # a group of one
-            answers = written_rollout(run.vocabulary, prompts, targets, config.device)
+    for step, prompts, clock in session:
+        if config.freeze_vision:
+            prompts = with_image_features(run.policy, prompts)
+        targets = [[target(prompt.question, config.sft_answer)] for prompt in prompts]  # a group of one
+        answers = written_rollout(run.vocabulary, prompts, targets, config.device)
 
-            loss, probability = accumulate_cross_entropy(run, answers, config)
-            rate = scheduled_rate(step, config)
-            updated = run.optimizer.step(rate)
+        loss, probability = run.fitted(answers, lambda: accumulate_cross_entropy(run, answers))
+        rate = scheduled_rate(step, config)
+        stats = {"loss": loss, "probability": probability, **run.update(rate, loss)}
+        clock.lap("update")
 
-            metrics = {name: float(x) for name, x in {"loss": loss, "probability": probability, **updated}.items()}
-            seconds = time.perf_counter() - started
-            log.record(step, metrics | {"learning_rate": rate, "seconds": seconds})
-            progress["step"] = step + 1
-            progress["seconds"] += seconds
-            progress["tokens"] += int(answers.mask_NGT.sum())
-            end_step(config, run.policy, run.optimizer, progress, stop)
+        session.log.record(step, {name: float(x) for name, x in stats.items()} | {"learning_rate": rate}, clock)
+        session.end_step(step, clock, answers, stats)
 
 
 def target(question: Question, form: str) -> str:
@@ -58,14 +46,14 @@ def target(question: Question, form: str) -> str:
     return forms[form].format(question.answer, right)
 
 
-def accumulate_cross_entropy(run: Run, answers: Rollout, config: Config) -> tuple[Tensor, Tensor]:
+def accumulate_cross_entropy(run: Run, answers: Rollout) -> tuple[Tensor, Tensor]:
     """Gradient of the mean cross-entropy over all answer tokens, end of turn included, a micro-batch at a time.
 
     Returns the loss (nats per token), and the mean probability of a whole answer.
     """
     total = answers.mask_NGT.sum()  # the divisor, fixed before anything is split
     loss, probability = answers.logp_NGT.new_zeros(()), answers.logp_NGT.new_zeros(())
-    for _, prompts, tokens, mask in answers.micro_batches(config.micro_batch_tokens):
+    for _, prompts, tokens, mask in run.micro_batches(answers):
         logp, _ = completion_logprobs(run.policy, prompts, tokens, mask, run.vocabulary.allowed_V, temperature=1.0)
         part = -logp.sum() / total
         part.backward()

@@ -173,10 +173,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def save_model(model: Qwen2VL, folder: str | Path) -> None:
+def published_tensors(model: Qwen2VL) -> dict[str, Tensor]:
+    """A copy of the weights as they are now, on the CPU, in the published naming."""
+    parameters = dict(model.named_parameters())
+    return {name: _published_tensor(parameters, slot) for name, slot in checkpoint_layout(model.config).items()}
+
+
+@torch.no_grad()
+def save_model(model: Qwen2VL, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write a folder that `load_model` and transformers load: config, weights in the published naming, tokenizer files.
 
-    Files appear under their names only when they are whole; config.json comes last.
+    Files appear under their names only when they are whole; config.json comes last. `weights` are `published_tensors`
+    of some moment before; None takes the model's as they are, a file's worth at a time.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +196,7 @@ def save_model(model: Qwen2VL, folder: str | Path) -> None:
     weight_map, total = {}, 0
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _published_tensor(parameters, slot) for name, slot in names.items()}
+        tensors = {n: weights[n] if weights else _published_tensor(parameters, slot) for n, slot in names.items()}
         save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
         os.replace(folder / f"{file}.partial", folder / file)
         weight_map.update(dict.fromkeys(names, file))

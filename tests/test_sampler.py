@@ -5,7 +5,6 @@ import torch
 
 from data import Vocabulary, allowed_tokens_V
 from grpo.batch import completion_logprobs, rollout_logprobs
-from grpo.config import Config
 from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
 from tiny import tiny_tokenizer
 from tiny_run import tiny_model
@@ -25,9 +24,7 @@ def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(E
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(
-        model, rollout, allowed, Config("m", "q", "r", temperature=1.3, micro_batch_tokens=100)
-    )
+    recomputed = rollout_logprobs(model, rollout, rollout.micro_batches(100), allowed, temperature=1.3)
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 

@@ -55,7 +55,7 @@ def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepar
     config, made, prompts = prepared
     answers = written_rollout(made.vocabulary, prompts, [["<answer>A</answer>"], ["B"], ["<answer>C"]], "cpu")
     made.policy.zero_grad(set_to_none=True)
-    loss, probability = accumulate_cross_entropy(made, answers, replace(config, micro_batch_tokens=size))
+    loss, probability = accumulate_cross_entropy(replace(made, micro_batch_tokens=size), answers)
     found = {name: p.grad.clone() for name, p in made.policy.named_parameters()}
 
     made.policy.zero_grad(set_to_none=True)

@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import grpo.checkpoint
-import grpo.sft
 import train
 from grpo.config import load_config
 from grpo.run import load_questions
+from grpo.session import Session
 from model import save_model
 from rewards import Verdict
 from tiny_run import tiny_model, write_run
@@ -150,22 +149,22 @@ def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
     assert changed and not any(name.startswith("visual.") for name in changed)
     assert "seconds/vision" in rows(whole / "run" / "metrics.jsonl")[0] or method == "sft"
 
-    monkeypatch.setattr(train, "end_step", stop_after(2))
-    monkeypatch.setattr(grpo.sft, "end_step", stop_after(2))
-    assert run(monkeypatch, broken / "config.toml") == 130
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "score", vowel_score)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "end_step", stop_after(2))
+        assert run(patch, broken / "config.toml") == 130
     assert run(monkeypatch, broken / "config.toml") == 0
     resumed = load_file(broken / "run" / "model" / "model.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in trained.items())
 
 
-def stop_after(step: int):
-    """An `end_step` that is asked to stop once so many steps are done."""
+def stop_after(steps: int):
+    """An `end_step` in which Ctrl-C is pressed once so many steps are done."""
+    whole = Session.end_step
 
-    def ending(config, model, optimizer, progress, stop):
-        stop.asked = stop.asked or progress["step"] == step
-        grpo.checkpoint.end_step(config, model, optimizer, progress, stop)
+    def ending(session, step, *args, **kwargs):
+        if step + 1 == steps:
+            signal.raise_signal(signal.SIGINT)
+        whole(session, step, *args, **kwargs)
 
     return ending
 
@@ -341,7 +340,7 @@ def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
 
 def test_held_out_questions_share_no_image_with_those_trained_on(tmp_path, monkeypatch):
     config = load_config(write_run(tmp_path), {"test_questions": (), "test_fraction": 0.5})
-    trained_on, tested = load_questions(config)
+    trained_on, _, tested = load_questions(config)
     assert len(trained_on) == len(tested) == 4
     assert not {q.images for q in trained_on} & {q.images for q in tested}
 

@@ -1,0 +1,144 @@
+"""What surrounds the steps of a run, whatever its method: prompts, records, validation, checkpoints, and every way to end."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from data import Prompt, prompts_of_steps
+from model import InputError
+
+from .batch import Rollout
+from .checkpoint import Checkpoints
+from .config import Config
+from .incidents import write_incident
+from .log import RunLog, Stopwatch
+from .run import Run
+from .stop import Stopped
+
+Validate = Callable[[], tuple[int, int]]
+"""Asks the policy as it stands: how many validation questions it has right, of how many."""
+
+_FAULTS = (InputError, OSError, torch.OutOfMemoryError, Stopped)
+
+
+class Session:
+    """The steps that a run has left: `for step, prompts, clock in session`, each closed by `session.end_step`.
+
+    Used as a context manager. Whatever comes from outside (bad files, a full disk, a signal) leaves a checkpoint of the
+    last whole step behind, if one can be written, before it goes on to the caller.
+    """
+
+    def __init__(self, run: Run, config: Config, validate: Validate | None) -> None:
+        self.run, self.config, self.validate = run, config, validate
+        self.checkpoints = Checkpoints(config)
+        self._saved_step = run.progress["step"]
+
+    def __enter__(self) -> Self:
+        self.run.stop.__enter__()
+        self.log = RunLog(self.config.run_dir, self.config.method, self.run.progress["step"], self.config.steps)
+        return self
+
+    def __iter__(self) -> Iterator[tuple[int, list[Prompt], Stopwatch]]:
+        run, config = self.run, self.config
+        steps = range(run.progress["step"], config.steps)
+        skipped = self._skipped_image if config.bad_images == "skip" else None
+        coming = prompts_of_steps(
+            run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed, skipped
+        )
+        for step in steps:
+            clock = Stopwatch(config.device)
+            prompts = next(coming)
+            clock.lap("prompts")
+            if prompts:
+                yield step, prompts, clock
+            else:
+                self.log.record(step, {}, clock)
+                self.end_step(step, clock)
+
+    def _skipped_image(self, error: InputError) -> None:
+        self.log.incident(self.run.progress["step"], "image", f"question left out: {error}")
+
+    def end_step(
+        self,
+        step: int,
+        clock: Stopwatch,
+        rollout: Rollout | None = None,
+        stats: dict[str, Tensor] | None = None,
+        judged: dict[str, Tensor | None] | None = None,
+    ) -> None:
+        """Close a step: count it, write down one that was not finite, validate and save where that is due, or stop.
+
+        Args:
+            rollout, stats: of the step, "loss" and "grad_norm" among the statistics; None if nothing could be asked.
+            judged: what else the loss took, for the record of a step that was not finite.
+
+        Raises:
+            InputError: too many steps in a row were not finite, or a checkpoint can't be saved.
+            Stopped: the run was asked to stop.
+        """
+        run, config, progress = self.run, self.config, self.run.progress
+        numbers = {name: float(x) for name, x in (stats or {}).items()}
+        bad = not all(math.isfinite(numbers.get(name, 0.0)) for name in ("loss", "grad_norm"))
+        if rollout is not None and bad:
+            held = {name: x for name, x in (judged or {}).items() if x is not None}
+            folder = write_incident(config, step, run.policy, rollout, held, numbers)
+            self.log.incident(
+                step, "not finite", f"loss or gradient is not finite, no update; all of it is in {folder}"
+            )
+        progress["step"] = step + 1
+        progress["seconds"] += clock.total
+        progress["tokens"] += int(rollout.mask_NGT.sum()) if rollout is not None else 0
+        progress["bad_steps"] = progress.get("bad_steps", 0) + 1 if bad else 0
+        run.stop.deferred = False
+        due = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        if self.validate and ((step + 1) % config.validate_every == 0 or step + 1 == config.steps):
+            self._validate(step)
+            due = True
+        if progress["bad_steps"] >= config.max_bad_steps:
+            progress["bad_steps"] = 0  # who goes on from here gets as many again
+            raise InputError(
+                f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; `python -m grpo.incidents "
+                f"{config.run_dir}/incidents/step-{step:06d}` tells more; lower learning_rate, or try dtype float32"
+            )
+        if due:
+            self._save()
+        run.stop.check()
+
+    def _validate(self, step: int) -> None:
+        right, total = self.validate()
+        self.log.validation(step, right, total)
+        best = self.run.progress.get("best")
+        if best is None or right > best["right"]:
+            self.run.progress["best"] = {"step": step + 1, "right": right, "total": total}
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.run.policy, self.run.optimizer, self.run.progress)
+        self._saved_step = self.run.progress["step"]
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if isinstance(error, _FAULTS) and not self.run.stop.deferred:
+                self._save_last(error)
+            if kind is None or kind is Stopped:
+                self.checkpoints.finish()
+        finally:
+            self.checkpoints.close()
+            self.run.stop.__exit__()
+            self.log.__exit__()
+        if isinstance(error, Stopped):
+            raise Stopped(error.signal, f"stopped; the same command goes on from {self.checkpoints.newest()}") from None
+
+    def _save_last(self, error: BaseException) -> None:
+        try:
+            self.run.optimizer.forget_gradients()
+            if self.run.progress["step"] > self._saved_step:
+                self._save()
+            self.checkpoints.finish()
+        except InputError as also:
+            if str(also) != str(error):
+                print(f"{also}", file=sys.stderr)

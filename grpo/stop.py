@@ -1,0 +1,55 @@
+"""The request to stop: Ctrl-C or SIGTERM, obeyed where nothing is lost by it."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Self
+
+
+class Stopped(BaseException):
+    """A run ends because it was asked to; `signal` is what asked. Not an Exception: nobody handles it by accident."""
+
+    def __init__(self, number: int, message: str = "stopped") -> None:
+        super().__init__(message)
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        """What shells report for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signal
+
+
+class StopRequest:
+    """While it is entered, SIGINT and SIGTERM are taken down, and `check` obeys; a second one stops at once.
+
+    A step changes nothing but gradients until its first update: up to there it may be left at any micro-batch and is
+    done anew on resuming. From then on (`deferred`) it must come to its end first.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.deferred = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        print("\nstopping after this micro-batch, with a checkpoint; once more stops at once", file=sys.stderr)
+        for again, handler in self._before.items():
+            signal.signal(again, handler)
+
+    def check(self) -> None:
+        """Raise Stopped if a stop was asked for and nothing speaks against it."""
+        if self.asked and not self.deferred:
+            raise Stopped(self.asked)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGTERM where there is nothing to save: the program ends in order, not in the middle of a line."""
+    raise Stopped(number)

@@ -1,0 +1,101 @@
+"""Names the known ways in which a run goes wrong, when they start: rules over the last steps' metrics, with a hint.
+
+The thresholds are ours and coarse: a rule that speaks wants a look at the curves and the completions, no more.
+"""
+
+from collections.abc import Callable, Sequence
+
+WINDOW = 10
+"""Steps that a rule averages over, so that one odd batch raises no alarm."""
+
+LONG = 50
+"""Steps after which something that should rise and does not is called flat."""
+
+Rows = Sequence[dict[str, float]]
+
+
+def recent(rows: Rows) -> list[dict[str, float]]:
+    """Of the metrics of all steps those that the rules look at: the first ones and the last ones."""
+    return [*rows[:WINDOW], *rows[WINDOW:][-LONG - WINDOW :]]
+
+
+def alarms(rows: Rows) -> dict[str, str]:
+    """What is wrong at the end of `rows`, the metrics of the steps so far (`recent` ones do): name of the rule -> one line with a hint."""
+    rows = [row for row in rows if row.get("reward") is not None]  # supervised steps and skipped ones have none
+    if len(rows) < WINDOW:
+        return {}
+    return {name: line for name, rule in RULES.items() if (line := rule(rows))}
+
+
+def _mean(rows: Rows, name: str) -> float:
+    """Mean over rows that have the number; 0 if none has."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / max(1, len(values))
+
+
+def _kl_blow_up(rows: Rows) -> str:
+    kl = _mean(rows[-WINDOW:], "kl")
+    if kl < 1.0:
+        return ""
+    return f"the KL to the base is {kl:.2g} nats per token: lower learning_rate or raise beta"
+
+
+def _length_collapse(rows: Rows) -> str:
+    first, last = _mean(rows[:WINDOW], "completion_tokens"), _mean(rows[-WINDOW:], "completion_tokens")
+    if last > first / 4:
+        return ""
+    return (
+        f"completions shrank from {first:.0f} to {last:.0f} tokens: look whether any reasoning is left; raise beta or "
+        "lower learning_rate"
+    )
+
+
+def _cut_off(rows: Rows) -> str:
+    share = _mean(rows[-WINDOW:], "cut_off")
+    if share < 0.5:
+        return ""
+    return f"{share:.0%} of the completions hit the length limit: raise max_new_tokens, or see whether they ramble"
+
+
+def _no_spread(rows: Rows) -> str:
+    share, reward = _mean(rows[-WINDOW:], "groups_without_spread"), _mean(rows[-WINDOW:], "reward")
+    if share < 0.9:
+        return ""
+    return (
+        f"in {share:.0%} of the groups all rewards are equal, so that next to nothing is learned (mean reward "
+        f"{reward:.2g}): if it is high, the questions are learned; if low, raise group_size or temperature"
+    )
+
+
+def _only_the_form(rows: Rows) -> str:
+    if len(rows) < LONG + WINDOW:
+        return ""
+    early, late = rows[-LONG - WINDOW : -LONG], rows[-WINDOW:]
+    form, before, after = (
+        _mean(late, "rewards/format"),
+        _mean(early, "rewards/accuracy"),
+        _mean(late, "rewards/accuracy"),
+    )
+    if form < 0.95 or after > 0.9 or after - before > 0.02:
+        return ""
+    return (
+        f"the form is learned ({form:.0%}), but accuracy has stood at {after:.0%} for {LONG} steps ({before:.0%} before): "
+        "the questions may be too hard for the base, or its answers may not depend on the image"
+    )
+
+
+def _sampler_apart(rows: Rows) -> str:
+    gap = _mean(rows[-WINDOW:], "sampler_gap")
+    if gap < 0.1:
+        return ""
+    return f"sampler and trainer differ by {gap:.2g} nats per token: more than rounding; try dtype float32"
+
+
+RULES: dict[str, Callable[[Rows], str]] = {
+    "KL blow-up": _kl_blow_up,
+    "length collapse": _length_collapse,
+    "cut off": _cut_off,
+    "all groups equal": _no_spread,
+    "only the form": _only_the_form,
+    "sampler apart": _sampler_apart,
+}
