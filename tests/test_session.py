@@ -1,0 +1,328 @@
+"""What surrounds the steps: stopping within one, steps that are not finite, memory that does not suffice, images that
+vanish, validation, and checkpoints that are written while the run goes on."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo.checkpoint
+import train
+from grpo.checkpoint import Checkpoints, damage_of
+from grpo.config import load_config
+from grpo.incidents import main as incidents_program
+from grpo.incidents import replay, write_incident
+from grpo.run import prepare
+from grpo.session import Session
+from model import InputError, load_model
+from rewards import Verdict
+from test_train import rows, run, vowel_score, weights
+from tiny_run import write_run
+
+
+@pytest.fixture(autouse=True)
+def something_to_learn(monkeypatch):
+    monkeypatch.setattr(train, "score", vowel_score)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    return all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+def press(number: int, name: str, call: int, monkeypatch) -> None:
+    """The signal comes at the `call`-th call of train.py's function `name`."""
+    whole, calls = getattr(train, name), []
+
+    def pressing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(train, name, pressing)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "call", "updates", "done"),
+    [
+        (signal.SIGINT, "completion_logprobs", 8, 1, 2),  # in the third step's update, which is left and done anew
+        (signal.SIGTERM, "completion_logprobs", 7, 1, 2),
+        (signal.SIGTERM, "sample_groups", 2, 1, 1),
+        (signal.SIGINT, "completion_logprobs", 11, 2, 2),  # after the second step's first update: it is finished
+    ],
+)
+def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
+    tmp_path, monkeypatch, capsys, number, name, call, updates, done
+):
+    fields = dict(test_questions=[], inner_updates=updates, save_every=100, micro_batch_tokens=1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+        write_run(folder, **fields)
+    assert run(monkeypatch, whole / "config.toml") == 0
+    with monkeypatch.context() as patch:
+        press(number, name, call, patch)
+        assert run(patch, stopped / "config.toml") == 128 + number
+    said = capsys.readouterr().err
+    assert f"goes on from {stopped}/run/checkpoints/step-{done:06d}" in said.splitlines()[-1]
+    assert [path.name for path in (stopped / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert run(monkeypatch, stopped / "config.toml") == 0
+    assert same_weights(whole, stopped)
+    assert [row["step"] for row in rows(stopped / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+    for file in ("metrics.jsonl", "completions.jsonl"):
+        assert [untimed(row) for row in rows(whole / "run" / file)] == [untimed(r) for r in rows(stopped / "run" / file)]
+
+
+def untimed(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith(("seconds", "tokens_per"))}
+
+
+def score_that_fails(*steps: int):
+    """A rule that gives NaN in these steps, for all of a step's 12 completions."""
+    calls = []
+
+    def score(completion, answer, options):
+        calls.append(1)
+        verdicts = vowel_score(completion, answer, options)
+        bad = (len(calls) - 1) // 12 in steps
+        return (Verdict("format", float("nan"), "broken"), *verdicts[1:]) if bad else verdicts
+
+    return score
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_played_again(
+    tmp_path, monkeypatch, capsys
+):
+    config = write_run(tmp_path, test_questions=[], save_every=1, keep_checkpoints=9)
+    monkeypatch.setattr(train, "score", score_that_fails(1, 2))
+    assert run(monkeypatch, config) == 0
+    saved = [load_file(tmp_path / "run" / "checkpoints" / f"step-00000{i}" / "model.safetensors") for i in (1, 3, 4)]
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+    assert any(not torch.equal(value, saved[2][name]) for name, value in saved[0].items())
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["loss"] is None for row in found] == [False, True, True, False]
+    kept = tmp_path / "run" / "incidents"
+    assert [row["kind"] for row in rows(tmp_path / "run" / "incidents.jsonl")] == ["not finite"] * 2
+    assert (kept / "step-000001" / "model").is_dir() and not (kept / "step-000002" / "model").exists()
+    assert "2 of kind 'not finite'" in capsys.readouterr().out
+
+    # Played again from that folder alone: images and base are gone.
+    shutil.rmtree(tmp_path / "questions"), shutil.rmtree(tmp_path / "base")
+    for step in ("step-000001", "step-000002"):
+        assert damage_of(kept / step) == ""
+        lines = replay(kept / step)
+        assert any("advantages_NG holds 12 numbers that are not finite" in line for line in lines)
+        assert sum("gradient not finite" in line for line in lines) == 3
+    monkeypatch.setattr("sys.argv", ["incidents", str(tmp_path)])
+    assert incidents_program() == 2 and "not the record of a step" in capsys.readouterr().err
+
+
+def test_an_incident_played_again_gives_the_loss_and_gradient_that_it_had(tmp_path, monkeypatch):
+    """Of a sound step, written down as if it had not been."""
+    whole = Session.end_step
+    def written(session, step, clock, rollout, stats, judged):
+        held = {name: x for name, x in judged.items() if x is not None}
+        write_incident(session.config, step, load_model(tmp_path / "base"), rollout, held, {})
+        whole(session, step, clock, rollout, stats, judged)
+
+    monkeypatch.setattr(Session, "end_step", written)
+    config = write_run(tmp_path, test_questions=[], steps=1)
+    assert run(monkeypatch, config) == 0
+    lines = replay(tmp_path / "run" / "incidents" / "step-000000")
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines[1:]]
+    assert sum(losses) / 3 == pytest.approx(row["loss"], abs=2e-3)
+    assert len(lines) == 4 and all("gradient finite" in line for line in lines[1:])
+    lowest = load_file(tmp_path / "run" / "incidents" / "step-000000" / "batch.safetensors")["logp_NGT"].min()
+    assert min(float(line.split("log-probability ")[1].split(",")[0]) for line in lines[1:]) == pytest.approx(
+        float(lowest), rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint(
+    tmp_path, monkeypatch, capsys, method
+):
+    config = write_run(tmp_path, test_questions=[], max_bad_steps=2, save_every=100, method=method)
+    monkeypatch.setattr(train, "score", score_that_fails(1, 2, 3))
+    if method == "sft":
+        nan = torch.tensor(float("nan"))
+        monkeypatch.setattr("grpo.sft.accumulate_cross_entropy", lambda *_: (nan, nan))
+    assert run(monkeypatch, config) == 2
+    assert "2 steps in a row were not finite" in capsys.readouterr().err.splitlines()[-1]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == ("step-000003" if method == "grpo" else "step-000002") and damage_of(saved) == ""
+
+
+def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> None:
+    """A GPU that can't hold more than so many groups at once; or that runs out in the backward pass."""
+    whole = train.completion_logprobs
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def limited(model, batch, *rest):
+        logp, entropy = whole(model, batch, *rest)
+        if len(batch.lengths_N) > groups:
+            if not after_backward:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            logp = Failing.apply(logp)
+        return logp, entropy
+
+    monkeypatch.setattr(train, "completion_logprobs", limited)
+    monkeypatch.setattr("grpo.batch.completion_logprobs", limited if not after_backward else whole)
+
+
+@pytest.mark.parametrize("after_backward", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient(
+    tmp_path, monkeypatch, capsys, after_backward, dtype
+):
+    found = []
+    for size, limited in ((1, False), (100_000, True)):
+        (folder := tmp_path / str(size)).mkdir()
+        beta = 0.0 if after_backward else 0.04  # the reference has no backward pass, and would see the larger ones first
+        fields = dict(micro_batch_tokens=size, prompts_per_step=4, dtype=dtype, beta=beta)
+        config = write_run(folder, test_questions=[], **fields)
+        with monkeypatch.context() as patch:
+            if limited:
+                short_of_memory(1, patch, after_backward)
+            assert run(patch, config) == 0
+        found.append(folder)
+    assert same_weights(*found)
+    assert capsys.readouterr().err.count("out of memory with micro_batch_tokens") in (1, 2)
+
+
+def test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, test_questions=[], save_every=1, steps=2)
+    assert run(monkeypatch, config, "--steps", "2") == 0
+    short_of_memory(0, monkeypatch)
+    (other := tmp_path / "other").mkdir()
+    assert run(monkeypatch, write_run(other, test_questions=[])) == 2
+    assert "single group in a micro-batch" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ends = []
+    for folder, stop in ((whole, False), (broken, True)):
+        folder.mkdir()
+        config = write_run(folder, test_questions=[], bad_images="skip", prompts_per_step=2, save_every=1)
+        (folder / "questions" / "0.png").unlink()
+        os.truncate(folder / "questions" / "1.png", 300)
+        with monkeypatch.context() as patch:
+            if stop:
+                press(signal.SIGTERM, "sample_groups", 2, patch)
+            assert run(patch, config) == (143 if stop else 0)
+        if stop:
+            (folder / "questions" / "2.png").write_text("gone bad while it was stopped")
+            shutil.copy(whole / "questions" / "2.png", folder / "questions" / "2.png")
+            assert run(monkeypatch, config) == 0
+        found = rows(folder / "run" / "incidents.jsonl")
+        assert {row["kind"] for row in found} == {"image"}
+        assert sorted(row["says"].split("questions/")[1].split(":")[0] for row in found) == ["0.png", "1.png"]
+        assert [row["step"] for row in rows(folder / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+        ends.append(folder)
+    assert same_weights(*ends)
+    assert "images that can't be read: 1 of training" in capsys.readouterr().out
+
+
+def test_a_step_whose_images_are_all_bad_is_counted_and_passed(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[], bad_images="skip", prompts_per_step=1, steps=8, train_count=8)
+    for i in range(7):
+        os.truncate(tmp_path / "questions" / f"{i}.png", 300)
+    assert run(monkeypatch, config) == 0
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(8)) and sum("reward" in row for row in found) == 1
+    assert run(monkeypatch, write_and_break_all(tmp_path / "all")) == 2
+
+
+def write_and_break_all(folder: Path) -> Path:
+    folder.mkdir()
+    config = write_run(folder, test_questions=[], bad_images="skip")
+    for i in range(8):
+        (folder / "questions" / f"{i}.png").unlink()
+    return config
+
+
+def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_does_not_repeat_it(
+    tmp_path, monkeypatch, capsys
+):
+    answers = iter(["<answer>A</answer>", "<answer>B</answer>", "<answer>A</answer>", "<answer>A</answer>"])
+
+    def greedy(policy, vocabulary, encoder, questions, *, config, label):
+        return [next(answers)] * len(questions) if label == "validation" else [""] * len(questions)
+
+    monkeypatch.setattr(train, "answer_greedily", greedy)
+    config = write_run(tmp_path, validation_fraction=0.25, validate_every=1, keep_checkpoints=1, save_every=100)
+    with monkeypatch.context() as patch:
+        press(signal.SIGINT, "sample_groups", 4, patch)
+        assert run(patch, config) == 130
+    assert run(monkeypatch, config) == 0
+    found = rows(tmp_path / "run" / "validation.jsonl")
+    assert [(row["step"], row["right"], row["total"]) for row in found] == [(0, 0, 2), (1, 2, 2), (2, 0, 2), (3, 0, 2)]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"] == {
+        "step": 2, "right": 2, "total": 2,
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "best 100.0% of 2" in shown and "step-000002" in shown and "2 to validate on" in shown
+
+
+def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monkeypatch, capsys):
+    train_file, test_file = (str(tmp_path / "questions" / f"{name}.json") for name in ("train", "test"))
+    config = write_run(tmp_path, validation_questions=[test_file])
+    assert run(monkeypatch, config) == 2 and "validated on too" in capsys.readouterr().err
+    assert run(monkeypatch, config, "--validation_questions", train_file) == 2
+    assert "trained on too" in capsys.readouterr().err
+    assert run(monkeypatch, config, "--test_questions", "--train_questions", test_file) == 2
+    assert "trained on too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["plenty", "none"])
+def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(tmp_path, monkeypatch, memory):
+    if memory == "none":
+        monkeypatch.setattr(grpo.checkpoint, "available_memory", lambda: 0)
+    config = load_config(write_run(tmp_path, dtype="bfloat16"))
+    made = prepare(config)
+    saving = Checkpoints(config)
+    expected = [parameter.detach().clone() for parameter in made.policy.parameters()]
+    path = saving.save(made.policy, made.optimizer, made.progress | {"step": 1})
+    with torch.no_grad():
+        for tensor in (*made.policy.parameters(), *made.optimizer.masters):
+            tensor.fill_(7.0)
+    made.progress["late"] = True
+    saving.finish()
+    saving.close()
+    assert damage_of(path) == ""
+    made.claim.close()
+    again = prepare(config)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again.policy.parameters()))
+    assert "late" not in again.progress and again.progress["step"] == 1
+
+
+def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
+    config = load_config(write_run(tmp_path))
+    made, saving = prepare(config), Checkpoints(config)
+    before = saving.save(made.policy, made.optimizer, made.progress | {"step": 1})
+    saving.finish()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("grpo.checkpoint.save_file", full)
+    saving.save(made.policy, made.optimizer, made.progress | {"step": 2})
+    with pytest.raises(InputError, match="step-000002: can't save .* No space left on device.* goes on from .*step-000001"):
+        saving.finish()
+    assert damage_of(before) == "" and [path.name for path in before.parent.iterdir()] == ["step-000001"]
