@@ -11,6 +11,9 @@ WINDOW = 10
 LONG = 50
 """Steps after which something that should rise and does not is called flat."""
 
+LEARNED = 0.8
+"""Accuracy above which groups without spread, or no further rise, are how a run ends well."""
+
 Rows = Sequence[dict[str, float]]
 
 
@@ -58,12 +61,12 @@ def _cut_off(rows: Rows) -> str:
 
 
 def _no_spread(rows: Rows) -> str:
-    share, reward = _mean(rows[-WINDOW:], "groups_without_spread"), _mean(rows[-WINDOW:], "reward")
-    if share < 0.9:
+    share, accuracy = _mean(rows[-WINDOW:], "groups_without_spread"), _mean(rows[-WINDOW:], "rewards/accuracy")
+    if share < 0.9 or accuracy > LEARNED:
         return ""
     return (
-        f"in {share:.0%} of the groups all rewards are equal, so that next to nothing is learned (mean reward "
-        f"{reward:.2g}): if it is high, the questions are learned; if low, raise group_size or temperature"
+        f"in {share:.0%} of the groups all rewards are equal (accuracy {accuracy:.0%}), so that next to nothing is learned: "
+        "raise group_size or temperature, or take easier questions"
     )
 
 
@@ -76,7 +79,7 @@ def _only_the_form(rows: Rows) -> str:
         _mean(early, "rewards/accuracy"),
         _mean(late, "rewards/accuracy"),
     )
-    if form < 0.95 or after > 0.9 or after - before > 0.02:
+    if form < 0.95 or after > LEARNED or after - before > 0.02:
         return ""
     return (
         f"the form is learned ({form:.0%}), but accuracy has stood at {after:.0%} for {LONG} steps ({before:.0%} before): "
