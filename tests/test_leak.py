@@ -1,0 +1,43 @@
+"""A long run holds no more memory and no more open files at its end than at its beginning."""
+
+import os
+import sys
+from pathlib import Path
+
+import train
+from grpo.session import Session
+from test_train import vowel_score
+from tiny_run import write_run
+
+STEPS, SETTLED = 500, 150
+"""By SETTLED steps the libraries are loaded, the allocator has its arenas and a checkpoint was saved."""
+
+
+def held() -> tuple[float, int]:
+    """Resident memory in MB, and open files."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6, len(os.listdir("/proc/self/fd"))
+
+
+def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
+    whole, seen = Session.end_step, {}
+
+    def watched(session, step, *args, **kwargs):
+        whole(session, step, *args, **kwargs)
+        if step >= SETTLED:
+            seen[step] = held()
+
+    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr(Session, "end_step", watched)
+    config = write_run(
+        tmp_path, steps=STEPS, prompts_per_step=1, group_size=2, max_new_tokens=6, save_every=50, test_questions=[],
+        validation_fraction=0.3, validate_every=100,
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    assert train.main() == 0
+    quarter = (STEPS - SETTLED) // 4
+    memory, files = ([x[i] for x in seen.values()] for i in (0, 1))
+    first, last = sorted(memory[:quarter])[quarter // 2], sorted(memory[-quarter:])[quarter // 2]
+    print(f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}; at most {max(files)} files open")
+    assert last - first < 4  # MB; a leak of one completion's text a step would be less, of one tensor of weights 40 times as much
+    assert max(files) - min(files) <= 3  # those of the checkpoint that is being saved
