@@ -3,7 +3,7 @@
     python -m benchmarks.soak --kills 20 [--seed 0] [--folder DIR]
 
 SIGKILL, some of them in the middle of saving a checkpoint. Compared at the end, byte for byte: the model, the last
-checkpoint's tensors, the completions, and the metrics without their times. Exit code 0 if all are equal.
+checkpoint's tensors, completions, validations and incidents, and the metrics without their times. Exit code 0 if all are equal.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "tokens_per_second")
 SHORT = {
     "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 24, "train_count": 20, "save_every": 2, "beta": 0.04,
-    "learning_rate": 1e-4,
+    "learning_rate": 1e-4, "validation_count": 4, "validate_every": 5,
 }  # fmt: skip
 """A miniature of the miniature: a step takes a tenth of a second."""
 
@@ -63,7 +63,8 @@ def _rows(run_dir: Path) -> int:
 def outcome(run_dir: Path) -> dict[str, object]:
     """What must not depend on kills: files by their bytes, metrics without times."""
     last = max((run_dir / "checkpoints").glob("step-??????"))
-    files = [run_dir / "completions.jsonl", *(run_dir / "model").iterdir(), *last.glob("*.safetensors")]
+    files = [run_dir / name for name in ("completions.jsonl", "validation.jsonl", "incidents.jsonl")]
+    files += [*(run_dir / "model").iterdir(), *last.glob("*.safetensors")]
     found: dict[str, object] = {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
     found["metrics.jsonl"] = [

@@ -110,7 +110,7 @@ class RunLog:
         self.validations.write(_json_line(step, {"right": right, "total": total, "accuracy": right / total}))
         self.validations.flush()
         self.board.add_scalar("validation/accuracy", right / total, step)
-        self.bar.write(f"step {step}: validation accuracy {right / total:.1%} of {total}")
+        self.bar.write(f"after {step + 1} steps: validation accuracy {right / total:.1%} of {total}")
 
     def sample(self, step: int, that: StepRecord) -> None:
         """One group for the eye: its image, its question and all of its completions with their rewards."""
