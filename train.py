@@ -51,8 +51,7 @@ def train(session: Session, run: Run, config: Config) -> None:
         session.log.step(step, that, clock)
         if step % config.log_samples_every == 0:
             session.log.sample(step, that)
-        judged = {name: getattr(that, name) for name in ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")}
-        session.end_step(step, clock, that.rollout, that.stats, judged)
+        session.end_step(step, clock, that.rollout, that.stats, that.judged)
 
 
 def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock: Stopwatch) -> StepRecord:

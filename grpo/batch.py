@@ -137,6 +137,12 @@ class StepRecord:
     ref_NGT: Tensor | None
     stats: dict[str, Any]
 
+    @property
+    def judged(self) -> dict[str, Tensor]:
+        """What the loss took beside the completions themselves, by name."""
+        tensors = {name: getattr(self, name) for name in ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
 
 def written_rollout(
     vocabulary: Vocabulary, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], device: str | torch.device

@@ -69,7 +69,7 @@ class Session:
         clock: Stopwatch,
         rollout: Rollout | None = None,
         stats: dict[str, Tensor] | None = None,
-        judged: dict[str, Tensor | None] | None = None,
+        judged: dict[str, Tensor] | None = None,
     ) -> None:
         """Close a step: count it, write down one that was not finite, validate and save where that is due, or stop.
 
@@ -85,8 +85,7 @@ class Session:
         numbers = {name: float(x) for name, x in (stats or {}).items()}
         bad = not all(math.isfinite(numbers.get(name, 0.0)) for name in ("loss", "grad_norm"))
         if rollout is not None and bad:
-            held = {name: x for name, x in (judged or {}).items() if x is not None}
-            folder = write_incident(config, step, run.policy, rollout, held, numbers)
+            folder = write_incident(config, step, run.policy, rollout, judged or {}, numbers)
             self.log.incident(
                 step, "not finite", f"loss or gradient is not finite, no update; all of it is in {folder}"
             )

@@ -126,8 +126,7 @@ def test_an_incident_played_again_gives_the_loss_and_gradient_that_it_had(tmp_pa
     """Of a sound step, written down as if it had not been."""
     whole = Session.end_step
     def written(session, step, clock, rollout, stats, judged):
-        held = {name: x for name, x in judged.items() if x is not None}
-        write_incident(session.config, step, load_model(tmp_path / "base"), rollout, held, {})
+        write_incident(session.config, step, load_model(tmp_path / "base"), rollout, judged, {})
         whole(session, step, clock, rollout, stats, judged)
 
     monkeypatch.setattr(Session, "end_step", written)
