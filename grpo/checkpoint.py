@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model import InputError, Qwen2VL, load_model, save_model
-from model.weights import published_tensors
+from model.weights import published_tensors, write_tensors
 
 from .config import Config, config_toml
 from .optimizer import MasterAdamW
@@ -191,10 +191,10 @@ class Checkpoints:
             for leftover in self.folder.glob("*.partial"):
                 shutil.rmtree(leftover)
             save_model(model, partial, weights)
-            save_file(state, partial / "optimizer.safetensors")
+            write_tensors(state, partial / "optimizer.safetensors")
             (partial / "progress.json").write_text(progress, encoding="utf-8")
             commit(partial, final)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
                 f"{final}: can't save the checkpoint ({error}); make room or mend the disk, and the same command goes on "

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data import Prompt, Question, load_vocabulary
 from model import InputError, Qwen2VL, load_model, save_model
+from model.weights import write_tensors
 
 from .batch import Rollout, completion_logprobs
 from .checkpoint import commit
@@ -56,7 +57,7 @@ def write_incident(
     tensors = {"tokens_NGT": rollout.tokens_NGT, "mask_NGT": rollout.mask_NGT, "logp_NGT": rollout.logp_NGT, **judged}
     for n, prompt in enumerate(rollout.prompts):
         tensors |= {f"prompt.{n}.{name}": getattr(prompt, name) for name in _OF_PROMPT}
-    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / "batch.safetensors")
+    write_tensors({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / "batch.safetensors")
     told = {
         "step": step,
         "model": model,

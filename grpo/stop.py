@@ -1,7 +1,7 @@
 """The request to stop: Ctrl-C or SIGTERM, obeyed where nothing is lost by it."""
 
+import os
 import signal
-import sys
 from types import FrameType
 from typing import Self
 
@@ -36,7 +36,8 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
-        print("\nstopping after this micro-batch, with a checkpoint; once more stops at once", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one, and streams can't be entered twice.
+        os.write(2, b"\nstopping after this micro-batch, with a checkpoint; once more stops at once\n")
         for again, handler in self._before.items():
             signal.signal(again, handler)
 

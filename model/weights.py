@@ -197,7 +197,7 @@ def save_model(model: Qwen2VL, folder: str | Path, weights: dict[str, Tensor] | 
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {n: weights[n] if weights else _published_tensor(parameters, slot) for n, slot in names.items()}
-        save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
+        write_tensors(tensors, folder / f"{file}.partial")
         os.replace(folder / f"{file}.partial", folder / file)
         weight_map.update(dict.fromkeys(names, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -216,6 +216,14 @@ def save_model(model: Qwen2VL, folder: str | Path, weights: dict[str, Tensor] | 
         if section and "dtype" in section:
             section["dtype"] = dtype
     _write_json(folder / "config.json", raw)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file. OSError if it can't be written, of whichever library."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: can't be written ({error})") from None
 
 
 def _shards(layout: dict[str, Slot], element_size: int) -> list[dict[str, Slot]]:

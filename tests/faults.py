@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import struct
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -251,6 +250,8 @@ FAULTS = (
           leaves=STEP_2),
     Fault("a disk that is full when a step is recorded", "the last checkpoint", during=limited_files(2_000), leaves=STEP_2),
     Fault("the checkpoints' folder gone in the middle of the run", "can't save the checkpoint", during=moved_away, leaves=ELSEWHERE),
+    Fault("a file where the finished model should go", "File exists",
+          lambda f: (f / "run" / "model").write_text("in the way"), leaves=SAVED),
     # signals, numbers, memory, time
     Fault("Ctrl-C", "stopped; the same command goes on from", during=press(signal.SIGINT), code=130, leaves=STEP_2),
     Fault("SIGTERM", "stopped; the same command goes on from", during=press(signal.SIGTERM), code=143, leaves=STEP_2),

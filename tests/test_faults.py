@@ -88,7 +88,7 @@ def check_what_is_left(fault: Fault, folder: Path, before: dict[str, bytes]) -> 
     kept = folder / ("elsewhere" if fault.leaves == ELSEWHERE else "run/checkpoints")
     newest = max(path for path in kept.glob("step-*") if not path.suffix)
     assert damage_of(newest) == "" and not list(kept.glob("*.partial"))
-    steps = {FINISHED: (6,), SAVED: (3, 4, 5), STEP_2: (2,), ELSEWHERE: (2,)}[fault.leaves]
+    steps = {FINISHED: (6,), SAVED: (3, 4, 5, 6), STEP_2: (2,), ELSEWHERE: (2,)}[fault.leaves]
     assert int(newest.name.removeprefix("step-")) in steps
     assert fault.leaves != FINISHED or (folder / "run" / "model" / "model.safetensors").is_file()
 

@@ -320,7 +320,7 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(t
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo.checkpoint.save_file", full)
+    monkeypatch.setattr("grpo.checkpoint.write_tensors", full)
     saving.save(made.policy, made.optimizer, made.progress | {"step": 2})
     with pytest.raises(InputError, match="step-000002: can't save .* No space left on device.* goes on from .*step-000001"):
         saving.finish()
