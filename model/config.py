@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import InputError
 
+MODEL_ADVICE = "a model is a folder with config.json (hf download NAME --local-dir FOLDER makes one from the hub)"
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -101,8 +103,7 @@ def read_config(folder: str | Path) -> Qwen2VLConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = "a model is a folder on disk (from the Hub: hf download NAME --local-dir FOLDER)"
-        raise InputError(f"{path}: no such file; {remedy}") from None
+        raise InputError(f"{path}: no such file; {MODEL_ADVICE}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_vl":
