@@ -1,14 +1,14 @@
 """Where a model's checkpoint lies: a folder on disk, or a Hugging Face hub id, fetched once and then left in peace.
 
-Departure from `huggingface_hub.snapshot_download`: files are fetched one after another on the calling thread. Its pool
-of threads is joined on Ctrl-C, which then takes as long as the gigabytes under way, and its first request to the hub has
-no timeout.
+Departures from `huggingface_hub.snapshot_download`: files are fetched one after another on the calling thread, as its
+threads are joined on Ctrl-C, which then takes as long as the gigabytes under way. And the hub is asked for every file
+with a short timeout and once only; the library's own requests wait for ever, or try again for six minutes.
 """
 
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -33,7 +33,7 @@ SECONDS = 10
 
 
 def model_folder(name: str, weights: bool = True) -> Path:
-    """The checkpoint folder that `name` means: a folder on disk as it is, or else a hub id, fetched into the hub's cache.
+    """The checkpoint folder that `name` means: a folder on disk as it is, or else a hub id, fetched into its cache.
 
     Only safetensors, JSON and tokenizer files are fetched; with `weights` False all but the safetensors. What is
     complete in the cache is used without asking the network, so that a resumed run gets the weights that it began with.
@@ -93,15 +93,21 @@ def _download(name: str, weights: bool) -> Path:
         info = HfApi().model_info(name, timeout=SECONDS)
         files = fetch_order([file.rfilename for file in info.siblings or []], weights)
         # By branch, not by commit: then the cache notes which commit the branch is, and the next call finds it.
-        folder = Path(hf_hub_download(name, "config.json", etag_timeout=SECONDS)).parent
+        folder = _fetch(name, "config.json", "main").parent
         for file in files:
-            hf_hub_download(name, file, revision=folder.name, etag_timeout=SECONDS)
+            if not (folder / file).is_file():
+                _fetch(name, file, folder.name)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: hf_xet, which moves large files
         raise InputError(f"{name}: {_why(name, error)}") from None
     if not is_complete(folder, weights):
         needed = "a tokenizer and safetensors" if weights else "a tokenizer"
         raise InputError(f"{name}: not a whole model on the hub, {needed} must be there; found {', '.join(files)}")
     return folder
+
+
+def _fetch(name: str, file: str, revision: str) -> Path:
+    HfApi().get_hf_file_metadata(url=hf_hub_url(name, file, revision=revision), timeout=SECONDS)
+    return Path(hf_hub_download(name, file, revision=revision, etag_timeout=SECONDS))
 
 
 def _why(name: str, error: BaseException) -> str:

@@ -1,0 +1,248 @@
+"""A model by its hub id: against a real server on this machine that speaks as much of the hub's API as is asked for."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from grpo.hub import fetch_order, is_complete, model_folder
+from model import InputError, load_model, save_model
+from model.weights import INDEX
+from tiny import tiny_tokenizer
+from tiny_hub import COMMITS, NAME, Hub
+from tiny_run import tiny_model
+
+EVIL = ("pytorch_model.bin", "modeling_evil.py", "older/model.safetensors")
+"""What stands beside the checkpoint and must not be fetched."""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in two shards, and what must not be fetched with it."""
+    folder = tmp_path_factory.mktemp("hub") / "repository"
+    save_model(tiny_model(), folder)
+    tiny_tokenizer().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "older").mkdir()
+    for file in EVIL:
+        (folder / file).write_bytes(b"import os; os.abort()\n")
+    return folder
+
+
+@pytest.fixture
+def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The server, and this process's hub library pointed at it with an empty cache, from an empty current folder."""
+    server = Hub(repository)
+    point_at(server.url, tmp_path / "cache", monkeypatch)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def refused(name: str = NAME, weights: bool = True) -> str:
+    with pytest.raises(InputError) as caught:
+        model_folder(name, weights)
+    message = str(caught.value)
+    assert "\n" not in message and "\\n" not in message and name in message
+    return message
+
+
+def test_a_hub_id_is_fetched_whole_and_loads_and_nothing_that_could_run_comes_with_it(
+    hub: Hub, repository: Path
+) -> None:
+    folder = model_folder(NAME)
+    data = {file.name for file in repository.iterdir() if file.is_file()} - set(EVIL)
+    assert {file.name for file in folder.rglob("*")} == data == set(hub.fetched())
+    assert folder.name == COMMITS[0]
+    for mine, theirs in zip(load_model(folder).parameters(), load_model(repository).parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_is_complete_asks_the_hub_nothing_though_it_has_newer_weights(hub: Hub) -> None:
+    folder = model_folder(NAME)
+    hub.asked.clear()
+    hub.commit = COMMITS[1]
+    assert model_folder(NAME) == model_folder(NAME, weights=False) == folder
+    assert hub.asked == []
+
+
+def test_without_weights_no_weights_are_fetched_and_later_only_they_are(hub: Hub) -> None:
+    folder = model_folder(NAME, weights=False)
+    small = hub.fetched()
+    assert "config.json" in small and "tokenizer.json" in small
+    assert not any(file.endswith(".safetensors") for file in small)
+    hub.asked.clear()
+    assert model_folder(NAME, weights=False) == folder and hub.asked == []
+    assert model_folder(NAME) == folder
+    assert hub.fetched() == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "b.safetensors"])
+def test_an_interrupted_download_is_completed_and_not_taken_for_whole(hub: Hub, missing: str) -> None:
+    hub.refuse = lambda path: (503, {}) if path.endswith(missing) else None
+    assert "503" in refused()
+    hub.refuse, before = lambda path: None, set(hub.fetched())
+    hub.asked.clear()
+    folder = model_folder(NAME)
+    assert missing in hub.fetched() and is_complete(folder, weights=True)
+    assert not before & set(hub.fetched()) - {missing}
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("tokenizer", [["tokenizer.json"], ["merges.txt", "vocab.json"]])
+def test_at_whatever_file_a_download_breaks_off_the_folder_is_not_taken_for_whole(
+    repository: Path, tmp_path: Path, weights: bool, tokenizer: list[str]
+) -> None:
+    files = [file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file()]
+    order = fetch_order([*set(files) - {"tokenizer.json"}, "generation_config.json", *tokenizer], weights)
+    assert {"generation_config.json", *tokenizer} <= set(order) and not set(EVIL) & set(order)
+    for file in order:
+        assert not is_complete(tmp_path, weights)
+        (tmp_path / file).write_bytes((repository / file).read_bytes() if (repository / file).is_file() else b"{}")
+    assert is_complete(tmp_path, weights)
+
+
+def unreachable() -> str:
+    """An address at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+ANSWERS = {
+    "absent, asked without a login": (401, {"X-Error-Code": "RepoNotFound"}, "no such public model"),
+    "absent, asked with a login": (404, {"X-Error-Code": "RepoNotFound"}, "no such public model"),
+    "not a hub at all": (404, {}, "no such public model"),
+    "gated, asked without a login": (401, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
+    "gated, asked with a login": (403, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
+    "forbidden": (403, {}, "accept the terms"),
+    "down": (503, {}, "the hub answers 503"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+@pytest.mark.parametrize("at", ["/api/models/", "config.json"])
+def test_a_refusal_by_the_hub_is_one_line_that_says_which(hub: Hub, case: str, at: str) -> None:
+    status, headers, said = ANSWERS[case]
+    hub.refuse = lambda path: (status, headers) if at in path else None
+    assert said in refused()
+
+
+def test_a_hub_out_of_reach_is_one_line_at_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at(unreachable(), tmp_path / "cache", monkeypatch)
+    start = time.monotonic()
+    assert "can't be reached" in (message := refused()) and f"hf download {NAME}" in message
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("at", ["/api/models/", "config.json", "b.safetensors"])
+def test_a_hub_that_does_not_answer_is_given_up(hub: Hub, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.hub.SECONDS", 0.5)
+    hub.refuse = lambda path: time.sleep(60) if at in path else None
+    start = time.monotonic()
+    assert "can't be reached" in refused()
+    assert time.monotonic() - start < 5
+
+
+def test_offline_mode_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused() and hub.asked == []
+
+
+def test_a_page_in_place_of_the_hub_is_one_line(hub: Hub) -> None:
+    hub.refuse = lambda path: (200, {"Content-Type": "text/html"})
+    assert "broke off" in refused()
+
+
+@pytest.mark.parametrize("removed", ["config.json", "tokenizer.json", "b.safetensors", INDEX])
+def test_a_repository_that_is_no_whole_model_is_said_to_be_none(
+    hub: Hub, repository: Path, tmp_path: Path, removed: str
+) -> None:
+    hub.folder = tmp_path / "partial"
+    hub.folder.mkdir()
+    for file in repository.iterdir():
+        if file.is_file() and file.name != removed:
+            (hub.folder / file.name).write_bytes(file.read_bytes())
+    assert "config.json" in (message := refused()) and "the hub" in message
+
+
+def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: Hub) -> None:
+    Path(NAME).mkdir(parents=True)
+    assert model_folder(NAME) == Path(NAME)
+    assert hub.asked == []
+
+
+def test_a_mistyped_folder_does_not_go_to_the_network(hub: Hub) -> None:
+    Path("models").mkdir()
+    assert "models/ is a folder here" in refused("models/Qwen2-VL")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-model", "/no/such", "./no", "../no/such", "a/b/c", "a--b/c", "a/b.git", "a b/c"]
+)
+def test_what_is_neither_a_folder_nor_a_hub_id_is_said_to_be_neither(hub: Hub, name: str) -> None:
+    assert "nor a hub id" in refused(name)
+    assert hub.asked == []
+
+
+FETCH = f"import sys; from grpo.hub import model_folder; print(model_folder({NAME!r}))"
+SMALL_FILES = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); {FETCH}"
+
+
+def fetch_elsewhere(hub: Hub, tmp_path: Path, program: str) -> subprocess.Popen[str]:
+    """A process of its own, that knows of the hub and the cache by the environment only."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": root}
+    for variable in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(variable, None)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_full_disk_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    _, errors = fetch_elsewhere(hub, tmp_path, SMALL_FILES).communicate(timeout=60)
+    last = errors.strip().split("\n")[-1]
+    assert NAME in last and "can't be stored" in last and "HF_HOME" in last
+
+
+def test_ctrl_c_ends_a_download_at_once_and_the_next_call_completes_it(hub: Hub, tmp_path: Path) -> None:
+    hub.seconds = 60
+    process = fetch_elsewhere(hub, tmp_path, FETCH)
+    while not any(path.endswith(".safetensors") and method == "GET" for method, path in hub.asked):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in errors
+    hub.seconds = 0
+    output, _ = fetch_elsewhere(hub, tmp_path, FETCH).communicate(timeout=60)
+    assert is_complete(Path(output.strip().split("\n")[-1]), weights=True)
