@@ -28,6 +28,7 @@ from evaluation.results import cases, measure
 from evaluation.table import results_table
 from grpo.command_line import config_of, config_parser
 from grpo.config import Config
+from grpo.hub import model_folder
 from grpo.run import load_questions, prompt_encoder, use_device
 from model import InputError, read_config
 
@@ -38,8 +39,9 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
     train, _, questions = load_questions(config)
     if not questions:
         raise InputError("there are no test questions: name question files by test_questions or --questions")
-    shape = read_config(config.model)
-    encoder = prompt_encoder(load_vocabulary(config.model, shape), shape, config)
+    base = model_folder(config.model, weights=False)
+    shape = read_config(base)
+    encoder = prompt_encoder(load_vocabulary(base, shape), shape, config)
     questions, skipped = encoder.select(questions)
     if skipped:
         print(f"{skipped} questions left out as longer than {config.max_prompt_tokens} tokens")

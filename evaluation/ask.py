@@ -10,6 +10,7 @@ from torch import Tensor
 from data import Question, Vocabulary, load_vocabulary, option_letter
 from grpo.command_line import config_of
 from grpo.config import Config
+from grpo.hub import model_folder
 from grpo.run import prompt_encoder, use_device
 from grpo.sampler import sample_groups
 from model import InputError, load_model, printable
@@ -28,12 +29,12 @@ def ask(given: dict[str, Any]) -> None:
     question = asked_question(given["ask"], given["image"], given["options"] or [])
     if given["config"] is not None:
         config = config_of(given)
-        folder = Path(given.get("model") or Path(config.run_dir) / "model")
+        folder = model_folder(given.get("model") or str(Path(config.run_dir) / "model"))
     elif "model" in given:
         limits = ("model", "device", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
         fields = {name: given[name] for name in limits if name in given}
         config = Config(**fields, train_questions="none", run_dir="none")
-        folder = Path(config.model)
+        folder = model_folder(config.model)
     else:
         raise InputError("--ask needs a model: give --model FOLDER, or the --config of a finished run")
     use_device(config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import Config, load_config
+from grpo.hub import model_folder
 from model import InputError
 
 TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count", "test_fraction",
@@ -14,7 +15,7 @@ TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "tra
                  "min_pixels", "max_pixels", "max_prompt_tokens", "too_long")  # fmt: skip
 """Fields in which the compared runs must agree: same base, same questions (the seed draws them), same pixels."""
 PATHS = ("model", "train_questions", "image_dir")
-REMEDY = {"base": "correct `model`", "grpo": "train it with `make train`", "sft": "train it with `make sft`"}
+REMEDY = {"grpo": "train it with `make train`", "sft": "train it with `make sft`"}
 
 
 def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
@@ -36,6 +37,8 @@ def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
         if name in folders:
             raise InputError(f"--models: {name!r} is given twice; give each model a name of its own")
         folders[name] = Path(folder) if equals else known[name]
+        if not equals and name == "base":
+            folders[name] = model_folder(config.model)
         if not folders[name].is_dir():
             advice = "correct the folder" if equals else f"{REMEDY[name]}, or leave it out of --models"
             raise InputError(f"{name}: there is no model in {folders[name]}; {advice}")

@@ -250,10 +250,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint_model(config: Config, checkpoint: Path) -> Qwen2VL:
+def load_checkpoint_model(config: Config, checkpoint: Path, base: Path) -> Qwen2VL:
     """The policy as it was saved; its tokenizer files go on coming from the base model's folder."""
     model = load_model(checkpoint, config.device, config.dtype)
-    model.source = Path(config.model)
+    model.source = base
     return model
 
 

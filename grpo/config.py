@@ -20,7 +20,7 @@ class Config:
     """Everything that decides what a run does. Paths are relative to the folder that the command is started in."""
 
     model: str
-    """folder of the base model in Hugging Face layout (Qwen2-VL)"""
+    """the base model (Qwen2-VL): a folder in Hugging Face layout, or a hub id such as Qwen/Qwen2-VL-2B-Instruct"""
     train_questions: str
     """question file to train on (JSON or JSON lines; see data/readers.py for the dialects)"""
     run_dir: str

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from model import InputError, Qwen2VL, Qwen2VLConfig, keep_freed_memory, load_mo
 from .batch import MicroBatch, Rollout
 from .checkpoint import claim_run_dir, find_checkpoint, load_checkpoint_model, load_progress
 from .config import Config
+from .hub import model_folder
 from .optimizer import MasterAdamW
 from .stop import StopRequest
 
@@ -93,10 +95,11 @@ def prepare(config: Config) -> Run:
     keep_freed_memory()
     use_device(config)
     train_questions, validation_questions, test_questions = load_questions(config)
+    refuse_overlap(train_questions, validation_questions, test_questions)
     checkpoint = find_checkpoint(config)
-    folder = config.model
+    folder = model_folder(config.model)
     load_base = partial(load_model, folder, config.device, config.dtype)
-    policy = load_checkpoint_model(config, checkpoint) if checkpoint else load_base()
+    policy = load_checkpoint_model(config, checkpoint, folder) if checkpoint else load_base()
     reference = load_base().requires_grad_(False) if config.beta and config.method == "grpo" else None
     policy.recompute = config.activation_checkpointing
     if config.freeze_vision:
@@ -113,6 +116,12 @@ def prepare(config: Config) -> Run:
     test_questions, skipped_tests = encoder.select(test_questions)
     optimizer = MasterAdamW(policy, config)
     progress = load_progress(checkpoint, optimizer) if checkpoint else {"step": 0, "seconds": 0.0, "tokens": 0}
+    base = folder.name if folder != Path(config.model) else ""  # of a hub id: the commit
+    if progress.setdefault("base", base) != base:
+        raise InputError(
+            f"{config.run_dir}: begun from another commit of {config.model} ({progress['base']}, not {base}); fetch that "
+            f"one with hf download {config.model} --revision {progress['base']}"
+        )
     if len(progress.get("answers_before", test_questions)) != len(test_questions):
         raise InputError(
             f"{config.run_dir}: begun with other test questions; restore the files or choose another --run_dir"
@@ -169,7 +178,7 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question], list
     Those of validation and test are ordered by modality; what is held out for validation is of `train_modality`.
 
     Raises:
-        InputError: a file is wrong, there are too few questions, or two of the three share an image.
+        InputError: a file is wrong, or there are too few questions.
     """
     folder, modality = config.image_dir or None, config.train_modality or None
     trained = read_questions(config.train_questions, folder, check_images=config.bad_images == "error")
@@ -184,9 +193,6 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question], list
     chosen = choose_questions(trained, modality, config.train_count or None, config.seed)
     validated = _of_each_modality(validated, config.validation_count, config.seed)
     tested = _of_each_modality(tested, config.test_count, config.seed)
-    refuse_overlap(chosen, tested, "trained on")
-    refuse_overlap(chosen, validated, "trained on")
-    refuse_overlap(validated, tested, "validated on")
     return chosen, validated, tested
 
 
@@ -195,11 +201,14 @@ def _of_each_modality(questions: list[Question], count: int, seed: int) -> list[
     return [one for modality in modalities for one in choose_questions(questions, modality, count or None, seed)]
 
 
-def refuse_overlap(known: list[Question], asked: list[Question], use: str) -> None:
-    """InputError if an image of the questions `asked` is used in the `known` ones too."""
-    images = {image for question in known for image in question.images}
-    for question in asked:
-        for image in images.intersection(question.images):
-            raise InputError(
-                f"{question.source}: its image {image} is {use} too, and the result would be worth nothing; leave one out"
-            )
+def refuse_overlap(trained: list[Question], validated: list[Question], tested: list[Question]) -> None:
+    """InputError if two of the three share an image."""
+    for known, asked, use in (
+        (trained, tested, "trained on"), (trained, validated, "trained on"), (validated, tested, "validated on"),
+    ):  # fmt: skip
+        images = {image for question in known for image in question.images}
+        for question in asked:
+            for image in images.intersection(question.images):
+                raise InputError(
+                    f"{question.source}: its image {image} is {use} too; such a test would be worth nothing, leave one out"
+                )
