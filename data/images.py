@@ -2,11 +2,14 @@
 
 Equal to the Pillow image processor of transformers (`Qwen2VLImageProcessorPil`): the same sizes, bicubic resampling,
 normalisation and order of patches. Departures, all in `load_image`: the EXIF rotation is applied; an image of more
-than 8 bits is scaled to 8 bits where Pillow would clip it; a file beyond Pillow's limit of pixels is refused.
+than 8 bits is scaled to 8 bits where Pillow would clip it; a file beyond Pillow's limit of pixels is refused, and so is
+every format but the usual ones, because for some Pillow runs another program (EPS) and others nobody has tested.
 """
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from model.errors import InputError
+from model.files import check_file
 
 PATCH_SIZE = 14  # pixels along a side of a patch
 MERGE_SIZE = 2  # patches along a side of what becomes one token
@@ -22,6 +26,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in 
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our error says it
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")  # told apart by contents; MPO goes as JPEG
 _BIT_DEPTHS = (8, 10, 12, 14, 16)  # those of DICOM's "bits stored"
 
 
@@ -34,30 +39,38 @@ def load_image(path: Path | str) -> Image.Image:
     own minimum and maximum become 0 and 255.
 
     Raises:
-        InputError: the file is missing, is no image, is truncated, has too many pixels or holds NaN or infinity.
+        InputError: the file is missing, is no image of a usual format, is truncated, has too many pixels or holds NaN
+            or infinity.
     """
-    image = _opened(path, decode=True)
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_deep(image, path).convert("RGB")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    with _opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            return _from_deep(image, path).convert("RGB")
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """(width, height) as the file's header has it, before any EXIF rotation; decodes no pixel. Raises InputError."""
-    return _opened(path, decode=False).size
+    with _opened(path) as image:
+        return image.size
 
 
-def _opened(path: Path | str, decode: bool) -> Image.Image:
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """The image, not decoded yet. Whatever is raised while it is used becomes an InputError that names the file."""
     try:
-        with Image.open(path) as image:
+        check_file(path)
+        with Image.open(path, formats=_FORMATS) as image:
             # Pillow refuses twice that limit by itself. Warnings made into errors would be no help: several threads
             # load images, and the filters of warnings are common to all.
             if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
-            return ImageOps.exif_transpose(image) if decode else image
+            yield image
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where the user's filters say so

@@ -8,23 +8,33 @@
    `modality`, `question_type`. The published splits name no modality in the row: their files are called after it
    ("X-Ray_test.json"), and where the name says nothing known, the modality is "unknown".
 
-Each is a JSON list of objects, or JSON lines. Every error is one InputError that names the file, the row (counted from
-1; in JSON lines the line), the field and the remedy.
+Each is a JSON list of objects, or JSON lines. A row has at most `LONGEST_ROW` characters, and rows are parsed one at a
+time, so that a hostile file does not fill the memory. Every error is one InputError that names the file, the row
+(counted from 1; in JSON lines the line), the field and the remedy.
 """
 
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
+from model.files import read_bytes
 
 from .question import MODALITIES, UNKNOWN_MODALITY, Question, canonical_modality, option_letter
 from .rows import Row
 
 LETTERS = tuple(option_letter(index) for index in range(10))  # as many as the rewards know
+LONGEST_ROW = 1_000_000  # characters
 _REMEDY = "give a JSON list of questions, or JSON lines"
+_USUAL_ROW = 10_000  # characters that are looked at first
+_BREAK = r"[,\n]\s{0,40}"  # before an option; unbounded, a run of line ends would take quadratic time
+_BLANK = re.compile(r"\s*")
+_LINE = re.compile(r"^[^\S\n]*+(\S[^\n]*)", re.MULTILINE)  # of more than white space; never tried twice at one place
 
 
 def read_questions(file: Path | str, image_dir: Path | str | None = None, check_images: bool = True) -> list[Question]:
@@ -40,36 +50,76 @@ def read_questions(file: Path | str, image_dir: Path | str | None = None, check_
         InputError: see the module's docstring.
     """
     file = Path(file)
-    image_root = (file.parent if image_dir is None else Path(image_dir)).resolve()
-    return [_question(Row(fields, file, place, image_root, check_images)) for place, fields in _objects(file)]
+    objects = _objects(file)
+    image_root = Path(os.path.realpath(file.parent if image_dir is None else image_dir))
+    return [_question(Row(fields, file, place, image_root, check_images)) for place, fields in objects]
 
 
 def _objects(file: Path) -> Iterator[tuple[str, Any]]:
-    """("row 1", object), ... of a list, or ("line 1", object), ... of JSON lines."""
+    """("row 1", object), ... of a list, or ("line 1", object), ... of JSON lines, each parsed when its turn comes."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_bytes(file).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{file}: can't read the question file ({error.strerror}): correct the path") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}): save the question file as UTF-8") from None
-    if not text.strip():
+    start = _blank_end(text, 0)
+    if start == len(text):
         raise InputError(f"{file}: the question file is empty: {_REMEDY}")
-    if text.lstrip().startswith("["):
-        rows = _parsed(text, str(file))
-        if not rows:
-            raise InputError(f"{file}: the list of questions is empty: give at least one")
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _parsed(line, f"{file} line {number}")
+    return _rows(text, start + 1, file) if text[start] == "[" else _lines(text, file)
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}): {_REMEDY}") from None
+def _rows(text: str, at: int, file: Path) -> Iterator[tuple[str, Any]]:
+    """The values of the list whose bracket opens before `at`."""
+    at = _blank_end(text, at)
+    if text[at : at + 1] == "]":
+        raise InputError(f"{file}: the list of questions is empty: give at least one")
+    for number in count(1):
+        row, at = _value(text, at, len(text), f"{file} row {number}")
+        yield f"row {number}", row
+        at = _blank_end(text, at)
+        separator, at = text[at : at + 1], _blank_end(text, at + 1)
+        if separator != ",":
+            break
+    if separator != "]" or at < len(text):
+        raise InputError(f"{file}: not JSON (row {number} is not followed by a comma, or by ] and nothing): {_REMEDY}")
+
+
+def _lines(text: str, file: Path) -> Iterator[tuple[str, Any]]:
+    number, counted = 1, 0
+    for match in _LINE.finditer(text):
+        number, counted = number + text.count("\n", counted, match.start()), match.start()
+        row, at = _value(text, match.start(1), match.end(), f"{file} line {number}")
+        if _blank_end(text, at) < match.end():
+            raise InputError(f"{file} line {number}: not JSON (something follows the object): {_REMEDY}")
+        yield f"line {number}", row
+
+
+def _value(text: str, start: int, end: int, where: str) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and where it ends: `end` at the latest, within `LONGEST_ROW`."""
+    last = min(end, start + LONGEST_ROW)
+    for stop in (min(last, start + _USUAL_ROW), last):  # a slice is a copy: few rows need the longer one
+        try:
+            value, length = _DECODER.raw_decode(text[start:stop])
+            return value, start + length
+        except (ValueError, RecursionError) as error:
+            reason = f"{error}, or a row of more than {LONGEST_ROW:,} characters" if last < end else str(error)
+    raise InputError(f"{where}: not JSON ({reason}): {_REMEDY}")
+
+
+def _blank_end(text: str, at: int) -> int:
+    return _BLANK.match(text, at).end()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the field {twice!r} stands there twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _question(row: Row) -> Question:
@@ -134,13 +184,13 @@ def _split_problem(row: Row) -> tuple[str, tuple[str, ...]]:
     may hold commas and parentheses. The first is the last `A)` before the first such `B)`.
     """
     problem = row.string("problem")
-    second = re.search(r"[,\n]\s*B\)", problem)
+    second = re.search(rf"{_BREAK}B\)", problem)
     firsts = list(re.finditer(r"(?<![\w(])A\)", problem[: second.start()] if second else ""))
     if not firsts or not problem[: firsts[-1].start()].strip():
         row.fail("problem", "is not of the form 'question A)..., B)...'", "write the options so")
     options = [problem[firsts[-1].end() :]]
     for letter in LETTERS[1:]:
-        parts = re.split(rf"[,\n]\s*{letter}\)", options[-1], maxsplit=1)
+        parts = re.split(rf"{_BREAK}{letter}\)", options[-1], maxsplit=1)
         options[-1:] = [part.strip() for part in parts]
         if len(parts) == 1:
             break

@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from model.errors import InputError
 
+LONGEST_TEXT = 20_000  # characters of one field: several times a long clinical case
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -82,6 +84,8 @@ class Row:
         text = value.strip() if isinstance(value, str) else ""
         if not text:
             self.fail(field, f"holds {'no text' if isinstance(value, str) else _kind(value)}", "give a text")
+        if len(text) > LONGEST_TEXT:
+            self.fail(field, f"holds {len(text):,} characters", f"shorten it to {LONGEST_TEXT:,}")
         if any("\ud800" <= character <= "\udfff" for character in text):
             self.fail(field, "holds half of a surrogate pair", "write the character whole")
         return text

@@ -9,6 +9,7 @@ from typing import Any
 from data import canonical_modality, option_letter
 from data.rows import Row
 from model import InputError
+from model.files import read_bytes
 from rewards import LETTERS
 
 
@@ -56,7 +57,7 @@ def read_completions(file: Path | str) -> tuple[list[Completion], int]:
 
 def _rows(file: Path) -> Iterator[Row]:
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_bytes(file).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{file}: can't read the completions ({error.strerror}): correct the path") from None
     except UnicodeDecodeError as error:

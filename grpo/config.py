@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model import InputError
+from model.files import read_bytes
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ class Config:
         rules += [
             (name, getattr(self, name) != "", "must not be empty") for name in ("model", "train_questions", "run_dir")
         ]
+        texts = [field.name for field in fields(self) if field.type in (str, tuple[str, ...])]
+        rules += [  # joined: a tuple's texts too; no file has such a name, and config.toml could not be written
+            (name, not re.search("[\0\ud800-\udfff]", "".join(getattr(self, name))), "must be UTF-8 without NUL")
+            for name in texts
+        ]
         rules += [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one.split()]
         rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative.split()]
         rules += [
@@ -178,13 +184,15 @@ _CHOICES = {
 def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a TOML file; `overrides` win over it. InputError names the file and the key that is wrong."""
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        values = tomllib.loads(read_bytes(file).decode("utf-8"))
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"{file}: can't read the config ({error.strerror}); configs/ has those that come along"
         ) from None
-    except ValueError as error:
-        raise InputError(f"{file}: not TOML ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not TOML ({error}); configs/ has examples") from None
     known = {field.name: field for field in fields(Config)}
     if values.pop("micro_batch_prompts", None):
         print(f"{file}: micro_batch_prompts is left out; micro_batch_tokens has taken its place", file=sys.stderr)
@@ -203,7 +211,8 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
 def config_toml(config: Config) -> str:
     """The resolved config, every field, as TOML."""
     lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(config).items())
-    return "\n".join(lines) + "\n"
+    # DEL is the one character that JSON lets stand and TOML does not.
+    return "\n".join(lines).replace("\x7f", "\\u007f") + "\n"
 
 
 def _checked(where: str, kind: Any, value: Any) -> Any:
@@ -211,9 +220,15 @@ def _checked(where: str, kind: Any, value: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(item, str) for item in values):
             return tuple(values)
-        raise InputError(f"{where} must be a string or a list of strings, not {value!r}")
+        raise InputError(f"{where} must be a string or a list of strings, not {_quoted(value)}")
+    if type(value) is int and abs(value) >= 2**63:  # TOML promises no more; too long a number can't even be written
+        raise InputError(f"{where} must be a number of at most 63 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise InputError(f"{where} must be {kind.__name__}, not {value!r}")
+        raise InputError(f"{where} must be {kind.__name__}, not {_quoted(value)}")
     return value
+
+
+def _quoted(value: Any) -> str:
+    return repr(value) if isinstance(value, str | bool | float) else f"of type {type(value).__name__}"

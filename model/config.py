@@ -5,12 +5,13 @@ Two layouts are in use: the flat one of the published checkpoints (text fields a
 `rope_parameters`). Both are read into one `Qwen2VLConfig`; fields that do not change the computation are ignored.
 """
 
-import json
+import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import read_json
 
 MODEL_ADVICE = "a model is a folder with config.json (hf download NAME --local-dir FOLDER makes one from the hub)"
 
@@ -84,10 +85,14 @@ class Qwen2VLConfig:
 
 
 _MOST = {"num_hidden_layers": 1_000, "depth": 1_000}
+_MOST |= dict.fromkeys(("mlp_ratio", "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size"), 100)
 
 
 def _check_sizes(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> None:
-    """Sizes are 1 to 1,000,000 (layers: 1,000), several times what any published model has; token ids may be 0."""
+    """Sizes are 1 to 1,000,000 (layers: 1,000; a patch, ratios: 100), several times those of any published model.
+
+    Token ids may be 0.
+    """
     for field in fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         least, most = 0 if name.endswith("_token_id") else 1, _MOST.get(field.name, 1_000_000)
@@ -100,12 +105,9 @@ def _check_sizes(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> None
 def read_config(folder: str | Path) -> Qwen2VLConfig:
     """Read `config.json` of a checkpoint folder. Raises InputError if it is absent, torn, or not a Qwen2-VL."""
     path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {MODEL_ADVICE}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
+    if not os.path.exists(path):  # which is false, and no error, for a name that no file can have
+        raise InputError(f"{path}: no such file; {MODEL_ADVICE}")
+    raw = read_json(path, "copy or download it again")
     if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_vl":
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise InputError(f"{path}: model_type is {found!r}; only 'qwen2_vl' can be loaded")
