@@ -207,10 +207,16 @@ class PromptEncoder:
         if self.tokenizer.chat_template is None:
             raise InputError("the checkpoint's tokenizer has no chat template: add chat_template.jinja to its folder")
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": _PLACEHOLDER}]
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        parts = [self.tokenizer(part, add_special_tokens=False).input_ids for part in chat.split(_PLACEHOLDER)]
+        try:
+            chat = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            parts = [self.tokenizer(part, add_special_tokens=False).input_ids for part in chat.split(_PLACEHOLDER)]
+        except Exception as error:  # raised again as InputError: a template is a program, which may do anything wrong
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"the tokenizer's chat template can't be rendered or tokenised ({reason}): use the template of Qwen2-VL"
+            ) from None
         if len(parts) != 2 or parts[0].count(self.image_token_id) != image_count:
             raise InputError(
                 "the tokenizer's chat template does not render one image token for each image and then the words: "

@@ -1,6 +1,5 @@
 """The tokens of a model: its tokenizer, which ids end a completion, and which may be sampled at all."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import InputError, Qwen2VLConfig
-
+from model.files import check_file, read_json
+from model.weights import COMPANIONS
 
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -34,19 +34,27 @@ class Vocabulary:
 
 
 def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cpu") -> Vocabulary:
-    """Read the tokenizer of a checkpoint folder. InputError if it has none or does not fit the model."""
+    """Read the tokenizer of a checkpoint folder, and run no code that lies there.
+
+    Raises:
+        InputError: the folder has no tokenizer that can be used, or one that does not fit the model.
+    """
     folder = Path(folder)
     try:
+        for file in (folder / name for name in COMPANIONS):
+            if file.exists():
+                check_file(file)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).split("\n")[0]
+        size = len(tokenizer)
+    except InputError:
+        raise
+    except Exception as error:  # raised again as InputError: the tokenizers library has no class of its own for errors
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json"
         ) from None
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size} rows"
-        )
+    if size > config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {size} tokens, but the model only {config.vocab_size} rows")
     seen_only = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
     return Vocabulary(
         tokenizer, _end_ids(folder, tokenizer), allowed_tokens_V(tokenizer, config.vocab_size, seen_only).to(device)
@@ -58,10 +66,10 @@ def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     ids: Any = tokenizer.eos_token_id
     file = folder / "generation_config.json"
     if file.exists():
-        try:
-            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{file}: not readable as JSON ({error}); copy or download it again") from None
+        raw = read_json(file, "copy or download it again")
+        if not isinstance(raw, dict):
+            raise InputError(f"{file}: no JSON object; copy or download it again")
+        ids = raw.get("eos_token_id", ids)
     ids = tuple(ids) if isinstance(ids, list) else (ids,)
     if not ids or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
         raise InputError(
@@ -90,14 +98,15 @@ def allowed_tokens_V(tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbid
     the embedding that no token uses.
 
     Raises:
-        InputError: the tokenizer has more ids than the checkpoint's embedding has rows.
+        InputError: an id of the tokenizer, or one of `forbidden_ids`, lies beyond the embedding's rows.
     """
     vocabulary = tokenizer.get_vocab()
-    if max(vocabulary.values()) >= vocab_size:
-        raise InputError(
-            f"the tokenizer's ids go up to {max(vocabulary.values())}, but the checkpoint has {vocab_size} rows of "
-            "embedding: use the tokenizer that belongs to it"
-        )
+    for whose, ids in (("the tokenizer's", list(vocabulary.values())), ("config.json's", list(forbidden_ids))):
+        if max(ids, default=0) >= vocab_size:
+            raise InputError(
+                f"{whose} token ids go up to {max(ids)}, but the checkpoint has {vocab_size} rows of embedding: use "
+                "the files that belong to it"
+            )
     allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
     allowed_V[list(vocabulary.values())] = True
     allowed_V[[vocabulary[token] for token in _VISION_TOKENS if token in vocabulary]] = False

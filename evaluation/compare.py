@@ -45,11 +45,14 @@ def compare(folders: tuple[Path, Path], models: tuple[str, str]) -> list[str]:
 def _contract(folder: Path) -> dict[str, Any]:
     file = folder / "contract.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        terms = dict(json.loads(file.read_text(encoding="utf-8")))
+        if type(terms["number of questions"]) is not int:
+            raise TypeError("the number of questions is none")
+        return terms
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error.strerror}); give the eval/ folder of a run") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file}: not readable ({error}); run evaluate.py again") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: not readable ({type(error).__name__}: {error}); run evaluate.py again") from None
 
 
 def _answers(folder: Path, model: str, terms: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,6 +66,8 @@ def _answers(folder: Path, model: str, terms: dict[str, Any]) -> list[dict[str, 
     if len(answers) != terms["number of questions"]:
         counts = f"{len(answers)} of {terms['number of questions']}"
         raise InputError(f"{folder}: {model} has answered only {counts} questions; run evaluate.py again")
+    if not all(isinstance(row.get("modality"), str) and {"letter", "ground_truth"} <= row.keys() for row in answers):
+        raise InputError(f"{file}: a row of {model!r} has no modality, letter or ground_truth; run evaluate.py again")
     return answers
 
 

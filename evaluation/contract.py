@@ -59,7 +59,7 @@ def claim(file: Path, ours: dict[str, Any]) -> None:
         file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: not readable ({error}); delete the folder {file.parent}") from None
     except OSError as error:
         raise InputError(f"{file.parent}: can't hold an evaluation ({error.strerror}); choose another --out") from None

@@ -137,7 +137,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
         try:
             rows.append({name: float(value) for name, value in json.loads(line).items()})
             rows[-1]["step"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{file} line {number}: not the numbers of a step ({type(error).__name__}); mend the line"
             ) from None

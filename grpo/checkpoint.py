@@ -63,7 +63,7 @@ def find_checkpoint(config: Config) -> Path | None:
         return None
     try:
         theirs = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder}: its config.toml can't be read ({error}); choose another --run_dir") from None
     ours = tomllib.loads(config_toml(config))
     theirs = {field.name: field.default for field in fields(Config)} | theirs  # fields that came later
@@ -93,11 +93,13 @@ def damage_of(checkpoint: Path) -> str:
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in expected.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = {}
+    if not files:
         return f"no readable {MANIFEST}"
     for name, (size, digest) in files.items():
         file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
+        if not os.path.isfile(file) or file.stat().st_size != size:
             return f"{name} is missing or of another size"
         if _sha256(file) != digest:
             return f"{name} has other contents"
@@ -261,8 +263,13 @@ def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> dict[str, Any]:
     """Give the optimiser its state back; returns `progress` and the number of finished steps under "step"."""
     try:
         optimizer.load_state(load_file(checkpoint / "optimizer.safetensors"))
-        return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        if type(progress["step"]) is not int or progress["step"] < 0:
+            raise TypeError("progress.json does not say how many steps are finished")
+        if not all(type(progress[name]) in (int, float) for name in ("seconds", "tokens")):
+            raise TypeError("progress.json does not say what has been spent")
+        return progress
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:  # shapes; depth
         raise InputError(
             f"{checkpoint}: not a whole checkpoint ({error}); delete it to resume from the one before"
         ) from None

@@ -85,7 +85,7 @@ def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tens
             prompts, *(tensors[name] for name in ("tokens_NGT", "mask_NGT", "logp_NGT")),
             torch.ones(shape, dtype=torch.bool), told["texts"],
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(
             f"{folder}: not the record of a step ({error}); name a folder runs/NAME/incidents/step-..."
         ) from None

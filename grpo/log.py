@@ -168,7 +168,7 @@ def _reopened(path: Path, first_step: int) -> tuple[Any, list[dict[str, Any]]]:
             try:
                 row = json.loads(line)
                 wanted = line.endswith("\n") and row["step"] < first_step
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 wanted = False
             if wanted:
                 kept.write(line)

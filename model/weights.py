@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .config import Qwen2VLConfig, config_json, read_config
 from .errors import InputError
+from .files import read_json
 from .qwen2vl import Qwen2VL
 
 INDEX = "model.safetensors.index.json"
@@ -97,30 +100,19 @@ def load_model(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder)
     layout = checkpoint_layout(config)
+    # Before memory is asked for: a config.json may claim any size, and only the files say that there is so much.
+    places = _tensor_files(folder, layout, config.tie_word_embeddings)
+    written_head = places.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     with torch.device("meta"):
         model = Qwen2VL(config)
     model = model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
-    missing, written_head = dict(layout), None
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                keys = list(tensors.keys())
-            for key in keys:
-                if key == "lm_head.weight" and config.tie_word_embeddings:
-                    written_head = file
-                    continue
-                # Opened anew each time: whatever was read through one mapping stays resident until it is closed.
-                with safe_open(file, framework="pt") as tensors:
-                    _read_tensor(file, key, tensors, layout, parameters)
-                missing.pop(_canonical(key), None)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
-    if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise InputError(f"{folder}: {len(missing)} tensors are missing ({names}{', ...' if len(missing) > 3 else ''})")
+    for key, file in places.items():
+        # Opened anew each time: whatever was read through one mapping stays resident until it is closed.
+        with _opened(file) as tensors:
+            _read_tensor(file, key, tensors, layout[_canonical(key)], parameters)
     if written_head:  # some savers write the tied head out; then it must be the embedding, or config.json is wrong
-        with safe_open(written_head, framework="pt") as tensors:
+        with _opened(written_head) as tensors:
             head = tensors.get_tensor("lm_head.weight").to(model.embed.weight)
         if not torch.equal(head, model.embed.weight):
             raise InputError(f"{written_head}: lm_head.weight is not the embedding, but config.json says it is tied")
@@ -128,18 +120,42 @@ def load_model(
     return model.requires_grad_(True)
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+
+
+def _tensor_files(folder: Path, layout: dict[str, Slot], tied: bool) -> dict[str, Path]:
+    """The file of each tensor, by its name there, when the headers of all files hold what the layout asks for."""
+    places, missing = {}, dict(layout)
+    for file in weight_files(folder):
+        with _opened(file) as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+        for key, shape in shapes.items():
+            name = _canonical(key)
+            places[key] = file
+            if key == "lm_head.weight" and tied:
+                continue
+            if name not in layout:
+                raise InputError(f"{file}: unexpected tensor {key}; is config.json of the same model?")
+            if shape != layout[name].shape:
+                asked = list(layout[name].shape)
+                raise InputError(f"{file}: {key} has shape {list(shape)}, but config.json asks for {asked}")
+            missing.pop(name, None)
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise InputError(f"{folder}: {len(missing)} tensors are missing ({names}{', ...' if len(missing) > 3 else ''})")
+    return places
+
+
 @torch.no_grad()
-def _read_tensor(
-    file: Path, key: str, tensors: safe_open, layout: dict[str, Slot], parameters: dict[str, Tensor]
-) -> None:
-    name = _canonical(key)
-    if name not in layout:
-        raise InputError(f"{file}: unexpected tensor {key}; is config.json of the same model?")
-    slot, shape = layout[name], tuple(tensors.get_slice(key).get_shape())
-    if shape != slot.shape:
-        raise InputError(f"{file}: {key} has shape {list(shape)}, but config.json asks for {list(slot.shape)}")
+def _read_tensor(file: Path, key: str, tensors: safe_open, slot: Slot, parameters: dict[str, Tensor]) -> None:
     tensor = tensors.get_tensor(key)
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.element_size() < 2:  # numbers of 8 bits or fewer mean nothing unscaled
         raise InputError(f"{file}: {key} is {tensor.dtype}; quantised checkpoints can't be trained, take the bf16 one")
     rows = parameters[slot.parameter][slot.start : slot.stop]
     rows.copy_(tensor.reshape(rows.shape))
@@ -159,13 +175,13 @@ def weight_files(folder: Path) -> list[Path]:
         names = ["model.safetensors"]
     else:
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            names = sorted(set(read_json(index, "copy or download it again")["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index}: not a safetensors index ({error!r}); copy or download it again") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{index}: {name!r} is no file name in this folder; this checkpoint can't be trusted")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # which is false, and no error, for a name that no file can have
             raise InputError(
                 f"{folder / name}: no such file; the checkpoint is not complete, copy or download it again"
             )
