@@ -40,6 +40,8 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
         InputError: the folder has no tokenizer that can be used, or one that does not fit the model.
     """
     folder = Path(folder)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):  # transformers would invent one
+        raise InputError(f"{folder}: no tokenizer; copy tokenizer.json and tokenizer_config.json")
     try:
         for file in (folder / name for name in COMPANIONS):
             if file.exists():

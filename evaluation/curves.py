@@ -135,7 +135,8 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
         raise InputError(f"{file}: can't be read ({error.strerror})") from None
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append({name: float(value) for name, value in json.loads(line).items()})
+            numbers = json.loads(line).items()  # null is written for what was not finite
+            rows.append({name: math.nan if value is None else float(value) for name, value in numbers})
             rows[-1]["step"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(

@@ -120,7 +120,10 @@ def sample_groups(
     ends = torch.isin(tokens, growing.ends)
     mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end before it
     if not bool(logps[mask].isfinite().all()):
-        raise InputError("the model's probabilities are not finite: its weights are damaged, or training has diverged")
+        raise InputError(
+            "the model's probabilities are not finite: its weights are damaged (copy them again), or training has diverged "
+            "(go on from an older checkpoint in a new run_dir, with a lower learning_rate)"
+        )
     # Out of the buffers, which the next rollout may use again; behind a completion there are ends and zeros.
     tokens, logps = tokens.masked_fill(~mask, vocabulary.end_ids[0]), logps.masked_fill(~mask, 0.0)
     kept = int(mask.sum(-1).max())

@@ -120,6 +120,8 @@ class Session:
         self._saved_step = self.run.progress["step"]
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError):  # a write that fails says why, but not always where
+            error.filename = error.filename or self.config.run_dir
         try:
             if isinstance(error, _FAULTS) and not self.run.stop.deferred:
                 self._save_last(error)

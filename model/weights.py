@@ -147,8 +147,8 @@ def _tensor_files(folder: Path, layout: dict[str, Slot], tied: bool) -> dict[str
                 raise InputError(f"{file}: {key} has shape {list(shape)}, but config.json asks for {asked}")
             missing.pop(name, None)
     if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise InputError(f"{folder}: {len(missing)} tensors are missing ({names}{', ...' if len(missing) > 3 else ''})")
+        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"{folder}: {len(missing)} tensors are missing ({names}); copy or download the checkpoint again")
     return places
 
 
