@@ -120,8 +120,6 @@ class Session:
         self._saved_step = self.run.progress["step"]
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, OSError):  # a write that fails says why, but not always where
-            error.filename = error.filename or self.config.run_dir
         try:
             if isinstance(error, _FAULTS) and not self.run.stop.deferred:
                 self._save_last(error)
@@ -130,9 +128,18 @@ class Session:
         finally:
             self.checkpoints.close()
             self.run.stop.__exit__()
-            self.log.__exit__()
+            self._close_log(error)
         if isinstance(error, Stopped):
             raise Stopped(error.signal, f"stopped; the same command goes on from {self.checkpoints.newest()}") from None
+
+    def _close_log(self, error: BaseException | None) -> None:
+        try:
+            self.log.__exit__()
+        except OSError as also:
+            if error is None:  # else what could not be written before can't be now
+                raise OSError(also.errno, also.strerror, self.config.run_dir) from None
+        if isinstance(error, OSError):  # it says why, but not always where
+            error.filename = error.filename or self.config.run_dir
 
     def _save_last(self, error: BaseException) -> None:
         try:
