@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo.checkpoint import MAY_DIFFER
 from grpo.command_line import parse_arguments
 from grpo.config import Config, config_toml, load_config
 from model import InputError
@@ -117,3 +118,11 @@ def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
     assert configs
     for file in configs:
         load_config(file)
+
+
+def test_the_config_for_24_gb_differs_from_the_papers_in_memory_and_speed_alone():
+    paper, small = (
+        load_config(ROOT / "configs" / f"{name}.toml") for name in ("medvlm_r1_2b", "medvlm_r1_2b_24gb")
+    )
+    different = {field.name for field in fields(Config) if getattr(paper, field.name) != getattr(small, field.name)}
+    assert different - {"run_dir"} <= MAY_DIFFER and "offload_optimizer" in different
