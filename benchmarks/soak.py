@@ -21,8 +21,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "tokens_per_second")
 SHORT = {
-    "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 24, "train_count": 20, "save_every": 2, "beta": 0.04,
-    "learning_rate": 1e-4, "validation_count": 4, "validate_every": 5,
+    "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 24, "train_count": 20, "save_every": 4, "beta": 0.04,
+    "learning_rate": 1e-4, "validation_count": 4, "validate_every": 10,
 }  # fmt: skip
 """A miniature of the miniature: a step takes a tenth of a second."""
 
@@ -43,7 +43,7 @@ def kill_somewhere(process: subprocess.Popen, run_dir: Path, rng: random.Random)
     before = _rows(run_dir)
     while process.poll() is None and (_rows(run_dir) == before):  # the libraries load for seconds: no news there
         time.sleep(0.01)
-    deadline = time.monotonic() + rng.uniform(0, 1)
+    deadline = time.monotonic() + rng.uniform(0, 3)
     while process.poll() is None and (not list(saving.glob("*.partial")) if in_save else time.monotonic() < deadline):
         time.sleep(0.0005)
     if process.poll() is not None:
