@@ -135,14 +135,18 @@ class PromptEncoder:
 
     def count_tokens(self, question: Question) -> int:
         """Length of the prompt, from the headers of the image files: no pixel is decoded. Raises InputError."""
-        counts = []
+        return len(self._tokens(question, [self._image_tokens(grid) for grid in self.grids(question)]))
+
+    def grids(self, question: Question) -> list[tuple[int, int, int]]:
+        """The grid that `patchify` will make of each image, from the headers of their files. Raises InputError."""
+        grids = []
         for path in question.images:
             width, height = image_size(path)
-            factor = self.patch_size * self.merge_size
             with _naming(question, path):
+                factor = self.patch_size * self.merge_size
                 height, width = fitted_size(height, width, factor, self.min_pixels, self.max_pixels)
-            counts.append(height // factor * (width // factor))
-        return len(self._tokens(question, counts))
+            grids.append((1, height // self.patch_size, width // self.patch_size))
+        return grids
 
     def select(
         self, questions: Sequence[Question], unreadable: Callable[[InputError], None] | None = None

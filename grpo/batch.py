@@ -105,21 +105,26 @@ class Rollout:
         return tokens_each
 
     def _parts(self, tokens_each: int) -> list[slice]:
-        N, G, _ = self.mask_NGT.shape
-        prompt_sizes = [len(prompt.tokens_P) for prompt in self.prompts]
-        longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
+        sizes = [len(prompt.tokens_P) for prompt in self.prompts]
+        return micro_batch_slices(sizes, self.mask_NGT.sum(-1).amax(-1).tolist(), self.mask_NGT.shape[1], tokens_each)
 
-        def tokens_of(start: int, stop: int) -> int:
-            return (stop - start) * (max(prompt_sizes[start:stop]) + G * max(longest_N[start:stop]))
 
-        parts, start = [], 0
-        while start < N:
-            stop = start + 1
-            while stop < N and tokens_of(start, stop + 1) <= tokens_each:
-                stop += 1
-            parts.append(slice(start, stop))
-            start = stop
-        return parts
+def micro_batch_slices(
+    prompt_sizes: Sequence[int], longest_N: Sequence[int], group_size: int, tokens_each: int
+) -> list[slice]:
+    """`Rollout.micro_batches` as places, from the size of each group's prompt and of its longest completion."""
+
+    def tokens_of(start: int, stop: int) -> int:
+        return (stop - start) * (max(prompt_sizes[start:stop]) + group_size * max(longest_N[start:stop]))
+
+    parts, start, N = [], 0, len(prompt_sizes)
+    while start < N:
+        stop = start + 1
+        while stop < N and tokens_of(start, stop + 1) <= tokens_each:
+            stop += 1
+        parts.append(slice(start, stop))
+        start = stop
+    return parts
 
 
 @dataclass(frozen=True, slots=True)

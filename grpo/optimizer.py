@@ -31,7 +31,7 @@ class MasterAdamW:
 
     @staticmethod
     def _master(param: Tensor, offload: bool) -> Tensor:
-        if param.dtype == torch.float32 and not (offload and param.is_cuda):
+        if param.dtype == torch.float32 and not (offload and param.device.type != "cpu"):
             return param
         return param.detach().to("cpu" if offload else param.device, torch.float32).requires_grad_()
 
