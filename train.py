@@ -1,6 +1,7 @@
 """GRPO for Qwen2-VL: Algorithm 1 of DeepSeekMath (arXiv 2402.03300), as MedVLM-R1 (arXiv 2502.19634) uses it.
 
     python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...]
+    python train.py --config FILE --dry-run                 what that would take, without doing it: grpo/plan.py
     python train.py --config configs/miniature_sft.toml     the baseline, supervised fine-tuning: grpo/sft.py
 
 Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its
@@ -34,6 +35,7 @@ from grpo.config import Config
 from grpo.log import Stopwatch
 from grpo.loss import grpo_loss, token_weights
 from grpo.optimizer import scheduled_rate
+from grpo.plan import print_plan
 from grpo.run import Run, prepare
 from grpo.sampler import sample_groups, sampling_noise
 from grpo.session import Session
@@ -193,7 +195,8 @@ def main() -> int:
     a checkpoint of the last whole step."""
     signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        measured(parse_arguments(__doc__.split("\n")[0]))
+        config, dry_run = parse_arguments(__doc__.split("\n")[0])
+        print_plan(config) if dry_run else measured(config)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"train.py: {said(error)}", file=sys.stderr)
         return 2

@@ -48,9 +48,18 @@ MANIFEST = "manifest.json"
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The newest checkpoint that this config may resume from, or None for a fresh start.
+    """`resumable`'s checkpoint. Newer ones that are damaged are moved aside; apart from that, it writes nothing."""
+    checkpoint, damages = resumable(config)
+    for damaged, damage in damages.items():
+        aside = damaged.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(damaged, aside)
+        print(f"{damaged} is damaged ({damage}): moved to {aside.name}, passed over", file=sys.stderr)
+    return checkpoint
 
-    Newer ones that are damaged are moved aside; apart from that, it writes nothing.
+
+def resumable(config: Config) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that this config may resume from, or None for a fresh start; newer ones and their damage.
 
     InputError if the folder holds checkpoints of a config that differs in more than `MAY_DIFFER` (mixing two runs would
     make both worthless), or none that is whole. A run without checkpoint or result is begun anew.
@@ -60,7 +69,7 @@ def find_checkpoint(config: Config) -> Path | None:
     if not saved and (folder / "model").exists():
         raise InputError(f"{folder} holds a finished run; choose another --run_dir or delete it")
     if not saved:
-        return None
+        return None, {}
     try:
         theirs = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -76,12 +85,7 @@ def find_checkpoint(config: Config) -> Path | None:
         if damage := damage_of(checkpoint):
             damages[checkpoint] = damage
             continue
-        for damaged, damage in damages.items():
-            aside = damaged.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(damaged, aside)
-            print(f"{damaged} is damaged ({damage}): moved to {aside.name}, passed over", file=sys.stderr)
-        return checkpoint
+        return checkpoint, damages
     raise InputError(
         f"{folder}: every checkpoint is damaged, the newest too ({damages[saved[-1]]}); restore one from a backup, or "
         "choose another --run_dir"

@@ -13,12 +13,20 @@ from model import InputError
 from .config import Config, load_config
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> Config:
-    """The command line, `--config FILE [--field value ...]`; `arguments` default to the program's own."""
-    given = vars(config_parser(description, [field.name for field in fields(Config)]).parse_args(arguments))
+def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """The command line, `--config FILE [--field value ...] [--dry-run]`; `arguments` default to the program's own.
+
+    Returns the config, and whether its plan alone is wanted.
+    """
+    parser = config_parser(description, [field.name for field in fields(Config)])
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print what the run would read, the memory, time and disk that it would take, and do nothing",
+    )  # fmt: skip
+    given = vars(parser.parse_args(arguments))
     if given["config"] is None:
         raise InputError("--config FILE is missing; configs/ has those that come along")
-    return config_of(given)
+    return config_of(given), given["dry_run"]
 
 
 def config_of(given: dict[str, Any]) -> Config:

@@ -23,7 +23,7 @@ def written(tmp_path, text):
 
 def test_command_line_wins_over_file_and_file_over_default(tmp_path):
     file = written(tmp_path, "steps = 7\nbeta = 1\ntest_questions = 'one.json'\n")
-    config = parse_arguments("", ["--config", str(file), "--beta", "0.5", "--test_questions", "a.json", "b.json"])
+    config = parse_arguments("", ["--config", str(file), "--beta", "0.5", "--test_questions", "a.json", "b.json"])[0]
     assert (config.steps, config.beta, config.group_size) == (7, 0.5, Config.group_size)
     assert config.test_questions == ("a.json", "b.json")
     assert load_config(file).test_questions == ("one.json",)
@@ -86,14 +86,14 @@ def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
         (["--freeze_vision", "yes"], "freeze_vision"),
     ):
         with pytest.raises(InputError, match=named):
-            parse_arguments("", ["--config", str(file), *flags])
+            parse_arguments("", ["--config", str(file), *flags])[0]
 
 
 def test_switches_are_written_as_in_the_file(tmp_path):
     file = written(tmp_path, "freeze_vision = true")
-    assert parse_arguments("", ["--config", str(file)]).freeze_vision is True
-    assert parse_arguments("", ["--config", str(file), "--freeze_vision", "false"]).freeze_vision is False
-    assert parse_arguments("", ["--config", str(file), "--activation_checkpointing", "true"]).activation_checkpointing
+    assert parse_arguments("", ["--config", str(file)])[0].freeze_vision is True
+    assert parse_arguments("", ["--config", str(file), "--freeze_vision", "false"])[0].freeze_vision is False
+    assert parse_arguments("", ["--config", str(file), "--activation_checkpointing", "true"])[0].activation_checkpointing
 
 
 def test_help_explains_every_field_with_the_words_that_stand_under_it_in_the_source(capsys):

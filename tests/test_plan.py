@@ -1,0 +1,250 @@
+"""train.py --dry-run: what it says of memory against real runs and real tensors, and that it writes nothing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.shapes import TOKENIZER, make_checkpoint, make_questions, shape
+from data import load_vocabulary
+from grpo.batch import collate, completion_logprobs
+from grpo.config import load_config
+from grpo.footprint import IMAGES, MASTERS, MOMENTS, POLICY, Rehearsal
+from grpo.meter import Meter, fused_kernels
+from grpo.run import prompt_encoder
+from grpo.workload import Workload, read_workload
+from model import Qwen2VL, read_config
+from model.attention import causal_attention
+from model.config import config_json
+from tiny_run import write_run
+
+ROOT = Path(__file__).parent.parent
+TOLD_PEAK = (
+    "import resource, sys, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+)
+"""A program that runs train.py and prints, last, the most memory in bytes that it ever had."""
+
+
+def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """train.py in a process of its own, whose last line is its peak of memory."""
+    command = [sys.executable, "-c", TOLD_PEAK, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def read(config_file: Path, **fields: object) -> tuple[Rehearsal, Workload]:
+    """What a dry run of the config makes, on a processor."""
+    config = load_config(config_file, fields)
+    model = read_config(config.model)
+    vocabulary = load_vocabulary(config.model, model)
+    encoder = prompt_encoder(vocabulary, model, config)
+    return Rehearsal(config, model, encoder, vocabulary), read_workload(config, encoder, vocabulary)
+
+
+def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -> Path:
+    """A run of a shape of the benchmarks on `count` images of noise, each tested and trained on once."""
+    rows = json.loads(make_questions(count, 224, folder).read_text())
+    for name, part in (("train", rows[: count // 2]), ("test", rows[count // 2 :])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
+    config = {
+        "model": str(checkpoint), "train_questions": str(folder / "train.json"),
+        "test_questions": [str(folder / "test.json")], "run_dir": str(folder / "run"), "steps": 2,
+        "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 12, "save_every": 2, **fields,
+    }  # fmt: skip
+    (folder / "config.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    return folder / "config.toml"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("46m", {}),
+        ("46m", {"dtype": "bfloat16", "activation_checkpointing": True, "beta": 0.0, "micro_batch_tokens": 300}),
+    ],
+)
+def test_the_peak_that_is_told_is_that_of_the_run_within_15_percent(tmp_path, name, fields):
+    config = write_config(tmp_path, make_checkpoint(name, tmp_path / name), 8, **fields)
+    plan = launched("--config", str(config), "--dry-run").stdout
+    told, unit = re.search(r"process at its peak: ([\d.,]+) (MB|GB)", plan).groups()
+    told = float(told.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
+    measured = int(launched("--config", str(config)).stdout.split("\n")[-2])
+    assert told == pytest.approx(measured, rel=0.15)
+
+
+def test_a_model_of_2b_on_a_gpu_is_planned_without_gpu_and_weights_in_a_minute_and_4_gb(tmp_path):
+    (tmp_path / "2b").mkdir()
+    (tmp_path / "2b" / "config.json").write_text(json.dumps(config_json(shape("2b"))))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(TOKENIZER / file, tmp_path / "2b")
+    fields = {"dtype": "bfloat16", "device": "cuda", "group_size": 4, "max_new_tokens": 512, "min_pixels": 300000}
+    config = write_config(tmp_path, tmp_path / "2b", 24, **fields)
+    started = time.monotonic()
+    *lines, peak = launched("--config", str(config), "--dry-run").stdout.splitlines()
+    assert time.monotonic() - started < 60 and int(peak) < 4e9
+    plan = "\n".join(lines)
+    assert "2,209.0 M parameters" in plan and "the weights are not there yet" in plan
+    gpu = float(re.search(r"the GPU at its peak \(update\): ([\d.]+) GB", plan).group(1))
+    assert 44 < gpu < 80  # policy, reference, masters, moments and gradients alone take 44
+    assert "the host's memory" in plan and "a checkpoint 30.93 GB" in plan
+    assert not (tmp_path / "run").exists()
+
+
+class OfRealTensors(Meter):
+    """Counts what is computed with values, as the real run computes it."""
+
+    def call(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_a_rehearsal_holds_what_the_same_update_holds_on_real_tensors(tmp_path, fields):
+    rehearsal, workload = read(write_run(tmp_path, max_new_tokens=40, test_questions=[]), **fields)
+    load = workload.heaviest
+    policy = Qwen2VL(rehearsal.policy.config).to(rehearsal.policy.embed.weight.dtype)
+    policy.recompute = rehearsal.config.activation_checkpointing
+    prompts = [rehearsal.encoder.encode(question) for question in load.micro_batch]
+    tokens = torch.full((len(load.micro_batch), load.group_size, load.completion), 7)
+    real = OfRealTensors()
+    real.assign(POLICY, policy.parameters())
+    with real, real.phase("update"):
+        batch = collate(prompts)
+        logp, _ = completion_logprobs(
+            policy, batch, tokens, torch.ones_like(tokens, dtype=torch.bool), rehearsal.vocabulary.allowed_V, 1.0
+        )
+        logp.sum().backward()
+    held = real.phases["update"].here.total()
+    rehearsed = rehearsal.run(load).phases["update"].here
+    resident = rehearsed[MASTERS] + rehearsed[MOMENTS] + rehearsed[IMAGES] + rehearsed["reference"]
+    assert rehearsed.total() - resident == pytest.approx(held, rel=0.05)
+
+
+def test_a_storage_counts_from_its_first_tensor_to_its_last():
+    with Meter() as meter:
+        with meter.phase("together"):
+            a = torch.empty(1000)
+            view = a[10:]
+            del a
+            b = torch.empty(500)
+        with meter.phase("after"):
+            del view
+            c = torch.empty(200)
+    assert meter.phases["together"].here == {"activations": 6000}
+    assert meter.phases["after"].here == {"activations": 6000}  # at its beginning
+    assert b.is_meta and c.is_meta
+
+
+def test_numbers_that_decide_shapes_are_known_and_all_others_are_not():
+    with Meter():
+        mask = torch.arange(6) < 4
+        picked = torch.empty(9, 3).index_select(0, torch.arange(3, 9)[mask])
+        total = int(picked.sum())
+    assert picked.is_meta and picked.shape == (4, 3) and total == 1  # a number nobody knows
+
+
+def test_attention_does_not_hold_scores_and_is_left_as_it_was():
+    q, k = (torch.empty(1, heads, 2000, 8, device="meta", requires_grad=True) for heads in (4, 2))
+    with Meter() as meter, fused_kernels(gpu=False), meter.phase("attention"):
+        causal_attention(q, k, k).sum().backward()
+    assert meter.phases["attention"].here.total() < 20 * q.nbytes  # the scores of all heads are 1,000 times q
+    real = torch.randn(1, 2, 5, 8)
+    assert causal_attention(real, real, real).isfinite().all()
+
+
+def test_the_products_of_a_pass_are_counted():
+    a, b = torch.empty(64, 32, device="meta", requires_grad=True), torch.empty(32, 16, device="meta")
+    with Meter() as meter, meter.phase("product") as phase:
+        (a @ b).sum().backward()
+    assert sum(work.flops for work in phase.work) == 2 * 2 * 64 * 32 * 16
+
+
+def test_offloaded_masters_and_moments_lie_in_the_hosts_memory(tmp_path):
+    config = write_run(tmp_path, dtype="bfloat16", device="cuda", offload_optimizer=True, max_new_tokens=10)
+    rehearsal, workload = read(config)
+    update = rehearsal.run(workload.heaviest).phases["further update"]
+    assert update.here[POLICY] and not update.here.keys() & {MASTERS, MOMENTS, "fp32 gradients"}
+    assert update.elsewhere[MOMENTS] == 2 * update.elsewhere[MASTERS] == 4 * update.here[POLICY]
+
+
+def test_the_heaviest_step_and_micro_batch_hold_the_longest_prompts_that_are_drawn(tmp_path):
+    _, workload = read(write_run(tmp_path), steps=8)
+    longest = max(workload.sizes[question] for question in workload.train)
+    assert longest in [workload.sizes[question] for question in workload.heaviest.micro_batch]
+    assert longest in [workload.sizes[question] for question in workload.heaviest.step]
+    assert len(workload.parts) == 8 and workload.heaviest.accumulates == (max(workload.parts) > 1)
+    assert workload.passes <= sum(workload.parts)
+
+
+def test_sft_has_no_rollout_and_no_reference(tmp_path):
+    rehearsal, workload = read(write_run(tmp_path, method="sft"))
+    assert not {"rollout", "reference"} & rehearsal.run(workload.heaviest).phases.keys()
+    assert workload.heaviest.group_size == 1 and workload.heaviest.completion < 20
+
+
+def dry_run(monkeypatch, config: Path, *flags: str) -> int:
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--dry-run", *flags])
+    return train.main()
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert dry_run(monkeypatch, config) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    plan = capsys.readouterr().out
+    assert "8 questions: MRI 8" in plan and "MRI 8, X-ray 4" in plan and "would begin anew" in plan
+    assert 15 < plan.count("\n") < 40 and max(map(len, plan.split("\n"))) < 160
+
+
+def test_a_dry_run_says_what_would_be_resumed_and_leaves_the_damaged_where_it_is(tmp_path, monkeypatch, capsys):
+    import train
+
+    config = write_run(tmp_path, test_questions=[])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    assert train.main() == 0
+    newest = tmp_path / "run" / "checkpoints" / "step-000004"
+    os.truncate(newest / "optimizer.safetensors", 100)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
+    assert dry_run(monkeypatch, config) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
+    plan = capsys.readouterr().out
+    assert "would go on from" in plan and "step-000002" in plan and f"! {newest} is damaged" in plan
+    assert dry_run(monkeypatch, config, "--learning_rate", "0.5") == 2
+    assert "with other values of learning_rate" in capsys.readouterr().err
+
+
+BAD_INPUTS = {
+    "missing config.json": (lambda f: (f / "base" / "config.json").unlink(), "config.json: no such file"),
+    "missing tokenizer": (
+        lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+        "tokenizer",
+    ),
+    "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
+    "tested image": (
+        lambda f: shutil.copy(f / "questions" / "train.json", f / "questions" / "test.json"),
+        "trained on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_the_one_line_that_the_run_itself_would_end_with(tmp_path, monkeypatch, capsys, case):
+    import train
+
+    config = write_run(tmp_path)
+    spoil, named = BAD_INPUTS[case]
+    spoil(tmp_path)
+    assert dry_run(monkeypatch, config) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and named in told.err
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    assert train.main() == 2
+    assert capsys.readouterr().err == told.err
