@@ -1,7 +1,7 @@
 """GRPO for Qwen2-VL: Algorithm 1 of DeepSeekMath (arXiv 2402.03300), as MedVLM-R1 (arXiv 2502.19634) uses it.
 
     python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...]
-    python train.py --config FILE --dry-run                 what that would take, without doing it: grpo/plan.py
+    python train.py --config FILE --dry-run                 what that would take, without doing it: planning/plan.py
     python train.py --config configs/miniature_sft.toml     the baseline, supervised fine-tuning: grpo/sft.py
 
 Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its
@@ -35,13 +35,13 @@ from grpo.config import Config
 from grpo.log import Stopwatch
 from grpo.loss import grpo_loss, token_weights
 from grpo.optimizer import scheduled_rate
-from grpo.plan import print_plan
 from grpo.run import Run, prepare
 from grpo.sampler import sample_groups, sampling_noise
 from grpo.session import Session
 from grpo.sft import fine_tune
 from grpo.stop import Stopped, stop_at_once
 from model import InputError, Qwen2VL, printable, save_model
+from planning.plan import print_plan
 from rewards import Verdict, score
 
 

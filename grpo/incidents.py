@@ -26,9 +26,9 @@ from model import InputError, Qwen2VL, load_model, save_model
 from model.weights import write_tensors
 
 from .batch import Rollout, completion_logprobs
-from .checkpoint import commit
 from .config import Config
 from .loss import grpo_loss
+from .saving import commit
 
 _OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
 _SETTINGS = ("clip_low", "clip_high", "beta", "temperature", "dtype", "model")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .config import Config
 
-
 SAMPLED = 1024
 """Weights of each tensor that `bf16_lost` looks at, evenly spread over it."""
 

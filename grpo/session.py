@@ -13,11 +13,11 @@ from data import Prompt, prompts_of_steps
 from model import InputError
 
 from .batch import Rollout
-from .checkpoint import Checkpoints
 from .config import Config
 from .incidents import write_incident
 from .log import RunLog, Stopwatch
 from .run import Run
+from .saving import Checkpoints
 from .stop import Stopped
 
 Validate = Callable[[], tuple[int, int]]

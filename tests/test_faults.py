@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from faults import ELSEWHERE, FAULTS, FINISHED, HEAD, LEFT, SAVED, STEP_2, TESTED_ELSEWHERE, UNCHANGED, Fault
+from tiny_run import write_run
 
 import train
-from faults import ELSEWHERE, FAULTS, FINISHED, HEAD, LEFT, SAVED, STEP_2, TESTED_ELSEWHERE, UNCHANGED, Fault
 from grpo.checkpoint import damage_of
-from tiny_run import write_run
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "faults.md"

@@ -14,7 +14,8 @@ BELOW = {
     "data": {"model"},
     "grpo": {"model", "data"},
     "evaluation": {"model", "data", "grpo", "rewards"},
-    "train.py": {"model", "data", "grpo", "rewards", "evaluation"},
+    "planning": {"model", "data", "grpo"},
+    "train.py": {"model", "data", "grpo", "rewards", "evaluation", "planning"},
     "evaluate.py": {"model", "data", "grpo", "rewards", "evaluation"},
     "miniature": {"model", "data", "grpo", "rewards", "evaluation"},
     "benchmarks": {"model", "data", "grpo", "rewards", "evaluation", "train"},  # it times the very steps that train.py takes

@@ -16,10 +16,10 @@ from benchmarks.shapes import TOKENIZER, make_checkpoint, make_questions, shape
 from data import load_vocabulary
 from grpo.batch import collate, completion_logprobs
 from grpo.config import load_config
-from grpo.footprint import IMAGES, MASTERS, MOMENTS, POLICY, Rehearsal
-from grpo.meter import Meter, fused_kernels
+from planning.footprint import IMAGES, MASTERS, MOMENTS, POLICY, Rehearsal
+from planning.meter import Meter, fused_kernels
 from grpo.run import prompt_encoder
-from grpo.workload import Workload, read_workload
+from planning.workload import Workload, read_workload
 from model import Qwen2VL, read_config
 from model.attention import causal_attention
 from model.config import config_json

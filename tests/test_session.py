@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train import rows, run, vowel_score, weights
+from tiny_run import write_run
 
-import grpo.checkpoint
+import grpo.saving
 import train
-from grpo.checkpoint import Checkpoints, damage_of
+from grpo.checkpoint import damage_of
 from grpo.config import load_config
 from grpo.incidents import main as incidents_program
 from grpo.incidents import replay, write_incident
 from grpo.run import prepare
+from grpo.saving import Checkpoints
 from grpo.session import Session
 from model import InputError, load_model
 from rewards import Verdict
-from test_train import rows, run, vowel_score, weights
-from tiny_run import write_run
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +293,7 @@ def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monke
 @pytest.mark.parametrize("memory", ["plenty", "none"])
 def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(tmp_path, monkeypatch, memory):
     if memory == "none":
-        monkeypatch.setattr(grpo.checkpoint, "available_memory", lambda: 0)
+        monkeypatch.setattr(grpo.saving, "available_memory", lambda: 0)
     config = load_config(write_run(tmp_path, dtype="bfloat16"))
     made = prepare(config)
     saving = Checkpoints(config)
@@ -320,7 +321,7 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(t
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo.checkpoint.write_tensors", full)
+    monkeypatch.setattr("grpo.saving.write_tensors", full)
     saving.save(made.policy, made.optimizer, made.progress | {"step": 2})
     with pytest.raises(InputError, match="step-000002: can't save .* No space left on device.* goes on from .*step-000001"):
         saving.finish()

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from data import Prompt, PromptEncoder, Question, Vocabulary
+from grpo.batch import PromptBatch, collate, completion_logprobs, with_image_features
+from grpo.config import Config
+from grpo.optimizer import MasterAdamW
+from grpo.sampler import _growing, _Kind
 from model import Qwen2VL, Qwen2VLConfig
 
-from .batch import PromptBatch, collate, completion_logprobs, with_image_features
-from .config import Config
 from .meter import Meter, fused_kernels
-from .optimizer import MasterAdamW
-from .sampler import _growing, _Kind
 from .workload import Load
 
 POLICY, REFERENCE, MASTERS, MOMENTS = "policy", "reference", "fp32 masters", "AdamW's moments"

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data import PromptEncoder, Question, Vocabulary, questions_of_step
+from grpo.batch import micro_batch_slices
+from grpo.config import Config
+from grpo.run import load_questions, refuse_overlap
+from grpo.sft import target
 from model import InputError
-
-from .batch import micro_batch_slices
-from .config import Config
-from .run import load_questions, refuse_overlap
-from .sft import target
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,16 @@ from statistics import median
 import torch
 
 from data import Question, load_vocabulary
+from grpo.checkpoint import resumable
+from grpo.config import Config
+from grpo.hub import model_folder
+from grpo.run import prompt_encoder, use_device
+from grpo.saving import available_memory
 from model import InputError, keep_freed_memory, read_config
 from model.weights import weight_files
 
-from .checkpoint import available_memory, resumable
-from .config import Config
 from .footprint import SAVED, Rehearsal
-from .hub import model_folder
 from .meter import Meter, Phase
-from .run import prompt_encoder, use_device
 from .speed import Speed, speed_of
 from .workload import Workload, read_workload
 
