@@ -20,6 +20,9 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while the libraries load, which takes seconds, is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from torch import Tensor
 
@@ -193,6 +196,7 @@ def print_end(run: Run, session: Session, folder: Path) -> None:
 def main() -> int:
     """Exit codes: 0 done; 2 something must be mended, as the one line says; 130 or 143 stopped by Ctrl-C or SIGTERM, with
     a checkpoint of the last whole step."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, stop_at_once)
     try:
         config, dry_run = parse_arguments(__doc__.split("\n")[0])

@@ -162,9 +162,12 @@ def _gpu_lines(config: Config, columns: dict[str, Phase], peak: int, fullest: st
     if torch.cuda.is_available():
         yield from _warning("GPU memory", peak + 1_000_000_000, torch.cuda.mem_get_info(config.device)[0], "free are")
     host = max((phase.elsewhere for phase in columns.values()), key=Counter.total)
+    needed = host.total() - host[SAVED]  # without room for the copy, training waits while a checkpoint is written
     parts = ", ".join(f"{purpose} {_size(size)}" for purpose, size in host.items() if size)
     yield f"the host's memory: {_size(host.total())} ({parts}), beside some GB for the process itself"
-    yield from _warning("host memory", host.total(), available_memory(), "this machine has")
+    yield from _warning("host memory", needed, available_memory(), "this machine has")
+    if needed <= available_memory() < needed + 2 * host[SAVED]:
+        yield "  no room for the copy here: training will wait while a checkpoint is written"
 
 
 def _warning(what: str, needed: int, there: int, says: str) -> Iterator[str]:
