@@ -142,12 +142,11 @@ def score_rollout(rollout: Rollout) -> tuple[list[list[tuple[Verdict, ...]]], Te
     return verdicts, torch.tensor(scores)
 
 
-def measured(config: Config) -> None:
+def measured(run: Run, config: Config) -> None:
     """The run that `config` describes, begun or resumed, between two measurements of accuracy.
 
     Leaves the model, summary.json and what the method leaves; prints the table that a run ends with.
     """
-    run = prepare(config)
     folder, questions, progress = Path(config.run_dir), run.test_questions, run.progress
     answer = partial(answer_greedily, run.policy, run.vocabulary, run.encoder, config=config)
     if "answers_before" not in progress:
@@ -200,7 +199,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop_at_once)
     try:
         config, dry_run = parse_arguments(__doc__.split("\n")[0])
-        print_plan(config) if dry_run else measured(config)
+        if dry_run:
+            print_plan(config)
+        else:
+            run = prepare(config)
+            with run.claim:
+                measured(run, config)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"train.py: {said(error)}", file=sys.stderr)
         return 2

@@ -36,8 +36,9 @@ class Run:
     """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds", "tokens" and what
     else a resumed run must know.
 
-    `claim` keeps other processes out of the run's folder for as long as it lives. `stop` says whether the run is asked
-    to end, and `micro_batch_tokens` may become smaller than the config's where a GPU's memory does not suffice.
+    `claim` keeps other processes out of the run's folder until it is closed. `stop` says whether the run is asked
+    to end, and `micro_batch_tokens` may become smaller than the config's where a GPU's memory does not suffice. `tell`
+    takes down an incident, its kind and what it says.
     """
 
     train_questions: list[Question]
@@ -52,6 +53,7 @@ class Run:
     claim: IO[str]
     stop: StopRequest
     micro_batch_tokens: int
+    tell: Callable[[str, str], None]
 
     def micro_batches(self, rollout: Rollout) -> Iterator[MicroBatch]:
         """As `Rollout.micro_batches`; between two of them a request to stop is obeyed."""
@@ -75,8 +77,9 @@ class Run:
             torch.cuda.empty_cache()
             before = self.micro_batch_tokens
             self.micro_batch_tokens = rollout.smaller_micro_batches(before)
-            print(f"\nout of memory with micro_batch_tokens = {before}; going on with {self.micro_batch_tokens}",
-                  file=sys.stderr)  # fmt: skip
+            self.tell(
+                "memory", f"out of memory with micro_batch_tokens = {before}; going on with {self.micro_batch_tokens}"
+            )
 
     def update(self, rate: float, loss: Tensor) -> dict[str, Tensor]:
         """The optimiser's step on the gradients so far; left out, with a norm that says so, if the loss is not finite.
@@ -143,7 +146,7 @@ def prepare(config: Config) -> Run:
         print(f"going on from {checkpoint}")
     return Run(
         train_questions, validation_questions, test_questions, policy, reference, vocabulary, encoder, optimizer,
-        progress, claim, StopRequest(), config.micro_batch_tokens,
+        progress, claim, StopRequest(), config.micro_batch_tokens, lambda kind, says: print(says, file=sys.stderr),
     )  # fmt: skip
 
 

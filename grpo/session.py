@@ -41,14 +41,19 @@ class Session:
     def __enter__(self) -> Self:
         self.run.stop.__enter__()
         self.log = RunLog(self.config.run_dir, self.config.method, self.run.progress["step"], self.config.steps)
+        self.run.tell = lambda kind, says: self.log.incident(self.run.progress["step"], kind, says)
         return self
 
     def __iter__(self) -> Iterator[tuple[int, list[Prompt], Stopwatch]]:
         run, config = self.run, self.config
         steps = range(run.progress["step"], config.steps)
-        skipped = self._skipped_image if config.bad_images == "skip" else None
+
+        def left_out(error: InputError) -> None:
+            run.tell("image", f"question left out: {error}")
+
+        unreadable = left_out if config.bad_images == "skip" else None
         coming = prompts_of_steps(
-            run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed, skipped
+            run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed, unreadable
         )
         for step in steps:
             clock = Stopwatch(config.device)
@@ -59,9 +64,6 @@ class Session:
             else:
                 self.log.record(step, {}, clock)
                 self.end_step(step, clock)
-
-    def _skipped_image(self, error: InputError) -> None:
-        self.log.incident(self.run.progress["step"], "image", f"question left out: {error}")
 
     def end_step(
         self,
