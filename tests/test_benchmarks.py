@@ -90,7 +90,7 @@ def test_log_probabilities_need_a_fraction_of_the_memory_of_full_logits() -> Non
         size = ["--positions", "2048", "--vocabulary", "40000", "--hidden", "64"]
         command = [sys.executable, "-m", "benchmarks.logprob_memory", *size, *options]
         extra.append(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)["extra_mb"])
-    assert 10 * extra[0] < extra[1] > 600
+    assert 5 * extra[0] < extra[1] > 600  # of the small part some 100 MB are code that is loaded on the way
 
 
 def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path) -> None:
