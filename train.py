@@ -70,7 +70,9 @@ def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock:
 
     # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
     noise_NGT = sampling_noise(config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens)
-    rollout = sample_groups(policy, run.vocabulary, prompts, noise_NGT, temperature=config.temperature)
+    rollout = sample_groups(
+        policy, run.vocabulary, prompts, noise_NGT, temperature=config.temperature, watch=lambda _: run.stop.check()
+    )
     clock.lap("rollout")
 
     # line 8: the rewards r_i; line 9: advantages relative to the group
@@ -193,10 +195,12 @@ def print_end(run: Run, session: Session, folder: Path) -> None:
 
 
 def main() -> int:
-    """Exit codes: 0 done; 2 something must be mended, as the one line says; 130 or 143 stopped by Ctrl-C or SIGTERM, with
-    a checkpoint of the last whole step."""
+    """Exit codes: 0 done; 2 something must be mended, as the one line says; 130, 143 or 129 stopped by Ctrl-C, SIGTERM or
+    SIGHUP, with a checkpoint of the last whole step."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, stop_at_once)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, stop_at_once)
     try:
         config, dry_run = parse_arguments(__doc__.split("\n")[0])
         if dry_run:
@@ -225,7 +229,7 @@ def said(error: Exception) -> str:
             f"{named}{error.strerror or error}; mend it, and the same command goes on from the last checkpoint"
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory on the GPU; lower prompts_per_step, eval_batch_prompts or max_pixels, or set offload_optimizer"
+        return "out of memory on the GPU; lower eval_batch_prompts or micro_batch_tokens, or set offload_optimizer"
     return str(error)
 
 

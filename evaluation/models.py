@@ -15,7 +15,7 @@ TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "tra
                  "min_pixels", "max_pixels", "max_prompt_tokens", "too_long")  # fmt: skip
 """Fields in which the compared runs must agree: same base, same questions (the seed draws them), same pixels."""
 PATHS = ("model", "train_questions", "image_dir")
-REMEDY = {"grpo": "train it with `make train`", "sft": "train it with `make sft`"}
+REMEDY = {"grpo": "train it with `make train`", "sft": "train it with train.py and the config ..._sft.toml (or `make sft`)"}
 
 
 def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:

@@ -97,8 +97,8 @@ class Rollout:
         parts = self._parts(tokens_each)
         if len(parts) == len(self.prompts):
             raise InputError(
-                "out of memory with a single group in a micro-batch; lower group_size, max_new_tokens or max_pixels, or "
-                "set activation_checkpointing or offload_optimizer"
+                "out of memory with a single group in a micro-batch; set activation_checkpointing or offload_optimizer, or "
+                "begin anew in another run_dir with a smaller group_size, max_new_tokens or max_pixels"
             )
         while self._parts(tokens_each) == parts:
             tokens_each //= 2

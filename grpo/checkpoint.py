@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -20,12 +21,20 @@ from typing import IO, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from data import Question
 from model import InputError, Qwen2VL, load_model
+from model.weights import weight_files
 
 from .config import Config, config_toml
 from .optimizer import MasterAdamW
 
 MAY_DIFFER = {
+    "run_dir",  # a run may be moved,
+    "model",  # and so may these: what they hold is compared, by `same_contents`
+    "train_questions",
+    "validation_questions",
+    "test_questions",
+    "image_dir",
     "device",
     "micro_batch_tokens",
     "micro_batch_prompts",  # of older runs
@@ -39,7 +48,7 @@ MAY_DIFFER = {
     "save_every",
     "log_samples_every",
 }
-"""Fields that a resumed run may change, because they change nothing but speed, memory and what is written down."""
+"""Fields that a resumed run may change: they change nothing but speed, memory, what is written down and where it lies."""
 
 MANIFEST = "manifest.json"
 
@@ -64,7 +73,7 @@ def resumable(config: Config) -> tuple[Path | None, dict[Path, str]]:
     folder = Path(config.run_dir)
     saved = checkpoints(folder)
     if not saved and (folder / "model").exists():
-        raise InputError(f"{folder} holds a finished run; choose another --run_dir or delete it")
+        raise InputError(f"{folder} holds a finished run; choose another --run_dir")
     if not saved:
         return None, {}
     try:
@@ -76,7 +85,7 @@ def resumable(config: Config) -> tuple[Path | None, dict[Path, str]]:
     keys = sorted(key for key in (ours.keys() | theirs.keys()) - MAY_DIFFER if ours.get(key) != theirs.get(key))
     if keys:
         values = ", ".join(f"{key} ({theirs.get(key)} there, {ours.get(key)} here)" for key in keys)
-        raise InputError(f"{folder} holds a run with other values of {values}; choose another --run_dir or delete it")
+        raise InputError(f"{folder} holds a run with other values of {values}; choose another --run_dir")
     damages = {}
     for checkpoint in reversed(saved):
         if damage := damage_of(checkpoint):
@@ -108,7 +117,7 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def claim_run_dir(config: Config) -> IO[str]:
-    """Make the run's folder this process's own and write the resolved config into it.
+    """Make the run's folder this process's own.
 
     Returns an open file: the claim lasts until it is closed, or the process ends however it may. InputError if another
     process has the folder, or it can't be written.
@@ -118,8 +127,6 @@ def claim_run_dir(config: Config) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         claim = (folder / "lock").open("w")
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "config.partial").write_text(config_toml(config), encoding="utf-8")
-        os.replace(folder / "config.partial", folder / "config.toml")  # a torn one could not be resumed from
     except BlockingIOError:
         raise InputError(
             f"{folder}: another process is at work there; wait for it or choose another --run_dir"
@@ -127,6 +134,36 @@ def claim_run_dir(config: Config) -> IO[str]:
     except OSError as error:
         raise InputError(f"{folder}: can't hold a run ({error.strerror}); choose another --run_dir") from None
     return claim
+
+
+def write_config(config: Config) -> None:
+    """Leave the resolved config in the run's folder; a torn one could not be resumed from."""
+    folder = Path(config.run_dir)
+    (folder / "config.partial").write_text(config_toml(config), encoding="utf-8")
+    os.replace(folder / "config.partial", folder / "config.toml")
+
+
+def same_contents(config: Config, progress: dict[str, Any], found: dict[str, str]) -> None:
+    """Note in `progress` what a run works on, digests by name; InputError if it was begun with something else."""
+    known = progress.setdefault("contents", found)
+    for name, digest in found.items():
+        if known.get(name) != digest:
+            raise InputError(
+                f"{config.run_dir}: begun with other {name} than these; restore them, or choose another --run_dir"
+            )
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Of what is asked, in its order; wherever the images lie."""
+    told = [
+        (one.question, one.options, one.answer, one.modality, [path.name for path in one.images]) for one in questions
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """Of a checkpoint folder's safetensors."""
+    return hashlib.sha256("".join(sha256_of(file) for file in weight_files(folder)).encode()).hexdigest()[:16]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -62,7 +62,12 @@ def _is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1
+    organisation, *rest = name.split("/")
+    return len(rest) == 1 and organisation not in (
+        "models",
+        "datasets",
+        "spaces",
+    )  # pages of the hub, and usual folders
 
 
 def is_complete(folder: Path, weights: bool) -> bool:

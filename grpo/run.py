@@ -1,5 +1,6 @@
 """What a run consists of, made ready: questions, models, tokens, optimiser, and how far it has come."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,16 @@ from data import (
 from model import InputError, Qwen2VL, Qwen2VLConfig, keep_freed_memory, load_model
 
 from .batch import MicroBatch, Rollout
-from .checkpoint import claim_run_dir, find_checkpoint, load_checkpoint_model, load_progress
+from .checkpoint import (
+    claim_run_dir,
+    find_checkpoint,
+    load_checkpoint_model,
+    load_progress,
+    questions_digest,
+    same_contents,
+    weights_digest,
+    write_config,
+)
 from .config import Config
 from .hub import model_folder
 from .optimizer import MasterAdamW
@@ -97,8 +107,9 @@ def prepare(config: Config) -> Run:
     """Begin or resume the run that `config` describes, and say on the terminal what it is. InputError for bad input."""
     keep_freed_memory()
     use_device(config)
-    train_questions, validation_questions, test_questions = load_questions(config)
-    refuse_overlap(train_questions, validation_questions, test_questions)
+    questions = load_questions(config)
+    refuse_overlap(*questions)
+    claim = claim_run_dir(config)
     checkpoint = find_checkpoint(config)
     folder = model_folder(config.model)
     load_base = partial(load_model, folder, config.device, config.dtype)
@@ -111,43 +122,55 @@ def prepare(config: Config) -> Run:
             reference.visual = policy.visual  # one tower in memory
     vocabulary = load_vocabulary(folder, policy.config, config.device)
     encoder = prompt_encoder(vocabulary, policy.config, config)
-    unreadable: list[InputError] = []
-    train_questions, skipped = encoder.select(
-        train_questions, unreadable.append if config.bad_images == "skip" else None
-    )
-    validation_questions, skipped_validation = encoder.select(validation_questions)
-    test_questions, skipped_tests = encoder.select(test_questions)
-    optimizer = MasterAdamW(policy, config)
-    progress = load_progress(checkpoint, optimizer) if checkpoint else {"step": 0, "seconds": 0.0, "tokens": 0}
-    base = folder.name if folder != Path(config.model) else ""  # of a hub id: the commit
-    if progress.setdefault("base", base) != base:
-        raise InputError(
-            f"{config.run_dir}: begun from another commit of {config.model} ({progress['base']}, not {base}); fetch that "
-            f"one with hf download {config.model} --revision {progress['base']}"
-        )
-    if len(progress.get("answers_before", test_questions)) != len(test_questions):
-        raise InputError(
-            f"{config.run_dir}: begun with other test questions; restore the files or choose another --run_dir"
-        )
-    claim = claim_run_dir(config)
-
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {config.dtype} on {config.device}")
-    validating = f"{len(validation_questions)} to validate on, " if validation_questions else ""
-    print(f"{len(train_questions)} questions to train on, {validating}{len(test_questions)} to test")
+    train, validation, test = _fitting(encoder, config, *questions)
+    optimizer = MasterAdamW(policy, config)
+    progress = load_progress(checkpoint, optimizer) if checkpoint else {"step": 0, "seconds": 0.0, "tokens": 0}
+    names = "training questions", "validation questions", "test questions"
+    digests = dict(zip(names, map(questions_digest, (train, validation, test))))
+    same_contents(config, progress, {"base weights": weights_digest(folder), **digests})
+    write_config(config)
+    _warn_of_a_full_disk(config, policy, optimizer)
+    if checkpoint:
+        print(f"going on from {checkpoint}")
+    return Run(
+        train, validation, test, policy, reference, vocabulary, encoder, optimizer, progress, claim, StopRequest(),
+        config.micro_batch_tokens, lambda kind, says: print(says, file=sys.stderr),
+    )  # fmt: skip
+
+
+def _fitting(
+    encoder: PromptEncoder, config: Config, train: list[Question], validation: list[Question], test: list[Question]
+) -> tuple[list[Question], list[Question], list[Question]]:
+    """Of the questions those whose prompts fit; says how many, and what is left out."""
+    unreadable: list[InputError] = []
+    train, skipped = encoder.select(train, unreadable.append if config.bad_images == "skip" else None)
+    validation, skipped_validation = encoder.select(validation)
+    test, skipped_tests = encoder.select(test)
+    validating = f"{len(validation)} to validate on, " if validation else ""
+    print(f"{len(train)} questions to train on, {validating}{len(test)} to test")
     if skipped or skipped_validation or skipped_tests:
         limit = f"left out as longer than {config.max_prompt_tokens} tokens"
         print(f"{limit}: {skipped} of training, {skipped_validation} of validation, {skipped_tests} of test")
     if unreadable:
         print(
-            f"images that can't be read: {len(unreadable)} of training, left out when their turn comes: {unreadable[0]}"
+            f"left out when their turn comes, as their images can't be read: {len(unreadable)}, first {unreadable[0]}"
         )
-    if checkpoint:
-        print(f"going on from {checkpoint}")
-    return Run(
-        train_questions, validation_questions, test_questions, policy, reference, vocabulary, encoder, optimizer,
-        progress, claim, StopRequest(), config.micro_batch_tokens, lambda kind, says: print(says, file=sys.stderr),
-    )  # fmt: skip
+    return train, validation, test
+
+
+def _warn_of_a_full_disk(config: Config, policy: Qwen2VL, optimizer: MasterAdamW) -> None:
+    """Before the night and not in the middle of it: checkpoints that are kept, the best, one being written."""
+    masters = sum(4 * param.numel() for param in optimizer.params)
+    weights = sum(param.nbytes for param in policy.parameters())
+    each = weights + (2 if config.dtype == "float32" else 3) * masters
+    needed = each * (config.keep_checkpoints + 1 + bool(config.validation_questions or config.validation_fraction))
+    there = sum(file.stat().st_size for file in Path(config.run_dir).glob("checkpoints/step-??????/*"))
+    free = shutil.disk_usage(config.run_dir).free + there
+    if needed > free:
+        print(f"! checkpoints may take {needed / 1e9:.1f} GB here, but only {free / 1e9:.1f} GB are free for them in "
+              f"{config.run_dir}: lower keep_checkpoints or make room", file=sys.stderr)  # fmt: skip
 
 
 def use_device(config: Config) -> None:
@@ -193,7 +216,11 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question], list
     if config.validation_fraction:
         trained, held_out = split_by_image(trained, config.validation_fraction, config.seed)
         validated += choose_questions(held_out, modality)
-    chosen = choose_questions(trained, modality, config.train_count or None, config.seed)
+    try:
+        chosen = choose_questions(trained, modality, config.train_count or None, config.seed)
+    except InputError as error:
+        held = len(validated) if config.validation_fraction else 0
+        raise InputError(f"{error}{f' (validation_fraction holds {held} out)' if held else ''}") from None
     validated = _of_each_modality(validated, config.validation_count, config.seed)
     tested = _of_each_modality(tested, config.test_count, config.seed)
     return chosen, validated, tested

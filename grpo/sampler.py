@@ -103,8 +103,8 @@ def sample_groups(
     """
     N, G, T = shape = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
     batch = collate(prompts, model.embed.weight.device)
-    kind = _Kind(shape, temperature, greedy=noise_NGT is None)
-    growing = _growing(model, vocabulary, kind, batch.tokens_NP.shape[1])
+    kind = RolloutKind(shape, temperature, greedy=noise_NGT is None)
+    growing = growing_rows(model, vocabulary, kind, batch.tokens_NP.shape[1])
     growing.begin(batch, noise_NGT)
     with arranged(model.decoding_weights(), rows=N * G):
         for t in range(T):
@@ -122,7 +122,7 @@ def sample_groups(
     if not bool(logps[mask].isfinite().all()):
         raise InputError(
             "the model's probabilities are not finite: its weights are damaged (copy them again), or training has diverged "
-            "(go on from an older checkpoint in a new run_dir, with a lower learning_rate)"
+            "(begin anew in another run_dir with a lower learning_rate)"
         )
     # Out of the buffers, which the next rollout may use again; behind a completion there are ends and zeros.
     tokens, logps = tokens.masked_fill(~mask, vocabulary.end_ids[0]), logps.masked_fill(~mask, 0.0)
@@ -133,7 +133,7 @@ def sample_groups(
     return Rollout(prompts, tokens, mask, logps, ended, texts)
 
 
-class _Kind(NamedTuple):
+class RolloutKind(NamedTuple):
     """What decides the buffers and the graphs of a rollout, beside its model and vocabulary."""
 
     shape: tuple[int, int, int]  # N, G, T
@@ -141,7 +141,7 @@ class _Kind(NamedTuple):
     greedy: bool
 
 
-class _Growing:
+class Growing:
     """The completions that are still growing: R rows, as many of each group that is left, and what they have so far.
 
     Results lie in `tokens` and `logps` (N * G, T) of all completions; `row_R` says which of them each row is. Beside
@@ -153,7 +153,7 @@ class _Growing:
         self,
         model: Qwen2VL,
         vocabulary: Vocabulary,
-        kind: _Kind,
+        kind: RolloutKind,
         prompt_size: int,
     ) -> None:
         (N, G, T), self.temperature, self.greedy = kind
@@ -245,14 +245,14 @@ class _Growing:
         return True
 
 
-def _growing(model: Qwen2VL, vocabulary: Vocabulary, kind: _Kind, prompt_size: int) -> _Growing:
+def growing_rows(model: Qwen2VL, vocabulary: Vocabulary, kind: RolloutKind, prompt_size: int) -> Growing:
     """A rollout's state. On a GPU the model keeps the latest one, with its graphs, for the next step's rollout."""
     kept = model.rollout_state
     if kept is not None and kept.vocabulary is vocabulary and kept.kind == kind and kept.holds(prompt_size):
         return kept
     model.rollout_state = None  # its memory goes before the new one's comes
     if not model.embed.weight.is_cuda:
-        return _Growing(model, vocabulary, kind, prompt_size)
+        return Growing(model, vocabulary, kind, prompt_size)
     prompt_size = -(-prompt_size // SPAN_STEP) * SPAN_STEP  # with room for prompts somewhat longer
-    model.rollout_state = _Growing(model, vocabulary, kind, prompt_size)
+    model.rollout_state = Growing(model, vocabulary, kind, prompt_size)
     return model.rollout_state

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model import InputError, Qwen2VL, save_model
@@ -37,6 +38,11 @@ class Checkpoints:
             InputError: this one, or the one before, can't be written.
         """
         self.finish()
+        if not bool(torch.stack([param.isfinite().all() for param in model.parameters()]).all()):
+            raise InputError(
+                f"{self.folder.parent}: the weights are not finite any more and are not saved: training has diverged; "
+                f"begin anew in another --run_dir with a lower learning_rate (the last sound weights: {self.newest()})"
+            )
         told = json.dumps(progress)  # as it is now
         final = self.folder / f"step-{progress['step']:06d}"
         best = progress.get("best", {}).get("step")
@@ -83,8 +89,8 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"{final}: can't save the checkpoint ({error}); make room or mend the disk, and the same command goes on "
-                f"from {self.newest()}"
+                f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older checkpoints and incidents/*/model may "
+                f"go) or mend the disk, and the same command goes on from {self.newest()}"
             ) from None
         for old in checkpoints(self.folder.parent)[: -self.kept]:
             if old.name != f"step-{best or 0:06d}":

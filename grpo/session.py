@@ -57,7 +57,10 @@ class Session:
         )
         for step in steps:
             clock = Stopwatch(config.device)
-            prompts = next(coming)
+            try:
+                prompts = next(coming)
+            except InputError as error:
+                raise InputError(f"{error}; or go on without such images, by --bad_images skip") from None
             clock.lap("prompts")
             if prompts:
                 yield step, prompts, clock
@@ -104,7 +107,7 @@ class Session:
             progress["bad_steps"] = 0  # who goes on from here gets as many again
             raise InputError(
                 f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; `python -m grpo.incidents "
-                f"{config.run_dir}/incidents/step-{step:06d}` tells more; lower learning_rate, or try dtype float32"
+                f"{config.run_dir}/incidents/step-{step:06d}` tells more; begin anew in another --run_dir, with a lower learning_rate"
             )
         if due:
             self._save()

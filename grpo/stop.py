@@ -1,4 +1,4 @@
-"""The request to stop: Ctrl-C or SIGTERM, obeyed where nothing is lost by it."""
+"""The request to stop: Ctrl-C, SIGTERM or SIGHUP, obeyed where nothing is lost by it."""
 
 import os
 import signal
@@ -15,12 +15,16 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What shells report for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        """What shells report for a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signal
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, what schedulers send, and what a terminal sends that is closed."""
+
+
 class StopRequest:
-    """While it is entered, SIGINT and SIGTERM are taken down, and `check` obeys; a second one stops at once.
+    """While it is entered, `SIGNALS` are taken down, and `check` obeys; a second one stops at once.
 
     A step changes nothing but gradients until its first update: up to there it may be left at any micro-batch and is
     done anew on resuming. From then on (`deferred`) it must come to its end first.
@@ -31,7 +35,8 @@ class StopRequest:
         self.deferred = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's is ignored
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -52,5 +57,5 @@ class StopRequest:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGTERM where there is nothing to save: the program ends in order, not in the middle of a line."""
+    """The handler of SIGTERM and SIGHUP where there is nothing to save: the program ends in order, not in the middle of a line."""
     raise Stopped(number)

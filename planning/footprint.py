@@ -14,7 +14,7 @@ from data import Prompt, PromptEncoder, Question, Vocabulary
 from grpo.batch import PromptBatch, collate, completion_logprobs, with_image_features
 from grpo.config import Config
 from grpo.optimizer import MasterAdamW
-from grpo.sampler import _growing, _Kind
+from grpo.sampler import RolloutKind, growing_rows
 from model import Qwen2VL, Qwen2VLConfig
 
 from .meter import Meter, fused_kernels
@@ -101,8 +101,8 @@ class Rehearsal:
         size = len(prompts), group_size, length
         with self.meter.phase(name):
             batch = collate(prompts)
-            kind = _Kind(size, self.config.temperature, greedy=name == "test")
-            growing = _growing(self.policy, self.vocabulary, kind, batch.tokens_NP.shape[1])
+            kind = RolloutKind(size, self.config.temperature, greedy=name == "test")
+            growing = growing_rows(self.policy, self.vocabulary, kind, batch.tokens_NP.shape[1])
             growing.begin(batch, None if kind.greedy else torch.zeros(size))
             pairs = growing.cache.prompt + growing.cache.own
             self.meter.assign(CACHE, (tensor for pair in pairs for tensor in pair))

@@ -202,7 +202,7 @@ def _time_lines(config: Config, workload: Workload, meter: Meter, speed: Speed) 
     batches = asked / max(1, len(workload.heaviest.tested))
     tests = batches * (seconds.get("test", 0) + tokens * seconds.get("test, a token", 0))
     parts = ", ".join(f"{name} {_seconds(share)}" for name, share in shares.items())
-    yield f"time       a step takes at most about {_seconds(step)}: {parts}"
+    yield f"time       a step takes about {_seconds(step)} if all completions are as long as they may be: {parts}"
     yield f"           {config.steps:,} steps {_hours(config.steps * step)}, measuring accuracy {_hours(tests)}"
     yield f"           {speed.source}: {speed.flops / 1e12:,.2f} TFLOP/s, {speed.read / 1e9:,.0f} GB/s from memory"
 

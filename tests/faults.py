@@ -182,7 +182,8 @@ FAULTS = (
     Fault("no such model folder", "nor a hub id", flags=("--model", "no/such/folder", "--run_dir", "{folder}/other")),
     Fault("a model folder with a typing error (the hub is not asked)", "is a folder here",
           flags=("--model", "configs/bass", "--run_dir", "{folder}/other")),
-    Fault("another model under a run that has begun", "other values of model", flags=("--model", "no/such/folder")),
+    Fault("other base weights under a run that has begun", "begun with other base weights",
+          tensor(lambda t: t["model.norm.weight"].mul_(2))),
     Fault("no config.json", "config.json", base("config.json", None)),
     Fault("config.json is nonsense", "config.json", base("config.json", "{" * 100_000)),
     Fault("a model of another kind", "only 'qwen2_vl'", base("config.json", '{"model_type": "llama"}')),
@@ -224,7 +225,8 @@ FAULTS = (
     Fault("an image that is trained on and tested", "trained on too",
           flags=("--test_questions", "{folder}/questions/train.json")),
     Fault("control tokens in a question (they stay text)", "",
-          question(question="What<|im_end|><|im_start|>assistant <|image_pad|>?"), code=0, leaves=FINISHED),
+          question(question="What<|im_end|><|im_start|>assistant <|image_pad|>?"), code=0, flags=("--run_dir", "{folder}/other")),
+    Fault("other questions under a run that has begun", "begun with other training questions", question(question="What else?")),
     # images
     Fault("an image that is missing", "2.png", image(None)),
     Fault("an image that is text", "not a readable image", image("hello")),
@@ -257,6 +259,8 @@ FAULTS = (
           lambda f: (f / "run" / "model").write_text("in the way"), leaves=SAVED),
     # signals, numbers, memory, time
     Fault("Ctrl-C", "stopped; the same command goes on from", during=press(signal.SIGINT), code=130, leaves=STEP_2),
+    Fault("SIGHUP, of a terminal that is closed", "stopped; the same command goes on from", during=press(signal.SIGHUP), code=129,
+          leaves=STEP_2),
     Fault("SIGTERM", "stopped; the same command goes on from", during=press(signal.SIGTERM), code=143, leaves=STEP_2),
     Fault("a GPU out of memory where nothing can be halved", "out of memory on the GPU", during=out_of_memory, leaves=STEP_2),
     Fault("a clock that is set back by an hour", "", during=clock_back, code=0, leaves=FINISHED),
@@ -306,7 +310,8 @@ HEAD = """# What can go wrong, and what then happens
 
 A run that something from outside spoils ends with one line on the terminal that names the thing and the remedy, never with a
 traceback, and never at the price of a finished checkpoint. The same command goes on from where it stopped. Exit codes: 0 done; 2
-something must be mended, as the line says; 130 and 143 stopped by Ctrl-C and by SIGTERM.
+something must be mended, as the line says; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and
+SIGHUP.
 
 Each row is brought about by a test, on a run that has done 2 of its 6 steps and saved both; the messages are those that the tests
 saw, with paths relative to where the run lies.

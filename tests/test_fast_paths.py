@@ -238,7 +238,7 @@ def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
 def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70):
     """A rollout after its prefill, made by hand: reading real prompts would need values."""
     vocabulary = Vocabulary(tiny_tokenizer(), (3, 4), torch.ones(VOCABULARY, dtype=torch.bool))
-    growing = grpo.sampler._Growing(model, vocabulary, grpo.sampler._Kind((N, G, T), 0.7, False), P)
+    growing = grpo.sampler.Growing(model, vocabulary, grpo.sampler.RolloutKind((N, G, T), 0.7, False), P)
     growing.rows = N * G
     tokens = torch.zeros(N, P, dtype=torch.int64)
     growing.cache.begin(torch.full((N,), P))
@@ -256,8 +256,8 @@ def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_
     expected = [sampled(model, part, **options)[0] for part in shown]
     vocabulary = Vocabulary(tiny_tokenizer(), options["ends"], sampled(model, prompts, **options)[1])
     size = max(len(prompt.tokens_P) for prompt in prompts)
-    growing = grpo.sampler._Growing(model, vocabulary, grpo.sampler._Kind((3, 6, 40), 1.3, False), size)
-    monkeypatch.setattr(grpo.sampler, "_growing", lambda *_, **__: growing)
+    growing = grpo.sampler.Growing(model, vocabulary, grpo.sampler.RolloutKind((3, 6, 40), 1.3, False), size)
+    monkeypatch.setattr(grpo.sampler, "growing_rows", lambda *_, **__: growing)
     places = []
     for part, slow in zip(shown, expected):
         fast, _ = sampled(model, part, **options)
@@ -275,7 +275,7 @@ def test_replayed_graphs_sample_the_tokens_of_eager_steps(prompts, monkeypatch) 
     for graphs in (True, False):
         model = tiny_model().cuda()
         if not graphs:
-            monkeypatch.setattr(grpo.sampler._Growing, "advance", lambda self, t: self.decode_and_choose(span=t + 1))
+            monkeypatch.setattr(grpo.sampler.Growing, "advance", lambda self, t: self.decode_and_choose(span=t + 1))
         rollouts.append(sampled(model, prompts, group_size=6, max_new_tokens=200, ends=tuple(range(0, 300, 12)))[0])
     assert torch.equal(rollouts[0].tokens_NGT, rollouts[1].tokens_NGT)
     torch.testing.assert_close(rollouts[0].logp_NGT, rollouts[1].logp_NGT, rtol=0, atol=1e-4)

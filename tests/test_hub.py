@@ -200,8 +200,9 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: Hub) -> None:
 
 
 def test_a_mistyped_folder_does_not_go_to_the_network(hub: Hub) -> None:
-    Path("models").mkdir()
-    assert "models/ is a folder here" in refused("models/Qwen2-VL")
+    Path("mine").mkdir()
+    assert "mine/ is a folder here" in refused("mine/Qwen2-VL")
+    assert "nor a hub id" in refused("models/Qwen2-VL")  # where configs expect it, before it is there
     assert hub.asked == []
 
 

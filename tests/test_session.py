@@ -241,7 +241,7 @@ def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(tm
         assert [row["step"] for row in rows(folder / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
         ends.append(folder)
     assert same_weights(*ends)
-    assert "images that can't be read: 1 of training" in capsys.readouterr().out
+    assert "as their images can't be read: 1, first" in capsys.readouterr().out
 
 
 def test_a_step_whose_images_are_all_bad_is_counted_and_passed(tmp_path, monkeypatch):
@@ -334,3 +334,28 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(t
     ):
         saving.finish()
     assert damage_of(before) == "" and [path.name for path in before.parent.iterdir()] == ["step-000001"]
+
+
+def test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole, moved = tmp_path / "whole", tmp_path / "elsewhere" / "moved"
+    for folder in (whole, tmp_path / "first"):
+        folder.mkdir()
+        write_run(folder, test_questions=[])
+    assert run(monkeypatch, whole / "config.toml") == 0
+    with monkeypatch.context() as patch:
+        press(signal.SIGTERM, "sample_groups", 3, patch)
+        assert run(patch, tmp_path / "first" / "config.toml") == 143
+    moved.parent.mkdir()
+    (tmp_path / "first").rename(moved)
+    config = moved / "config.toml"
+    config.write_text(config.read_text().replace(str(tmp_path / "first"), str(moved)))
+    assert run(monkeypatch, config) == 0
+    assert same_weights(whole, moved) and len(rows(moved / "run" / "metrics.jsonl")) == 4
+
+
+def test_weights_that_are_no_numbers_any_more_are_not_saved(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, test_questions=[], save_every=2, learning_rate=1e38, beta=0.0, max_grad_norm=1e30)
+    assert run(monkeypatch, config) == 2
+    said = capsys.readouterr().err
+    assert "not finite" in said.splitlines()[-1] and "begin anew in another" in said.splitlines()[-1]
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
