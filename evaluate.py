@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data import load_vocabulary
 from evaluation.ask import ask, shown
 from evaluation.contract import claim, contract
@@ -30,6 +32,7 @@ from grpo.command_line import config_of, config_parser
 from grpo.config import Config
 from grpo.hub import model_folder
 from grpo.run import load_questions, prompt_encoder, use_device
+from grpo.terminal import said
 from model import InputError, read_config
 
 
@@ -134,8 +137,8 @@ def run(given: dict[str, Any]) -> None:
 def main() -> int:
     try:
         run(vars(arguments().parse_args()))
-    except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"evaluate.py: {said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: stopped; the same command goes on from here", file=sys.stderr)

@@ -43,7 +43,8 @@ from grpo.sampler import sample_groups, sampling_noise
 from grpo.session import Session
 from grpo.sft import fine_tune
 from grpo.stop import Stopped, stop_at_once
-from model import InputError, Qwen2VL, printable, save_model
+from grpo.terminal import patient_output, said
+from model import InputError, Qwen2VL, save_model
 from planning.plan import print_plan
 from rewards import Verdict, score
 
@@ -98,6 +99,8 @@ def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock:
             sampler_gap = stats["policy_gap"]
         stats |= run.update(rate, stats["loss"])  # line 11: maximise the objective, equation 3
         clock.lap("optimizer")
+        if "bf16_lost" not in stats:  # it was not finite, and no update: another one would hide that
+            break
     stats |= {"sampler_gap": sampler_gap, "learning_rate": rate}
     return StepRecord(rollout, verdicts_NGR, rewards_NG, advantages_NG, old_NGT, ref_NGT, stats)
 
@@ -201,6 +204,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop_at_once)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, stop_at_once)
+    with patient_output():
+        return run_program()
+
+
+def run_program() -> int:
+    """What the command line asks for, and its exit code."""
     try:
         config, dry_run = parse_arguments(__doc__.split("\n")[0])
         if dry_run:
@@ -209,7 +218,7 @@ def main() -> int:
             run = prepare(config)
             with run.claim:
                 measured(run, config)
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"train.py: {said(error)}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -219,18 +228,6 @@ def main() -> int:
         print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
-
-def said(error: Exception) -> str:
-    """An error that comes from outside as one line that names the thing and the remedy."""
-    if isinstance(error, OSError):
-        named = f"{error.filename}: " if error.filename else ""
-        return printable(
-            f"{named}{error.strerror or error}; mend it, and the same command goes on from the last checkpoint"
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory on the GPU; lower eval_batch_prompts or micro_batch_tokens, or set offload_optimizer"
-    return str(error)
 
 
 if __name__ == "__main__":

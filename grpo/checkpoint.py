@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from data import Question
 from model import InputError, Qwen2VL, load_model
-from model.weights import weight_files
+from model.weights import read_companions, weight_files
 
 from .config import Config, config_toml
 from .optimizer import MasterAdamW
@@ -52,6 +53,8 @@ MAY_DIFFER = {
 
 MANIFEST = "manifest.json"
 
+_OF_PROGRESS = {"bad_steps": int, "validated": int, "best": dict, "answers_before": list, "contents": dict}
+
 
 def find_checkpoint(config: Config) -> Path | None:
     """`resumable`'s checkpoint. Newer ones that are damaged are moved aside; apart from that, it writes nothing."""
@@ -75,6 +78,7 @@ def resumable(config: Config) -> tuple[Path | None, dict[Path, str]]:
     if not saved and (folder / "model").exists():
         raise InputError(f"{folder} holds a finished run; choose another --run_dir")
     if not saved:
+        _refuse_to_forget(folder, config)
         return None, {}
     try:
         theirs = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
@@ -166,9 +170,24 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256("".join(sha256_of(file) for file in weight_files(folder)).encode()).hexdigest()[:16]
 
 
+def _refuse_to_forget(folder: Path, config: Config) -> None:
+    """InputError if a run that must have had checkpoints has none: begun anew, its records would be overwritten."""
+    metrics = folder / "metrics.jsonl"
+    steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+    # By then the first checkpoint was on the disk: the second waits for it.
+    if steps > 2 * config.save_every or (
+        (folder / "checkpoints").is_symlink() and not (folder / "checkpoints").exists()
+    ):
+        raise InputError(
+            f"{folder}: has records of {steps} steps, but no checkpoint; bring {folder / 'checkpoints'} back (is a disk not "
+            "mounted?), or choose another --run_dir"
+        )
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if not path.suffix)
+    """The whole checkpoints of a run, oldest first. A copy by another name is none."""
+    found = (path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def sha256_of(file: Path) -> str:
@@ -179,7 +198,7 @@ def sha256_of(file: Path) -> str:
 def load_checkpoint_model(config: Config, checkpoint: Path, base: Path) -> Qwen2VL:
     """The policy as it was saved; its tokenizer files go on coming from the base model's folder."""
     model = load_model(checkpoint, config.device, config.dtype)
-    model.source = base
+    model.companions = read_companions(base)
     return model
 
 
@@ -192,8 +211,13 @@ def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> dict[str, Any]:
             raise TypeError("progress.json does not say how many steps are finished")
         if not all(type(progress[name]) in (int, float) for name in ("seconds", "tokens")):
             raise TypeError("progress.json does not say what has been spent")
+        for name, kind in _OF_PROGRESS.items():
+            if not isinstance(progress.get(name, kind()), kind):
+                raise TypeError(f"progress.json has nonsense under {name}")
+        if not all(type(progress.get("best", {}).get(name, 0)) is int for name in ("step", "right", "total")):
+            raise TypeError("progress.json has nonsense under best")
         return progress
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:  # shapes; depth
         raise InputError(
-            f"{checkpoint}: not a whole checkpoint ({error}); delete it to resume from the one before"
+            f"{checkpoint}: not a whole checkpoint ({error}); restore it, or move it away to resume from the one before"
         ) from None

@@ -165,10 +165,14 @@ class Config:
         rules += [("adam_beta2", self.adam_beta2 < 1, "must be below 1")]
         rules += [("max_pixels", self.max_pixels >= self.min_pixels, "must not be below min_pixels")]
         rules += [("device", re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "must be cpu or cuda")]
+        rules += [(name, getattr(self, name) <= most, f"must not exceed {most:,}") for name, most in _MOST.items()]
         for name, holds, rule in rules:
             if not holds:
                 raise InputError(f"config: {name} is {getattr(self, name)!r}; it {rule}")
 
+
+_MOST = {"steps": 10_000_000, "prompts_per_step": 100_000, "group_size": 10_000, "max_new_tokens": 1_000_000}
+"""Beyond them there is no run, but a slip of the finger that would fill the memory."""
 
 _CHOICES = {
     "method": ("grpo", "sft"),

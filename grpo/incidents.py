@@ -4,7 +4,8 @@
 
 The folder needs nothing from outside: prompts with their patches, completions, rewards and log-probabilities
 (batch.safetensors), questions and texts to read (batch.json), and the weights that the step began with (model/; steps
-that follow one another share it, since none of them changed a weight).
+that follow one another share it, since none of them changed a weight; with several updates per rollout they are those
+that the step had come to).
 """
 
 import argparse
@@ -34,6 +35,15 @@ _OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
 _SETTINGS = ("clip_low", "clip_high", "beta", "temperature", "dtype", "model")
 
 
+MOST = 10
+"""Steps of a run that are written down whole: each may take as much room as the model."""
+
+
+def room_for_incident(config: Config) -> bool:
+    """Whether one more may be written down."""
+    return len(list((Path(config.run_dir) / "incidents").glob("step-*"))) < MOST
+
+
 def write_incident(
     config: Config, step: int, policy: Qwen2VL, rollout: Rollout, judged: dict[str, Tensor], stats: dict[str, float]
 ) -> Path:
@@ -48,26 +58,39 @@ def write_incident(
     partial, before = folder.with_suffix(".partial"), folder.with_name(f"step-{step - 1:06d}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model = "model"
-    if before.is_dir():  # which may itself share the weights of one before
-        model = json.loads((before / "batch.json").read_text(encoding="utf-8"))["model"]
-        model = f"../{before.name}/model" if model == "model" else model
-    else:
-        save_model(policy, partial / "model")
-    tensors = {"tokens_NGT": rollout.tokens_NGT, "mask_NGT": rollout.mask_NGT, "logp_NGT": rollout.logp_NGT, **judged}
-    for n, prompt in enumerate(rollout.prompts):
-        tensors |= {f"prompt.{n}.{name}": getattr(prompt, name) for name in _OF_PROMPT}
-    write_tensors({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / "batch.safetensors")
-    told = {
-        "step": step,
-        "model": model,
-        "stats": {name: value if math.isfinite(value) else str(value) for name, value in stats.items()},
-        "config": {name: getattr(config, name) for name in _SETTINGS},
-        "questions": [asdict(prompt.question) for prompt in rollout.prompts],
-        "texts": rollout.texts,
-    }
-    (partial / "batch.json").write_text(json.dumps(told, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    commit(partial, folder)
+    try:
+        model = "model"
+        if before.is_dir() and config.inner_updates == 1:  # which may itself share the weights of one before
+            model = json.loads((before / "batch.json").read_text(encoding="utf-8"))["model"]
+            model = f"../{before.name}/model" if model == "model" else model
+        else:
+            save_model(policy, partial / "model")
+        tensors = {
+            "tokens_NGT": rollout.tokens_NGT,
+            "mask_NGT": rollout.mask_NGT,
+            "logp_NGT": rollout.logp_NGT,
+            **judged,
+        }
+        for n, prompt in enumerate(rollout.prompts):
+            tensors |= {f"prompt.{n}.{name}": getattr(prompt, name) for name in _OF_PROMPT}
+        write_tensors(
+            {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / "batch.safetensors"
+        )
+        told = {
+            "step": step,
+            "model": model,
+            "stats": {name: value if math.isfinite(value) else str(value) for name, value in stats.items()},
+            "config": {name: getattr(config, name) for name in _SETTINGS},
+            "questions": [asdict(prompt.question) for prompt in rollout.prompts],
+            "texts": rollout.texts,
+        }
+        (partial / "batch.json").write_text(
+            json.dumps(told, indent=1, ensure_ascii=False, default=str), encoding="utf-8"
+        )
+        commit(partial, folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 
@@ -121,9 +144,11 @@ def replay(folder: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo.incidents", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="runs/NAME/incidents/step-...")
+    parser.add_argument("folder", type=Path, help="runs/NAME/incidents/step-..., or runs/NAME for the newest one there")
+    folder = parser.parse_args().folder
+    steps = sorted([*folder.glob("step-*/batch.json"), *folder.glob("incidents/step-*/batch.json")])
     try:
-        print("\n".join(replay(parser.parse_args().folder)))
+        print("\n".join(replay(steps[-1].parent if steps else folder)))
     except InputError as error:
         print(f"grpo.incidents: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -59,8 +60,10 @@ class RunLog:
         self.completions, _ = _reopened(folder / "completions.jsonl", first_step)
         self.incidents, known = _reopened(folder / "incidents.jsonl", first_step)
         self.validations, _ = _reopened(folder / "validation.jsonl", first_step)
-        self.kinds = Counter(row["kind"] for row in known)
+        self.kinds = Counter(str(row.get("kind")) for row in known)
         self._alarms = alarms(recent(self._rows))
+        # The writer's thread raises in the caller too; what it prints besides would be a traceback.
+        self._hook, threading.excepthook = threading.excepthook, _hide_os_errors
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(total=steps, initial=first_step, desc=method.upper(), unit="step", dynamic_ncols=True)
 
@@ -131,6 +134,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+        threading.excepthook = self._hook
         for file in (self.board, self.metrics, self.completions, self.incidents, self.validations):
             file.close()
 
@@ -152,6 +156,11 @@ def rollout_metrics(that: StepRecord) -> dict[str, float]:
     }
 
 
+def _hide_os_errors(args: threading.ExceptHookArgs) -> None:
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
 def _json_line(step: int, numbers: dict[str, float]) -> str:
     """A row of numbers; what is not finite becomes null, since JSON knows no NaN."""
     row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -168,6 +177,8 @@ def _reopened(path: Path, first_step: int) -> tuple[Any, list[dict[str, Any]]]:
             try:
                 row = json.loads(line)
                 wanted = line.endswith("\n") and row["step"] < first_step
+                if path.stem == "metrics":
+                    wanted = wanted and all(isinstance(value, int | float | None) for value in row.values())
             except (ValueError, KeyError, TypeError, RecursionError):
                 wanted = False
             if wanted:

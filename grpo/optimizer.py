@@ -97,11 +97,15 @@ class MasterAdamW:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave. KeyError if anything is missing."""
+        """Take back what `state` gave; fp32 weights are their own masters where it gave none. KeyError if anything is
+        missing, ValueError if it has another shape."""
         for name, param, master in zip(self.names, self.params, self.masters):
             if any(f"{key}.{name}" in tensors for key in _MOMENTS):
-                self.adamw.state[master] = {key: tensors[f"{key}.{name}"].to(master.device) for key in _MOMENTS}
-            if master is not param:
+                moments = {key: tensors[f"{key}.{name}"].to(master.device) for key in _MOMENTS}
+                if any(moments[key].shape != (() if key == "step" else master.shape) for key in _MOMENTS):
+                    raise ValueError(f"the moments of {name} have another shape")
+                self.adamw.state[master] = {key: value.float() for key, value in moments.items()}
+            if master is not param and not (param.dtype == torch.float32 and f"master.{name}" not in tensors):
                 with torch.no_grad():
                     master.copy_(tensors[f"master.{name}"])
                     param.copy_(master)

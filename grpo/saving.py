@@ -81,7 +81,7 @@ class Checkpoints:
         partial = final.with_suffix(".partial")
         try:
             for leftover in self.folder.glob("*.partial"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             save_model(model, partial, weights)
             write_tensors(state, partial / "optimizer.safetensors")
             (partial / "progress.json").write_text(progress, encoding="utf-8")
@@ -108,9 +108,12 @@ def commit(partial: Path, final: Path) -> None:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
         _flush(path)
-    if final.exists():  # of a run that was resumed from before it
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    if final.exists():  # saved once more: out of the way first, so that the name never means a torn one
+        os.replace(final, aside := final.with_suffix(".old.partial"))
+        os.replace(partial, final)
+        shutil.rmtree(aside)
+    else:
+        os.replace(partial, final)
     _flush(final.parent)
 
 

@@ -14,7 +14,7 @@ from model import InputError
 
 from .batch import Rollout
 from .config import Config
-from .incidents import write_incident
+from .incidents import room_for_incident, write_incident
 from .log import RunLog, Stopwatch
 from .run import Run
 from .saving import Checkpoints
@@ -23,7 +23,7 @@ from .stop import Stopped
 Validate = Callable[[], tuple[int, int]]
 """Asks the policy as it stands: how many validation questions it has right, of how many."""
 
-_FAULTS = (InputError, OSError, torch.OutOfMemoryError, Stopped)
+_FAULTS = (InputError, OSError, MemoryError, torch.OutOfMemoryError, Stopped)
 
 
 class Session:
@@ -55,6 +55,8 @@ class Session:
         coming = prompts_of_steps(
             run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed, unreadable
         )
+        if self._validate_if_due():  # a stop came before it
+            self._save()
         for step in steps:
             clock = Stopwatch(config.device)
             try:
@@ -90,52 +92,59 @@ class Session:
         numbers = {name: float(x) for name, x in (stats or {}).items()}
         bad = not all(math.isfinite(numbers.get(name, 0.0)) for name in ("loss", "grad_norm"))
         if rollout is not None and bad:
-            folder = write_incident(config, step, run.policy, rollout, judged or {}, numbers)
-            self.log.incident(
-                step, "not finite", f"loss or gradient is not finite, no update; all of it is in {folder}"
-            )
+            says = "loss or gradient is not finite, no update"
+            if room_for_incident(config):
+                folder = write_incident(config, step, run.policy, rollout, judged or {}, numbers)
+                says += f"; all of it is in {folder}"
+            self.log.incident(step, "not finite", says)
         progress["step"] = step + 1
         progress["seconds"] += clock.total
         progress["tokens"] += int(rollout.mask_NGT.sum()) if rollout is not None else 0
         progress["bad_steps"] = progress.get("bad_steps", 0) + 1 if bad else 0
         run.stop.deferred = False
-        due = (step + 1) % config.save_every == 0 or step + 1 == config.steps
-        if self.validate and ((step + 1) % config.validate_every == 0 or step + 1 == config.steps):
-            self._validate(step)
-            due = True
+        validated = self._validate_if_due()
         if progress["bad_steps"] >= config.max_bad_steps:
             progress["bad_steps"] = 0  # who goes on from here gets as many again
             raise InputError(
                 f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; `python -m grpo.incidents "
-                f"{config.run_dir}/incidents/step-{step:06d}` tells more; begin anew in another --run_dir, with a lower learning_rate"
+                f"{config.run_dir}` tells more; begin anew in another --run_dir, with a lower learning_rate"
             )
-        if due:
+        if validated or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             self._save()
         run.stop.check()
 
-    def _validate(self, step: int) -> None:
+    def _validate_if_due(self) -> bool:
+        """Validate every `validate_every` steps and after the last; once for each, also if a stop came in between."""
+        config, progress, done = self.config, self.run.progress, self.run.progress["step"]
+        due = done > 0 and (done % config.validate_every == 0 or done == config.steps)
+        if self.validate is None or not due or progress.get("validated") == done:
+            return False
         right, total = self.validate()
-        self.log.validation(step, right, total)
-        best = self.run.progress.get("best")
+        self.log.validation(done - 1, right, total)
+        progress["validated"] = done
+        best = progress.get("best")
         if best is None or right > best["right"]:
-            self.run.progress["best"] = {"step": step + 1, "right": right, "total": total}
+            progress["best"] = {"step": done, "right": right, "total": total}
+        return True
 
     def _save(self) -> None:
         self.checkpoints.save(self.run.policy, self.run.optimizer, self.run.progress)
         self._saved_step = self.run.progress["step"]
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        stop = self.run.stop
         try:
-            if isinstance(error, _FAULTS) and not self.run.stop.deferred:
-                self._save_last(error)
-            if kind is None or kind is Stopped:
+            if kind is None:
                 self.checkpoints.finish()
+            elif isinstance(error, _FAULTS):
+                self._save_last(error)
         finally:
             self.checkpoints.close()
-            self.run.stop.__exit__()
+            stop.__exit__()
             self._close_log(error)
-        if isinstance(error, Stopped):
-            raise Stopped(error.signal, f"stopped; the same command goes on from {self.checkpoints.newest()}") from None
+        if isinstance(error, Stopped) or (error is None and stop.asked):
+            number = error.signal if error else stop.asked
+            raise Stopped(number, f"stopped; the same command goes on from {self.checkpoints.newest()}") from None
 
     def _close_log(self, error: BaseException | None) -> None:
         try:
@@ -147,11 +156,12 @@ class Session:
             error.filename = error.filename or self.config.run_dir
 
     def _save_last(self, error: BaseException) -> None:
-        try:
-            self.run.optimizer.forget_gradients()
-            if self.run.progress["step"] > self._saved_step:
-                self._save()
-            self.checkpoints.finish()
-        except InputError as also:
-            if str(also) != str(error):
-                print(f"{also}", file=sys.stderr)
+        """Save the last whole step, if weights and progress are those of a whole step; another fault is told besides."""
+        self.run.optimizer.forget_gradients()
+        unsaved = not self.run.stop.deferred and self.run.progress["step"] > self._saved_step
+        for work in (self.checkpoints.finish, *((self._save, self.checkpoints.finish) if unsaved else ())):
+            try:
+                work()
+            except InputError as also:
+                if str(also) != str(error):
+                    self.log.bar.write(str(also), file=sys.stderr)

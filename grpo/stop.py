@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Self
 
@@ -42,7 +43,8 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
         # Not print: the signal may have come in the middle of one, and streams can't be entered twice.
-        os.write(2, b"\nstopping after this micro-batch, with a checkpoint; once more stops at once\n")
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, b"\nstopping after this micro-batch, with a checkpoint; once more stops at once\n")
         for again, handler in self._before.items():
             signal.signal(again, handler)
 

@@ -6,7 +6,6 @@
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class Qwen2VL(nn.Module):
         self.config = config
         self.recompute = False  # whether backward makes each block's activations anew in place of keeping them
         self.rollout_state: object | None = None  # what the sampler keeps from one step to the next, on a GPU
-        self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along when it is saved
+        self.companions: dict[str, bytes] = {}  # files that it was loaded with and is saved with: `read_companions`
         self.visual = VisionTower(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))

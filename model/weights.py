@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .config import Qwen2VLConfig, config_json, read_config
 from .errors import InputError
-from .files import read_json
+from .files import read_bytes, read_json
 from .qwen2vl import Qwen2VL
 
 INDEX = "model.safetensors.index.json"
@@ -26,6 +25,12 @@ COMPANIONS = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """What a model folder holds beside weights and config.json; carried over unchanged when a trained model is saved."""
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """config.json and the tokenizer's files of a checkpoint folder: what a trained model is saved with."""
+    files = (folder / name for name in ("config.json", *COMPANIONS))
+    return {file.name: read_bytes(file) for file in files if file.is_file()}
 
 
 class Slot(NamedTuple):
@@ -116,7 +121,7 @@ def load_model(
             head = tensors.get_tensor("lm_head.weight").to(model.embed.weight)
         if not torch.equal(head, model.embed.weight):
             raise InputError(f"{written_head}: lm_head.weight is not the embedding, but config.json says it is tied")
-    model.source = folder
+    model.companions = read_companions(folder)
     return model.requires_grad_(True)
 
 
@@ -204,9 +209,9 @@ def save_model(model: Qwen2VL, folder: str | Path, weights: dict[str, Tensor] | 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if model.source and (model.source / name).exists() and model.source.resolve() != folder.resolve():
-            shutil.copyfile(model.source / name, folder / name)
+    for name, content in model.companions.items():
+        if name != "config.json":
+            (folder / name).write_bytes(content)
     parameters = dict(model.named_parameters())
     shards = _shards(checkpoint_layout(model.config), next(model.parameters()).element_size())
     weight_map, total = {}, 0
@@ -221,11 +226,8 @@ def save_model(model: Qwen2VL, folder: str | Path, weights: dict[str, Tensor] | 
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     # What an earlier save left in the other form would be read in place of this one.
     (folder / ("model.safetensors" if len(shards) > 1 else INDEX)).unlink(missing_ok=True)
-    raw = (
-        json.loads((model.source / "config.json").read_text(encoding="utf-8"))
-        if model.source
-        else config_json(model.config)
-    )
+    written = model.companions.get("config.json")
+    raw = json.loads(written) if written else config_json(model.config)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
     for section in (raw.get("text_config"), raw.get("vision_config")):

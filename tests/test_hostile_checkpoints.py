@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from data import load_vocabulary
 from evaluation import compare
 from evaluation.curves import read_metrics
-from grpo.checkpoint import Checkpoints, damage_of, load_progress
+from grpo.checkpoint import damage_of, load_progress
+from grpo.saving import Checkpoints
 from grpo.config import config_toml, load_config
 from grpo.optimizer import MasterAdamW
 from grpo.run import prompt_encoder

@@ -149,6 +149,31 @@ def test_state_restores_a_run_bit_for_bit(dtype):
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
 
 
+def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host_memory(monkeypatch):
+    model = linear()
+    optimizer = MasterAdamW(model, SETTINGS)
+    backward(model)
+    optimizer.step(1e-2)
+    monkeypatch.setattr(MasterAdamW, "_master", staticmethod(lambda p, _: p.detach().clone().requires_grad_()))
+    again = MasterAdamW(model, SETTINGS)
+    again.load_state({name: value.clone() for name, value in optimizer.state().items()})
+    for one in (again, optimizer):
+        backward(model)
+        one.accumulate()
+    again.step(1e-2)
+    assert all(torch.equal(p, m) for p, m in zip(model.parameters(), again.masters))
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 4), ()])
+def test_moments_of_another_shape_are_refused_and_not_run_over(shape):
+    optimizer = MasterAdamW(model := linear(), SETTINGS)
+    backward(model)
+    optimizer.step(1e-2)
+    state = optimizer.state() | {"exp_avg.weight": torch.zeros(shape)}
+    with pytest.raises(ValueError, match="another shape"):
+        MasterAdamW(linear(), SETTINGS).load_state(state)
+
+
 def test_learning_rate_rises_over_the_warm_up_then_falls_to_the_final_ratio():
     config = Config("m", "q", "r", learning_rate=1.0, warmup_steps=4, steps=9, final_lr_ratio=0.0)
     rates = [scheduled_rate(step, config) for step in range(9)]

@@ -1,0 +1,205 @@
+"""Coming back to a run: after stops and faults at awkward moments, and to a folder that is not as it was left."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from grpo.checkpoint import checkpoints, damage_of
+from grpo.log import RunLog
+from grpo.saving import Checkpoints
+from grpo.session import Session
+from test_session import press, same_weights, untimed
+from test_train import ROOT, rows, run, vowel_score
+from tiny_run import write_run
+
+
+@pytest.fixture(autouse=True)
+def something_to_learn(monkeypatch):
+    monkeypatch.setattr(train, "score", vowel_score)
+
+
+def two_runs(folder: Path, monkeypatch, **fields: object) -> tuple[Path, Path]:
+    """One that is run to its end, and its twin that is not begun."""
+    for name in ("whole", "broken"):
+        (folder / name).mkdir()
+        write_run(folder / name, **{"test_questions": [], **fields})
+    assert run(monkeypatch, folder / "whole" / "config.toml") == 0
+    return folder / "whole", folder / "broken"
+
+
+def same_records(a: Path, b: Path) -> bool:
+    return all(
+        [untimed(row) for row in rows(a / "run" / name)] == [untimed(row) for row in rows(b / "run" / name)]
+        for name in ("metrics.jsonl", "completions.jsonl", "validation.jsonl")
+    )
+
+
+def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(tmp_path, monkeypatch):
+    fields = dict(validation_fraction=0.25, validate_every=2, save_every=100)
+    whole, broken = two_runs(tmp_path, monkeypatch, **fields)
+    with monkeypatch.context() as patch:
+        greedy, asked = train.answer_greedily, []
+
+        def twice(*args, label, **kwargs):
+            if label == "validation":
+                asked.append(1)
+                if len(asked) == 1:
+                    signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
+            return greedy(*args, label=label, **kwargs)
+
+        patch.setattr(train, "answer_greedily", twice)
+        assert run(patch, broken / "config.toml") == 143
+    assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
+    assert run(monkeypatch, broken / "config.toml") == 0
+    assert same_weights(whole, broken) and same_records(whole, broken)
+    assert len(rows(broken / "run" / "validation.jsonl")) == 2
+
+
+def test_a_disk_that_failed_once_does_not_cost_the_next_checkpoint(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, test_questions=[], save_every=2)
+    write, failed = Checkpoints._write, []
+
+    def failing(saving, final, *rest):
+        if not failed:
+            failed.append(1)
+            raise train.InputError("the disk is full")
+        write(saving, final, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_write", failing)
+    press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
+    assert run(monkeypatch, config) == 143
+    shown = capsys.readouterr().err.splitlines()
+    assert "the disk is full" in shown and shown[-1].endswith("step-000003")
+    assert damage_of(tmp_path / "run" / "checkpoints" / "step-000003") == ""
+
+
+def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_step(tmp_path, monkeypatch, capsys):
+    whole, broken = two_runs(tmp_path, monkeypatch, save_every=2)
+    record = RunLog.record
+
+    def full(log, step, *rest):
+        if step == 3:
+            raise OSError(28, "No space left on device")
+        record(log, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "record", full)
+        assert run(patch, broken / "config.toml") == 2
+    assert f"{broken}/run: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
+    assert run(monkeypatch, broken / "config.toml") == 0
+    assert same_weights(whole, broken) and same_records(whole, broken)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_is_trained_again(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[])
+    finish = Checkpoints.finish
+
+    def pressed(saving):
+        if saving.folder.parent == tmp_path / "run" and (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 4:
+            monkeypatch.setattr(Checkpoints, "finish", finish)
+            signal.raise_signal(signal.SIGTERM)
+        finish(saving)
+
+    monkeypatch.setattr(Checkpoints, "finish", pressed)
+    assert run(monkeypatch, config) == 143
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "run" / "model").exists()
+    assert run(monkeypatch, config) == 0
+    assert metrics == (tmp_path / "run" / "metrics.jsonl").read_bytes() and (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
+    config = write_run(tmp_path, test_questions=[], steps=6, save_every=100)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 6 and (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.parametrize("loss", ["gone", "a link to nowhere"])
+def test_records_are_not_overwritten_when_the_checkpoints_are_away(tmp_path, monkeypatch, capsys, loss):
+    config = write_run(tmp_path, test_questions=[], save_every=1)
+    press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
+    assert run(monkeypatch, config) == 143
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "away")
+    if loss != "gone":
+        (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "not mounted")
+    assert run(monkeypatch, config) == 2
+    assert "has records of 3 steps, but no checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_copy_of_a_checkpoint_by_another_name_is_not_gone_on_from(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[], save_every=1)
+    press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
+    assert run(monkeypatch, config) == 143
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step-000002", folder / "step-best")
+    (folder / "x.partial").write_text("a file that somebody left")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002", "step-000003"]
+    assert run(monkeypatch, config) == 0 and (folder / "step-best").is_dir()
+
+
+def test_numbers_of_steps_beyond_six_digits_are_in_order(tmp_path):
+    for step in (999_999, 1_000_000, 2):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
+
+
+def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_behind(tmp_path, monkeypatch):
+    """The gradients of the first ones are forgotten, or they would count twice."""
+    found = []
+    for size, failing in ((390, False), (781, True)):  # one group at a time; two
+        (folder := tmp_path / str(size)).mkdir()
+        config = write_run(folder, test_questions=[], micro_batch_tokens=size, prompts_per_step=4, beta=0.0)
+        with monkeypatch.context() as patch:
+            whole, calls = train.completion_logprobs, []
+
+            def second_fails(*args):
+                calls.append(len(args[1].lengths_N))
+                if failing and len(calls) == 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return whole(*args)
+
+            patch.setattr(train, "completion_logprobs", second_fails)
+            assert run(patch, config) == 0
+        assert calls[0] == (2 if failing else 1)
+        found.append(rows(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_bad_first_update_of_two_is_not_hidden_by_a_sound_second(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[], inner_updates=2, steps=2)
+    whole, calls = train.accumulate_gradient, []
+
+    def first_is_bad(*args):
+        calls.append(1)
+        stats = whole(*args)
+        return stats | {"loss": stats["loss"] * float("nan")} if len(calls) == 1 else stats
+
+    monkeypatch.setattr(train, "accumulate_gradient", first_is_bad)
+    assert run(monkeypatch, config) == 0
+    assert len(calls) == 3 and [row["loss"] is None for row in rows(tmp_path / "run" / "metrics.jsonl")] == [True, False]
+    assert (tmp_path / "run" / "incidents" / "step-000000" / "model").is_dir()
+
+
+def test_incidents_that_come_again_and_again_do_not_fill_the_disk(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[], steps=14, max_bad_steps=100)
+    monkeypatch.setattr(
+        Session, "end_step", lambda session, step, clock, rollout, stats, judged, whole=Session.end_step: whole(
+            session, step, clock, rollout, stats | {"loss": torch.tensor(float("nan"))}, judged
+        )
+    )  # fmt: skip
+    assert run(monkeypatch, config) == 0
+    assert len(rows(tmp_path / "run" / "incidents.jsonl")) >= 14
+    assert len(list((tmp_path / "run" / "incidents").iterdir())) == 10
