@@ -2,8 +2,9 @@
 
     python -m benchmarks.soak --kills 20 [--seed 0] [--folder DIR]
 
-SIGKILL, some of them in the middle of saving a checkpoint. Compared at the end, byte for byte: the model, the last
-checkpoint's tensors, completions, validations and incidents, and the metrics without their times. Exit code 0 if all are equal.
+SIGKILL, some of them in the middle of saving a checkpoint. Compared at the end, byte for byte: the model, the tensors of
+the checkpoints that are kept, completions, validations and incidents, and the metrics without their times. Exit code 0
+if all are equal.
 """
 
 import argparse
@@ -62,11 +63,12 @@ def _rows(run_dir: Path) -> int:
 
 def outcome(run_dir: Path) -> dict[str, object]:
     """What must not depend on kills: files by their bytes, metrics without times."""
-    last = max((run_dir / "checkpoints").glob("step-??????"))
+    kept = sorted((run_dir / "checkpoints").iterdir())
     files = [run_dir / name for name in ("completions.jsonl", "validation.jsonl", "incidents.jsonl")]
-    files += [*(run_dir / "model").iterdir(), *last.glob("*.safetensors")]
+    files += [*(run_dir / "model").iterdir(), *(file for folder in kept for file in folder.glob("*.safetensors"))]
     found: dict[str, object] = {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
+    found["checkpoints"] = [folder.name for folder in kept]
     found["metrics.jsonl"] = [
         {name: value for name, value in row.items() if name.split("/")[0] not in TIMES} for row in rows
     ]

@@ -301,6 +301,18 @@ TESTED_ELSEWHERE = (
      "test_hostile.py::test_a_text_that_unpacks_to_much_more_is_refused"),
     ("damaged question files, images, configs and completions, by the thousand (fuzzing)", 2, "one printable line of bounded length",
      UNCHANGED, "test_hostile_fuzz.py::test_a_damaged_question_file_is_questions_or_one_line"),
+    ("a stop in the middle of a validation", 143, "stopped; the same command goes on from run/checkpoints/step-000002",
+     "every finished step; the validation is done on coming back",
+     "test_resume.py::test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back"),
+    ("checkpoints that are away (a disk that is not mounted)", 2, "run: has records of 3 steps, but no checkpoint; bring run/checkpoints "
+     "back (is a disk not mounted?), or choose another --run_dir", UNCHANGED,
+     "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away"),
+    ("a terminal, or a reader of the log, that goes away", 0, "(to nobody)", FINISHED,
+     "test_resume.py::test_a_terminal_that_is_gone_does_not_end_the_run"),
+    ("weights that have become infinite or NaN", 2, "run: the weights are not finite any more and are not saved: training has diverged; ...",
+     "the last sound checkpoint", "test_session.py::test_weights_that_are_no_numbers_any_more_are_not_saved"),
+    ("a run that is moved, with its model and questions", 0, "(it goes on)", FINISHED,
+     "test_session.py::test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been"),
     ("an image that is validated on and tested", 2, "its image ... is validated on too, ...", UNCHANGED,
      "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others"),
 )  # fmt: skip
