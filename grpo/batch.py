@@ -83,8 +83,8 @@ class Rollout:
     def micro_batches(self, tokens_each: int) -> Iterator[MicroBatch]:
         """Whole groups in their order, each part as large as `tokens_each` allows, but never less than one group.
 
-        What counts is the size with padding, as attention sees it. T is cut to the longest completion among them; the caller cuts what it holds by
-        `mask.shape[-1]`.
+        What counts is the size with padding, as attention sees it. T is cut to the longest completion among them; the
+        caller cuts what it holds by `mask.shape[-1]`.
         """
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
         for groups in self._parts(tokens_each):

@@ -131,7 +131,8 @@ class Config:
         at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_tokens"
         at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
         at_least_one += " validate_every keep_checkpoints max_bad_steps"
-        not_negative = "train_count test_count validation_count seed clip_low clip_high beta warmup_steps weight_decay final_lr_ratio"
+        not_negative = "train_count test_count validation_count seed clip_low clip_high beta warmup_steps weight_decay"
+        not_negative += " final_lr_ratio"
         not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight consistency_weight"
         numbers = [field.name for field in fields(self) if field.type is float]
         rules = [(name, math.isfinite(getattr(self, name)), "must be finite") for name in numbers]

@@ -89,8 +89,8 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older checkpoints and incidents/*/model may "
-                f"go) or mend the disk, and the same command goes on from {self.newest()}"
+                f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older checkpoints and "
+                f"incidents/*/model may go) or mend the disk, and the same command goes on from {self.newest()}"
             ) from None
         for old in checkpoints(self.folder.parent)[: -self.kept]:
             if old.name != f"step-{best or 0:06d}":

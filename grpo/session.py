@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run, whatever its method: prompts, records, validation, checkpoints, and every way to end."""
+"""What surrounds the steps of a run, whatever its method: prompts, records, validation, checkpoints, every way to end."""
 
 import math
 import sys

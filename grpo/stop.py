@@ -59,5 +59,5 @@ class StopRequest:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGTERM and SIGHUP where there is nothing to save: the program ends in order, not in the middle of a line."""
+    """The handler of SIGTERM and SIGHUP where there is nothing to save: the program ends in order, and says so."""
     raise Stopped(number)

@@ -23,7 +23,10 @@ def recent(rows: Rows) -> list[dict[str, float]]:
 
 
 def alarms(rows: Rows) -> dict[str, str]:
-    """What is wrong at the end of `rows`, the metrics of the steps so far (`recent` ones do): name of the rule -> one line with a hint."""
+    """What is wrong at the end of `rows`, the metrics of the steps so far (`recent` ones do).
+
+    Returns, by the name of the rule that speaks, one line with a hint.
+    """
     rows = [row for row in rows if row.get("reward") is not None]  # supervised steps and skipped ones have none
     if len(rows) < WINDOW:
         return {}

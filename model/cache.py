@@ -11,8 +11,8 @@ class GroupCache:
 
     It serves as a decoder layer's `attend` twice: `prefill` runs the prompts and keeps their keys and values; `decode`
     adds one token per row at slot `step` and attends to both parts. `keep` lets rows go: those that stay are
-    copied to the buffers' beginning. `begin` makes all ready for other prompts. No buffer is ever replaced, so that a CUDA graph
-    that was captured once may be replayed on them for good.
+    copied to the buffers' beginning. `begin` makes all ready for other prompts. No buffer is ever replaced, so that a
+    CUDA graph that was captured once may be replayed on them for good.
     """
 
     def __init__(
