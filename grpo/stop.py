@@ -10,7 +10,9 @@ from typing import Self
 class Stopped(BaseException):
     """A run ends because it was asked to; `signal` is what asked. Not an Exception: nobody handles it by accident."""
 
-    def __init__(self, number: int, message: str = "stopped") -> None:
+    def __init__(
+        self, number: int, message: str = "stopped; the same command goes on from the last checkpoint, if there is one"
+    ) -> None:
         super().__init__(message)
         self.signal = number
 
