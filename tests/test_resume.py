@@ -147,7 +147,9 @@ def test_a_copy_of_a_checkpoint_by_another_name_is_not_gone_on_from(tmp_path, mo
     shutil.copytree(folder / "step-000002", folder / "step-best")
     (folder / "x.partial").write_text("a file that somebody left")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002", "step-000003"]
+    (folder / "step-000003.partial").mkdir()  # as a kill leaves it
     assert run(monkeypatch, config) == 0 and (folder / "step-best").is_dir()
+    assert not list(folder.glob("*.partial"))
 
 
 def test_numbers_of_steps_beyond_six_digits_are_in_order(tmp_path):
