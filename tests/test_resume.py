@@ -99,16 +99,17 @@ def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_
 
 def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_is_trained_again(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[])
-    finish = Checkpoints.finish
+    finish, calls = Checkpoints.finish, []
 
     def pressed(saving):
-        if saving.folder.parent == tmp_path / "run" and (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 4:
-            monkeypatch.setattr(Checkpoints, "finish", finish)
+        calls.append((tmp_path / "run" / "metrics.jsonl").read_text().count("\n"))
+        if calls[-2:] == [4, 4]:  # once before the last one is begun, once to wait for it
             signal.raise_signal(signal.SIGTERM)
         finish(saving)
 
-    monkeypatch.setattr(Checkpoints, "finish", pressed)
-    assert run(monkeypatch, config) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "finish", pressed)
+        assert run(patch, config) == 143
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert not (tmp_path / "run" / "model").exists()
     assert run(monkeypatch, config) == 0
