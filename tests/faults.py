@@ -325,6 +325,6 @@ traceback, and never at the price of a finished checkpoint. The same command goe
 something must be mended, as the line says; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and
 SIGHUP.
 
-Each row is brought about by a test, on a run that has done 2 of its 6 steps and saved both; the messages are those that the tests
-saw, with paths relative to where the run lies.
+Each row has a test. Those of test_faults.py are brought about on a run that has done 2 of its 6 steps and saved both, and the
+messages are those that were seen, with paths relative to where the run lies; in the other rows, at the end, they are summaries.
 """
