@@ -1,11 +1,14 @@
-"""The table of MedVLM-R1, and whether it means what it seems to mean: base, SFT and GRPO on every modality.
+"""The table of MedVLM-R1, and whether it means what it seems to mean: base, SFT and GRPO on every
+modality.
 
-    python evaluate.py --config configs/miniature.toml [--models base,sft,grpo] [--questions FILE ...] [--samples 8]
-    python evaluate.py --ask "What is seen?" --image scan.png --options Lungs Bladder --model runs/miniature/model
+    python evaluate.py --config configs/miniature.toml [--models base,sft,grpo] [--questions FILE
+    ...] [--samples 8] python evaluate.py --ask "What is seen?" --image scan.png --options Lungs
+    Bladder --model runs/miniature/model
 
-The first answers all test questions with each model, greedily, and again without the image, with the options in another
-order and with the reasoning cut or exchanged. It leaves results.json, predictions.jsonl, probes.jsonl and report.html
-in the run's folder eval/; a killed evaluation goes on where it stopped. The second puts one question to one model.
+The first answers all test questions with each model, greedily, and again without the image, with
+the options in another order and with the reasoning cut or exchanged. It leaves results.json,
+predictions.jsonl, probes.jsonl and report.html in the run's folder eval/; a killed evaluation goes
+on where it stopped. The second puts one question to one model.
 """
 
 import json
@@ -17,31 +20,37 @@ from typing import Any
 
 import torch
 
+from common.command_line import config_of, config_parser
+from common.config import Config
+from common.device import use_device
+from common.errors import InputError
+from common.hub import model_folder
+from common.terminal import said
 from data import load_vocabulary
+from data.choice import load_questions, prompt_encoder
 from evaluation.ask import ask, shown
+from evaluation.audits.leakage import leakage
 from evaluation.contract import claim, contract
-from evaluation.curves import read_metrics
 from evaluation.examine import PLAIN, examine, probes_asked, question_ids
-from evaluation.leakage import leakage
 from evaluation.models import model_digest, model_folders
 from evaluation.records import Records
-from evaluation.report import write_report
+from evaluation.report.curves import read_metrics
+from evaluation.report.page import write_report
+from evaluation.report.table import results_table
 from evaluation.results import cases, measure
-from evaluation.table import results_table
-from grpo.command_line import config_of, config_parser
-from grpo.config import Config
-from grpo.hub import model_folder
-from grpo.run import load_questions, prompt_encoder, use_device
-from grpo.terminal import said
-from model import InputError, read_config
+from model import read_config
 
 
 def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) -> None:
-    """Answer, measure, audit and report; prints the table. `folders` holds each model's, by name."""
+    """Answer, measure, audit and report; prints the table. `folders` holds each model's, by
+    name.
+    """
     use_device(config)
     train, _, questions = load_questions(config)
     if not questions:
-        raise InputError("there are no test questions: name question files by test_questions or --questions")
+        raise InputError(
+            "there are no test questions: name question files by test_questions or --questions"
+        )
     base = model_folder(config.model, weights=False)
     shape = read_config(base)
     encoder = prompt_encoder(load_vocabulary(base, shape), shape, config)
@@ -65,21 +74,34 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
         Records(out / "probes.jsonl", terms["hash"], digests) as probes,
     ):
         if predictions.dropped or probes.dropped:
-            print(f"{predictions.dropped + probes.dropped} older rows dropped: their models have changed since")
+            print(
+                f"{predictions.dropped + probes.dropped} older rows dropped: their models have changed since"
+            )
         for name, folder in folders.items():
             examine(name, folder, config, terms, questions, ids, predictions, probes, samples)
         asked = probes_asked(config, samples)
         rows_of = {
-            name: {probe: (predictions if probe == PLAIN else probes).of(name, probe, len(ids)) for probe in asked}
+            name: {
+                probe: (predictions if probe == PLAIN else probes).of(name, probe, len(ids))
+                for probe in asked
+            }
             for name in folders
         }
 
     measured = measure(rows_of, questions, train)
-    sampled = {"k": samples, "temperature": config.temperature, "seed": config.seed, "table": measured.pop("sampled")}
+    sampled = {
+        "k": samples,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "table": measured.pop("sampled"),
+    }
     results: dict[str, Any] = {
         "name": Path(config.run_dir).name,
         "contract": terms,
-        "models": [{"name": name, "folder": str(folder), "digest": digests[name]} for name, folder in folders.items()],
+        "models": [
+            {"name": name, "folder": str(folder), "digest": digests[name]}
+            for name, folder in folders.items()
+        ],
         "files": list(config.test_questions),
         "train_questions": config.train_questions,
         "train_modality": config.train_modality,
@@ -106,7 +128,12 @@ def arguments() -> ArgumentParser:
     add("--questions", nargs="+", metavar="FILE", help="question files instead of the config's")
     add("--samples", type=int, default=0, metavar="K",
         help="draw K answers to each question too, for pass@K and majority vote (default: 0)")  # fmt: skip
-    add("--out", type=Path, metavar="FOLDER", help="where results go (default: eval/ in the run's folder)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where results go (default: eval/ in the run's folder)",
+    )
     add("--ask", metavar="QUESTION", help="put this one question to --model, with --options")
     add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="the image of --ask")
     add("--options", nargs="+", metavar="TEXT", help="the options of --ask, 2 to 10")
@@ -128,7 +155,9 @@ def run(given: dict[str, Any]) -> None:
         raise InputError(f"--samples is {given['samples']}; it must not be negative")
     config = config_of(given)
     names = (given["models"] or "base,sft,grpo").split(",")
-    folders = model_folders(config, names)  # which compares runs with the config as it stands in its file
+    folders = model_folders(
+        config, names
+    )  # which compares runs with the config as it stands in its file
     if given["questions"]:
         config = replace(config, test_questions=tuple(given["questions"]), test_fraction=0.0)
     evaluate(config, folders, given["out"] or Path(config.run_dir) / "eval", given["samples"])

@@ -1,14 +1,17 @@
-"""GRPO for Qwen2-VL: Algorithm 1 of DeepSeekMath (arXiv 2402.03300), as MedVLM-R1 (arXiv 2502.19634) uses it.
+"""GRPO for Qwen2-VL: Algorithm 1 of DeepSeekMath (arXiv 2402.03300), as MedVLM-R1 (arXiv
+2502.19634) uses it.
 
-    python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...]
-    python train.py --config FILE --dry-run                 what that would take, without doing it: planning/plan.py
-    python train.py --config configs/miniature_sft.toml     the baseline, supervised fine-tuning: grpo/sft.py
+    python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...] python
+    train.py --config FILE --dry-run                 what that would take, without doing it:
+    planning/plan.py python train.py --config configs/miniature_sft.toml     the baseline,
+    supervised fine-tuning: training/sft.py
 
-Each step draws N questions, samples a group of G answers to each, scores every answer by rules, compares it with its
-own group, and raises the probability of the better ones while staying close to the frozen base. Departures from
-Algorithm 1: there is no outer loop (the reference is the base model throughout, I = 1); the reward is rules and no
-trained model, so there is none to retrain; one update per rollout (mu = 1) needs no pass for the old policy. Departures
-of the parts stand in grpo/advantages.py and grpo/loss.py.
+Each step draws N questions, samples a group of G answers to each, scores every answer by rules,
+compares it with its own group, and raises the probability of the better ones while staying close to
+the frozen base. Departures from Algorithm 1: there is no outer loop (the reference is the base
+model throughout, I = 1); the reward is rules and no trained model, so there is none to retrain; one
+update per rollout (mu = 1) needs no pass for the old policy. Departures of the parts stand in
+grpo/advantages.py and grpo/loss.py.
 
 Letters in names: N prompts, G samples of each, R rules, T completion tokens.
 """
@@ -26,31 +29,40 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load, which takes secon
 import torch
 from torch import Tensor
 
+from common.command_line import parse_arguments
+from common.config import Config
+from common.errors import InputError
+from common.terminal import patient_output, said
 from data import Prompt
 from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summary, tally
 from evaluation.answers import answer_greedily
-from evaluation.blind import blind_credits, by_modality
+from evaluation.audits.blind import blind_credits, by_modality
 from evaluation.statistics import wilson
 from grpo.advantages import group_advantages
-from grpo.batch import Rollout, StepRecord, completion_logprobs, rollout_logprobs, with_image_features
-from grpo.command_line import parse_arguments
-from grpo.config import Config
-from grpo.log import Stopwatch
 from grpo.loss import grpo_loss, token_weights
 from grpo.optimizer import scheduled_rate
-from grpo.run import Run, prepare
+from grpo.rollout import (
+    Rollout,
+    StepRecord,
+    completion_logprobs,
+    rollout_logprobs,
+    with_image_features,
+)
 from grpo.sampler import sample_groups, sampling_noise
-from grpo.session import Session
-from grpo.sft import fine_tune
-from grpo.stop import Stopped, stop_at_once
-from grpo.terminal import patient_output, said
-from model import InputError, Qwen2VL, save_model
+from model import Qwen2VL, save_model
 from planning.plan import print_plan
 from rewards import Verdict, score
+from training.log import Stopwatch
+from training.run import Run, prepare
+from training.session import Session
+from training.sft import fine_tune
+from training.stop import Stopped, stop_at_once
 
 
 def train(session: Session, run: Run, config: Config) -> None:
-    """GRPO from where `run` stands to its last step; leaves metrics, completions and checkpoints."""
+    """GRPO from where `run` stands to its last step; leaves metrics, completions and
+    checkpoints.
+    """
     # Lines 1 to 3: policy and frozen reference both begin as the base model.
     for step, prompts, clock in session:  # lines 4 and 5: a batch of questions
         that = grpo_step(run, config, step, prompts, clock)
@@ -60,19 +72,29 @@ def train(session: Session, run: Run, config: Config) -> None:
         session.end_step(step, clock, that.rollout, that.stats, that.judged)
 
 
-def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock: Stopwatch) -> StepRecord:
+def grpo_step(
+    run: Run, config: Config, step: int, prompts: list[Prompt], clock: Stopwatch
+) -> StepRecord:
     """Lines 6 to 11 for the questions of one step."""
     policy, allowed_V = run.policy, run.vocabulary.allowed_V
-    weights_R = torch.tensor([config.format_weight, config.accuracy_weight, config.consistency_weight])  # rewards.RULES
+    weights_R = torch.tensor([config.format_weight, config.accuracy_weight])  # rewards.RULES
 
     if config.freeze_vision:  # then all models and passes of the step see the same
         prompts = with_image_features(policy, prompts)
         clock.lap("vision")
 
-    # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each question
-    noise_NGT = sampling_noise(config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens)
+    # lines 6 and 7: pi_old is the policy as it stands; sample o_1 .. o_G ~ pi_old(. | q) for each
+    # question
+    noise_NGT = sampling_noise(
+        config.seed, step, range(len(prompts)), config.group_size, config.max_new_tokens
+    )
     rollout = sample_groups(
-        policy, run.vocabulary, prompts, noise_NGT, temperature=config.temperature, watch=lambda _: run.stop.check()
+        policy,
+        run.vocabulary,
+        prompts,
+        noise_NGT,
+        temperature=config.temperature,
+        watch=lambda _: run.stop.check(),
     )
     clock.lap("rollout")
 
@@ -84,7 +106,10 @@ def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock:
 
     def logprobs_of(model: Qwen2VL) -> Tensor:
         parts = partial(run.micro_batches, rollout)
-        return run.fitted(rollout, lambda: rollout_logprobs(model, rollout, parts(), allowed_V, config.temperature))
+        return run.fitted(
+            rollout,
+            lambda: rollout_logprobs(model, rollout, parts(), allowed_V, config.temperature),
+        )
 
     ref_NGT = logprobs_of(run.reference) if run.reference is not None else None
     clock.lap("reference")
@@ -93,24 +118,38 @@ def grpo_step(run: Run, config: Config, step: int, prompts: list[Prompt], clock:
     clock.lap("old policy")
     rate = scheduled_rate(step, config)
     for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
-        stats = run.fitted(rollout, lambda: accumulate_gradient(run, rollout, advantages_NG, old_NGT, ref_NGT, config))
+        stats = run.fitted(
+            rollout,
+            lambda: accumulate_gradient(run, rollout, advantages_NG, old_NGT, ref_NGT, config),
+        )
         clock.lap("update")
         if update == 0:  # sampler against trainer before anything has moved: rounding, or a bug
             sampler_gap = stats["policy_gap"]
         stats |= run.update(rate, stats["loss"])  # line 11: maximise the objective, equation 3
         clock.lap("optimizer")
-        if "bf16_lost" not in stats:  # it was not finite, and no update: another one would hide that
+        if (
+            "bf16_lost" not in stats
+        ):  # it was not finite, and no update: another one would hide that
             break
     stats |= {"sampler_gap": sampler_gap, "learning_rate": rate}
     return StepRecord(rollout, verdicts_NGR, rewards_NG, advantages_NG, old_NGT, ref_NGT, stats)
 
 
 def accumulate_gradient(
-    run: Run, rollout: Rollout, advantages_NG: Tensor, old_NGT: Tensor | None, ref_NGT: Tensor | None, config: Config
+    run: Run,
+    rollout: Rollout,
+    advantages_NG: Tensor,
+    old_NGT: Tensor | None,
+    ref_NGT: Tensor | None,
+    config: Config,
 ) -> dict[str, Tensor]:
-    """Gradient of equation 3 over the whole rollout, a micro-batch of groups at a time; returns its statistics."""
+    """Gradient of equation 3 over the whole rollout, a micro-batch of groups at a time; returns its
+    statistics.
+    """
     # The divisor of the loss, fixed before anything is split.
-    weights_NGT = token_weights(rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens)
+    weights_NGT = token_weights(
+        rollout.mask_NGT, average=config.loss_average, max_new_tokens=config.max_new_tokens
+    )
     totals: dict[str, Tensor] = defaultdict(lambda: weights_NGT.new_zeros(()))
     for groups, batch, tokens, mask in run.micro_batches(rollout):
         part = groups, slice(None), slice(mask.shape[-1])
@@ -119,7 +158,9 @@ def accumulate_gradient(
         )
         loss, stats = grpo_loss(
             logp,
-            old=logp.detach() if old_NGT is None else old_NGT[part],  # one update per rollout: pi_old is pi_theta
+            old=logp.detach()
+            if old_NGT is None
+            else old_NGT[part],  # one update per rollout: pi_old is pi_theta
             ref=None if ref_NGT is None else ref_NGT[part],
             advantages=advantages_NG[groups],
             mask=mask,
@@ -131,10 +172,15 @@ def accumulate_gradient(
         loss.backward()
         run.optimizer.accumulate()
         gap = (logp.detach() - rollout.logp_NGT[part]).abs()
-        stats |= {"entropy": (weights_NGT[part] * entropy).sum(), "policy_gap": (weights_NGT[part] * gap).sum()}
+        stats |= {
+            "entropy": (weights_NGT[part] * entropy).sum(),
+            "policy_gap": (weights_NGT[part] * gap).sum(),
+        }
         totals["loss"] += loss.detach()
         for name, value in stats.items():
-            totals[name] += value / weights_NGT.sum()  # means over tokens, whatever the weights add up to
+            totals[name] += (
+                value / weights_NGT.sum()
+            )  # means over tokens, whatever the weights add up to
     return totals
 
 
@@ -142,7 +188,10 @@ def score_rollout(rollout: Rollout) -> tuple[list[list[tuple[Verdict, ...]]], Te
     """Every rule's verdict on every completion, and their scores as a tensor (N, G, R)."""
     groups = zip(rollout.prompts, rollout.texts, strict=True)
     asked = ((prompt.question, texts) for prompt, texts in groups)
-    verdicts = [[score(text, question.answer, question.options) for text in texts] for question, texts in asked]
+    verdicts = [
+        [score(text, question.answer, question.options) for text in texts]
+        for question, texts in asked
+    ]
     scores = [[[verdict.score for verdict in rules] for rules in group] for group in verdicts]
     return verdicts, torch.tensor(scores)
 
@@ -150,7 +199,8 @@ def score_rollout(rollout: Rollout) -> tuple[list[list[tuple[Verdict, ...]]], Te
 def measured(run: Run, config: Config) -> None:
     """The run that `config` describes, begun or resumed, between two measurements of accuracy.
 
-    Leaves the model, summary.json and what the method leaves; prints the table that a run ends with.
+    Leaves the model, summary.json and what the method leaves; prints the table that a run ends
+    with.
     """
     folder, questions, progress = Path(config.run_dir), run.test_questions, run.progress
     answer = partial(answer_greedily, run.policy, run.vocabulary, run.encoder, config=config)
@@ -176,19 +226,25 @@ def measured(run: Run, config: Config) -> None:
     print(f"\n{steps} steps in {seconds:.0f} s, {tokens:,} completion tokens")
     print_end(run, session, folder)
     if after:
-        print(f"Greedy accuracy in percent (95 % interval):\n\n{comparison_table(before, after, blind)}\n")
+        print(
+            f"Greedy accuracy in percent (95 % interval):\n\n{comparison_table(before, after, blind)}\n"
+        )
     print(f"model:  {folder / 'model'}\ncurves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
 def print_end(run: Run, session: Session, folder: Path) -> None:
-    """What the person who comes back should know first: what went wrong on the way, and the best on validation."""
+    """What the person who comes back should know first: what went wrong on the way, and the best on
+    validation.
+    """
     for kind, count in session.log.kinds.items():
         print(f"incidents: {count} of kind {kind!r}, see {folder / 'incidents.jsonl'}")
     if best := run.progress.get("best"):
         asked = run.validation_questions
         guesses = by_modality(asked, blind_credits(run.train_questions, asked))
         counts = Counter(question.modality for question in asked)
-        blind = max(sum(rates[m] * n for m, n in counts.items()) for rates in guesses.values()) / len(asked)
+        blind = max(
+            sum(rates[m] * n for m, n in counts.items()) for rates in guesses.values()
+        ) / len(asked)
         low, high = wilson(best["right"], best["total"])
         checkpoint = folder / "checkpoints" / f"step-{best['step']:06d}"
         print(
@@ -198,8 +254,9 @@ def print_end(run: Run, session: Session, folder: Path) -> None:
 
 
 def main() -> int:
-    """Exit codes: 0 done; 2 something must be mended, as the one line says; 130, 143 or 129 stopped by Ctrl-C, SIGTERM or
-    SIGHUP, with a checkpoint of the last whole step."""
+    """Exit codes: 0 done; 2 something must be mended, as the one line says; 130, 143 or 129 stopped
+    by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of the last whole step.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, stop_at_once)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
@@ -225,7 +282,10 @@ def run_program() -> int:
         print(f"train.py: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "train.py: stopped at once; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -1,9 +1,11 @@
-"""Time whole GRPO steps (rollout, rewards, reference, update, optimiser), of the very code that train.py runs.
+"""Time whole GRPO steps (rollout, rewards, reference, update, optimiser), of the very code that
+train.py runs.
 
-    python -m benchmarks.grpo_step --checkpoint 46m --prompts 2 --group 8 --tokens 64 --side 448 --steps 4
+    python -m benchmarks.grpo_step --checkpoint 46m --prompts 2 --group 8 --tokens 64 --side 448
+    --steps 4
 
-Completions have a fixed length: the end of turn can't be sampled. Prints one JSON line; all seconds are medians over
-the steps after a warm-up of two.
+Completions have a fixed length: the end of turn can't be sampled. Prints one JSON line; all seconds
+are medians over the steps after a warm-up of two.
 """
 
 import argparse
@@ -14,27 +16,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-import grpo.batch
-import grpo.run
+import grpo.rollout
 import grpo.sampler
 import model.cache
 import model.linear
+import training.run
 from data import prompts_of_steps
-from grpo.log import Stopwatch
-from grpo.run import prepare
 from model.attention import two_part_attention
 from model.logprobs import naive_logprobs
 from train import grpo_step
+from training.log import Stopwatch
+from training.run import prepare
 
 from .common import endless, on_checkpoint, program, step_config, summary
 
 WITHOUT = {
     "oneDNN": lambda: setattr(model.linear, "_HAS_ONEDNN", False),
     "arranged weights": lambda: setattr(grpo.sampler, "arranged", lambda *_, **__: nullcontext()),
-    "kept memory": lambda: setattr(grpo.run, "keep_freed_memory", lambda: None),
+    "kept memory": lambda: setattr(training.run, "keep_freed_memory", lambda: None),
     "merged attention": lambda: setattr(model.cache, "merged_attention", _unmerged_attention),
     "dropping the finished": lambda: setattr(grpo.sampler, "SHRINK_AT", 0.0),
-    "blocked log-probs": lambda: setattr(grpo.batch, "token_logprobs", naive_logprobs),
+    "blocked log-probs": lambda: setattr(grpo.rollout, "token_logprobs", naive_logprobs),
 }
 """How each of FAST_PATHS is left out: its slow twin takes its place in this process."""
 
@@ -47,7 +49,9 @@ def _unmerged_attention(
 
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
-    """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run writes."""
+    """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run
+    writes.
+    """
     for name in args.without:
         WITHOUT[name]()
     config = step_config(checkpoint, folder, args)
@@ -55,7 +59,9 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
         run = prepare(config)
     run = replace(run, vocabulary=endless(run.vocabulary, run.policy.config, args.ending))
     laps, counts, steps = [], [], range(config.steps)
-    for step, prompts in zip(steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)):
+    for step, prompts in zip(
+        steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)
+    ):
         clock = Stopwatch(args.device)
         rollout = grpo_step(run, config, step, prompts, clock).rollout
         counts.append(int(rollout.mask_NGT.sum()))

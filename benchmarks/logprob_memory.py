@@ -1,8 +1,10 @@
-"""Memory of log-probabilities and their gradients, beyond inputs and gradients: ours, or by full logits.
+"""Memory of log-probabilities and their gradients, beyond inputs and gradients: ours, or by full
+logits.
 
     python -m benchmarks.logprob_memory [--full] --positions 4096 --vocabulary 151936 --hidden 512
 
-Prints one JSON line. On a processor it is the process's own peak; run each way in a process of its own.
+Prints one JSON line. On a processor it is the process's own peak; run each way in a process of its
+own.
 """
 
 import argparse
@@ -23,13 +25,17 @@ def full_logprobs(hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor) -> Tenso
 
 
 def held(what: str = "VmRSS") -> int:
-    """Bytes of memory that this process holds now, or has held at most ("VmHWM"), as Linux counts."""
+    """Bytes of memory that this process holds now, or has held at most ("VmHWM"), as Linux
+    counts.
+    """
     status = Path("/proc/self/status").read_text().split("\n")
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{what}:"))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.logprob_memory", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.logprob_memory", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--full", action="store_true", help="by full logits")
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
@@ -40,10 +46,16 @@ def main() -> int:
     head = torch.empty(args.vocabulary, args.hidden).normal_(0, 0.02).requires_grad_()
     tokens = torch.randint(0, args.vocabulary, (args.positions,))
     allowed = torch.ones(args.vocabulary, dtype=torch.bool)
-    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()  # the libraries' own memory
+    torch.ones(64, 64, requires_grad=True).matmul(
+        torch.ones(64, 64)
+    ).sum().backward()  # the libraries' own memory
     before = held()
     started = time.perf_counter()
-    logp = full_logprobs(hidden, head, tokens) if args.full else token_logprobs(hidden, head, tokens, allowed)[0]
+    logp = (
+        full_logprobs(hidden, head, tokens)
+        if args.full
+        else token_logprobs(hidden, head, tokens, allowed)[0]
+    )
     logp.sum().backward()
     seconds = time.perf_counter() - started
     extra = held("VmHWM") - before - hidden.grad.nbytes - head.grad.nbytes

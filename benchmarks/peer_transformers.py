@@ -1,7 +1,9 @@
-"""The same steps in the plain way: transformers' model and `generate`, and every prompt and image copied G times.
+"""The same steps in the plain way: transformers' model and `generate`, and every prompt and image
+copied G times.
 
-Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. Rollout by `generate` with its key-value
-cache; reference and update run whole sequences, a prompt's group at a time, and hold the logits of their completions.
+Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. Rollout by `generate`
+with its key-value cache; reference and update run whole sequences, a prompt's group at a time, and
+hold the logits of their completions.
 """
 
 import argparse
@@ -13,12 +15,12 @@ from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
 from data import Prompt, load_vocabulary, prompts_of_steps
+from data.choice import load_questions, prompt_encoder
 from grpo.advantages import group_advantages
-from grpo.batch import collate
-from grpo.log import Stopwatch
 from grpo.loss import grpo_loss
-from grpo.run import load_questions, prompt_encoder
+from grpo.rollout import collate
 from model import read_config
+from training.log import Stopwatch
 
 from .common import endless, on_checkpoint, program, step_config, summary
 
@@ -35,12 +37,18 @@ def repeated(prompt: Prompt, copies: int, image_token_id: int, device: str) -> d
     }
 
 
-def logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], completions_GT: Tensor, allowed_V: Tensor) -> Tensor:
+def logprobs(
+    model: torch.nn.Module, inputs: dict[str, Tensor], completions_GT: Tensor, allowed_V: Tensor
+) -> Tensor:
     """log pi (G, T) of completions, by whole sequences and their logits."""
     T = completions_GT.shape[1]
     tokens = torch.cat((inputs["input_ids"], completions_GT), dim=1)
     kinds = torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(completions_GT)), dim=1)
-    whole = inputs | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": kinds}
+    whole = inputs | {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "mm_token_type_ids": kinds,
+    }
     logits = model(**whole, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
     logits = logits.masked_fill(~allowed_V, float("-inf"))
     return logits.log_softmax(dim=-1).gather(-1, completions_GT[..., None]).squeeze(-1)
@@ -53,10 +61,14 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     vocabulary = load_vocabulary(checkpoint, shape, args.device)
     allowed_V = endless(vocabulary, shape).allowed_V
     load = Qwen2VLForConditionalGeneration.from_pretrained
-    policy, reference = (load(checkpoint, dtype=getattr(torch, args.dtype)).to(args.device) for _ in range(2))
+    policy, reference = (
+        load(checkpoint, dtype=getattr(torch, args.dtype)).to(args.device) for _ in range(2)
+    )
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     laps, steps, encoder = [], range(config.steps), prompt_encoder(vocabulary, shape, config)
-    for step, prompts in zip(steps, prompts_of_steps(encoder, load_questions(config)[0], steps, args.prompts, 0)):
+    for step, prompts in zip(
+        steps, prompts_of_steps(encoder, load_questions(config)[0], steps, args.prompts, 0)
+    ):
         clock = Stopwatch(args.device)
         one_step(policy, reference if args.beta else None, adamw, prompts, allowed_V, args, clock)
         laps.append(clock.laps)
@@ -75,7 +87,10 @@ def one_step(
 ) -> None:
     """Rollout, reference, update and optimiser, with rewards at random."""
     # As one batch: the prompts of the bench are of one length.
-    groups = [repeated(prompt, args.group, policy.config.image_token_id, args.device) for prompt in prompts]
+    groups = [
+        repeated(prompt, args.group, policy.config.image_token_id, args.device)
+        for prompt in prompts
+    ]
     whole = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
     tokens = policy.generate(
         **whole, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.tokens,
@@ -83,7 +98,11 @@ def one_step(
     )[:, -args.tokens :].unflatten(0, (args.prompts, args.group))  # fmt: skip
     clock.lap("rollout")
     with torch.no_grad():
-        refs = [logprobs(reference, *part, allowed_V) for part in zip(groups, tokens)] if reference else []
+        refs = (
+            [logprobs(reference, *part, allowed_V) for part in zip(groups, tokens)]
+            if reference
+            else []
+        )
     clock.lap("reference")
     advantages = group_advantages(torch.rand(args.prompts, args.group)).to(args.device)
     for n, group in enumerate(groups):
@@ -100,4 +119,6 @@ def one_step(
 
 
 if __name__ == "__main__":
-    sys.exit(program(lambda: on_checkpoint(measured_steps, "peer_transformers", __doc__.split("\n")[0])))
+    sys.exit(
+        program(lambda: on_checkpoint(measured_steps, "peer_transformers", __doc__.split("\n")[0]))
+    )

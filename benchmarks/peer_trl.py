@@ -1,7 +1,8 @@
 """The same steps by TRL's GRPOTrainer with transformers' generate (`pip install -e '.[bench]'`).
 
-Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. TRL gets what makes it fastest here: no
-gradient checkpointing, one update per rollout, the whole batch at once, no logging of completions.
+Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. TRL gets what makes
+it fastest here: no gradient checkpointing, one update per rollout, the whole batch at once, no
+logging of completions.
 """
 
 import argparse
@@ -28,11 +29,17 @@ from .shapes import make_questions
 class ImageProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor without its part for videos, which would need torchvision."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: object) -> None:
+    def __init__(
+        self, image_processor=None, tokenizer=None, chat_template=None, **_: object
+    ) -> None:
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
     def check_argument_for_proper_class(self, name: str, argument: object) -> type:
-        return type(argument) if argument is None else super().check_argument_for_proper_class(name, argument)
+        return (
+            type(argument)
+            if argument is None
+            else super().check_argument_for_proper_class(name, argument)
+        )
 
 
 class Clock(TrainerCallback):
@@ -58,12 +65,19 @@ def letters(completions: Sequence[object], **_: object) -> list[float]:
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
     """As the function of that name in benchmarks/grpo_step.py, without the phases."""
-    questions = read_questions(make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder))
+    questions = read_questions(
+        make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder)
+    )
     rows = [
-        {"prompt": [{"role": "user", "content": prompt_text(q)}], "image": Image.open(q.images[0]).convert("RGB")}
+        {
+            "prompt": [{"role": "user", "content": prompt_text(q)}],
+            "image": Image.open(q.images[0]).convert("RGB"),
+        }
         for q in questions
     ]
-    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=getattr(torch, args.dtype)
+    )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
@@ -87,7 +101,10 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     )  # fmt: skip
     trainer.train()
     seconds = clock.seconds[WARM_UP:]
-    result = {"seconds_per_step": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
+    result = {
+        "seconds_per_step": statistics.median(seconds),
+        "spread": [min(seconds), max(seconds)],
+    }
     return result | peak_memory(args.device) | vars(args) | machine(args.device)
 
 

@@ -1,10 +1,12 @@
-"""The same GRPO steps by us and by others, in turn, in processes of their own: ratios, pair by pair.
+"""The same GRPO steps by us and by others, in turn, in processes of their own: ratios, pair by
+pair.
 
     python -m benchmarks.peers --side 448 --rounds 3
 
-Takes the arguments of `benchmarks.grpo_step`. Peers: "transformers" is its model with `generate` and a plain replicated
-update (benchmarks/peer_transformers.py); "trl" is TRL's GRPOTrainer (benchmarks/peer_trl.py), where the `bench` extra
-is installed. A ratio is theirs over ours, of one round: a machine that slows down slows both.
+Takes the arguments of `benchmarks.grpo_step`. Peers: "transformers" is its model with `generate`
+and a plain replicated update (benchmarks/peer_transformers.py); "trl" is TRL's GRPOTrainer
+(benchmarks/peer_trl.py), where the `bench` extra is installed. A ratio is theirs over ours, of one
+round: a machine that slows down slows both.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from model import InputError
+from common.errors import InputError
 
 from .common import argument_parser, at_least, checkpoint_folder, program
 
@@ -25,7 +27,9 @@ MODULES = {"ours": "grpo_step", "transformers": "peer_transformers", "trl": "pee
 RATIOS = {
     "step": lambda ours, theirs: theirs["seconds_per_step"] / ours["seconds_per_step"],
     "memory": lambda ours, theirs: theirs[memory_of(theirs)] / ours[memory_of(ours)],
-    "rollout": lambda ours, theirs: ours["rollout_tokens_per_second"] / theirs["rollout_tokens_per_second"],
+    "rollout": lambda ours, theirs: (
+        ours["rollout_tokens_per_second"] / theirs["rollout_tokens_per_second"]
+    ),
     "update": lambda ours, theirs: theirs["seconds"]["update"] / ours["seconds"]["update"],
 }
 """How much ours is better, of two results."""
@@ -37,10 +41,16 @@ def memory_of(result: dict) -> str:
 
 
 def run(name: str, args: argparse.Namespace, **changed: object) -> dict:
-    """One result of `name` (of MODULES) in a process of its own, with the arguments, some of them changed."""
+    """One result of `name` (of MODULES) in a process of its own, with the arguments, some of them
+    changed.
+    """
     given = vars(args) | changed
     without = given.pop("without")
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key not in ("rounds", "peers")]
+    options = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in given.items()
+        if key not in ("rounds", "peers")
+    ]
     options += ["--without", *without] if without else []
     command = [sys.executable, "-m", f"benchmarks.{MODULES[name]}", *options]
     print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
@@ -50,7 +60,10 @@ def run(name: str, args: argparse.Namespace, **changed: object) -> dict:
     if done.returncode:
         raise InputError(f"{name} failed; its last words:\n{done.stderr[-2000:]}")
     result = json.loads(done.stdout.strip().split("\n")[-1])
-    print(f"  {result['seconds_per_step']:.2f} s a step, {result[memory_of(result)]:,.0f} MB", file=sys.stderr)
+    print(
+        f"  {result['seconds_per_step']:.2f} s a step, {result[memory_of(result)]:,.0f} MB",
+        file=sys.stderr,
+    )
     return result
 
 
@@ -96,7 +109,9 @@ def measured_pairs() -> None:
         results = compare(args, args.peers, args.rounds)
     for peer in args.peers:
         for name, values in ratios(results["ours"], results[peer]).items():
-            print(f"{peer} / ours, {name}: {spread(values)}; pairs {', '.join(f'{value:.2f}' for value in values)}")
+            print(
+                f"{peer} / ours, {name}: {spread(values)}; pairs {', '.join(f'{value:.2f}' for value in values)}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Checkpoints with random weights at named shapes, made on the fly: what a step costs does not depend on the values."""
+"""Checkpoints with random weights at named shapes, made on the fly: what a step costs does not
+depend on the values.
+"""
 
 import json
 import shutil
@@ -12,7 +14,9 @@ from PIL import Image
 from model import Qwen2VL, Qwen2VLConfig, VisionConfig, read_config, save_model
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "miniature" / "base"
-"""Any tokenizer serves; the rows of the embedding that it does not use are as in the published checkpoints."""
+"""Any tokenizer serves; the rows of the embedding that it does not use are as in the published
+checkpoints.
+"""
 
 _SHAPES = {
     "tiny": dict(
@@ -34,12 +38,16 @@ SHAPES = tuple(_SHAPES)
 
 
 def shape(name: str) -> Qwen2VLConfig:
-    """The model shape called `name`, one of SHAPES, with the special tokens of the tokenizer at hand."""
+    """The model shape called `name`, one of SHAPES, with the special tokens of the tokenizer at
+    hand.
+    """
     return replace(read_config(TOKENIZER), tie_word_embeddings=True, **_SHAPES[name])
 
 
 def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint of that shape, with a tokenizer, in Hugging Face layout; kept if it is there already."""
+    """Write a checkpoint of that shape, with a tokenizer, in Hugging Face layout; kept if it is
+    there already.
+    """
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(0)
@@ -61,7 +69,9 @@ def make_questions(count: int, side: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
         rows.append({
             "image": [f"{i}.png"], "answer": "Normal", "modality": "MRI",
             "question": "What is the specific abnormality that can be seen in this slice of the brain?",

@@ -1,4 +1,6 @@
-"""Questions and images: readers, the one prompt template, image preprocessing, tokens, the stream of prompts."""
+"""Questions and images: readers, the one prompt template, image preprocessing, tokens, the stream
+of prompts.
+"""
 
 from .encode import Prompt, PromptEncoder
 from .images import load_image, preprocess

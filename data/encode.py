@@ -1,8 +1,9 @@
 """From a question to what the model reads, and from what it writes back to text.
 
-The question's words are tokenised apart from the chat template, with control tokens switched off: "<|im_end|>" or
-"<|image_pad|>" in a question file stays text. Because Qwen's template has a control token on either side of the words,
-harmless ones give the very tokens of transformers' `Qwen2VLProcessor`.
+The question's words are tokenised apart from the chat template, with control tokens switched off:
+"<|im_end|>" or "<|image_pad|>" in a question file stays text. Because Qwen's template has a control
+token on either side of the words, harmless ones give the very tokens of transformers'
+`Qwen2VLProcessor`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from model.errors import InputError
+from common.errors import InputError
 from model.rope import mrope_positions
 
-from .images import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, fitted_size, image_size, load_image, preprocess
+from .images import (
+    MERGE_SIZE,
+    PATCH_SIZE,
+    TEMPORAL_PATCH_SIZE,
+    fitted_size,
+    image_size,
+    load_image,
+    preprocess,
+)
 from .prompt import prompt_text
 from .question import Question
 
@@ -41,7 +50,8 @@ class Prompt:
         patches_SC: float32 (S, C), the patches of all images in reading order.
         grids_I3: int64 (I, 3), each image's patches as (1, rows, columns).
         positions_3P: int64 (3, P), each token's temporal, height and width position.
-        features_ID: what a vision tower made of the images, one row for each image token, if it was asked already.
+        features_ID: what a vision tower made of the images, one row for each image token, if it was
+            asked already.
     """
 
     question: Question
@@ -51,7 +61,7 @@ class Prompt:
     positions_3P: Tensor
     features_ID: Tensor | None = None
 
-    def continued(self, ids: Sequence[int]) -> "Prompt":
+    def continued(self, ids: Sequence[int]) -> Prompt:
         """The prompt with the beginning of an answer behind it, for the model to go on from."""
         after = int(self.positions_3P.max()) + 1 + torch.arange(len(ids))
         return replace(
@@ -73,7 +83,8 @@ class PromptEncoder:
         patch_size, merge_size, temporal_patch_size: of the checkpoint's vision tower.
 
     Raises:
-        InputError: the tokenizer's chat template is missing or has no place for an image and the words.
+        InputError: the tokenizer's chat template is missing or has no place for an image and the
+            words.
     """
 
     def __init__(
@@ -104,12 +115,17 @@ class PromptEncoder:
         """The whole prompt; `load` reads an image file.
 
         Raises:
-            InputError: the prompt is too long (whatever `too_long` says), or an image can't be used.
+            InputError: the prompt is too long (whatever `too_long` says), or an image can't be
+                used.
         """
         return self.assemble(question, self.patchify(question, load))
 
-    def patchify(self, question: Question, load: LoadImage = load_image) -> list[tuple[Tensor, tuple[int, int, int]]]:
-        """Patches (S, C) and grid of each image: the slow half of `encode`, which any thread may do."""
+    def patchify(
+        self, question: Question, load: LoadImage = load_image
+    ) -> list[tuple[Tensor, tuple[int, int, int]]]:
+        """Patches (S, C) and grid of each image: the slow half of `encode`, which any thread may
+        do.
+        """
         seen = []
         for path in question.images:
             image = load(path)
@@ -122,11 +138,17 @@ class PromptEncoder:
                 )  # fmt: skip
         return seen
 
-    def assemble(self, question: Question, seen: list[tuple[Tensor, tuple[int, int, int]]]) -> Prompt:
-        """The other half of `encode`: words around the images. One thread at a time may use the tokenizer."""
+    def assemble(
+        self, question: Question, seen: list[tuple[Tensor, tuple[int, int, int]]]
+    ) -> Prompt:
+        """The other half of `encode`: words around the images. One thread at a time may use the
+        tokenizer.
+        """
         patches = [torch.empty(0, self._patch_values()), *(patches_SC for patches_SC, _ in seen)]
         grids = [grid for _, grid in seen]
-        tokens_P = torch.tensor(self._tokens(question, [self._image_tokens(grid) for grid in grids]))
+        tokens_P = torch.tensor(
+            self._tokens(question, [self._image_tokens(grid) for grid in grids])
+        )
         if len(tokens_P) > self.max_prompt_tokens:
             raise self._too_long_error(question, len(tokens_P))
         grids_I3 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
@@ -134,11 +156,17 @@ class PromptEncoder:
         return Prompt(question, tokens_P, torch.cat(patches), grids_I3, positions_3P)
 
     def count_tokens(self, question: Question) -> int:
-        """Length of the prompt, from the headers of the image files: no pixel is decoded. Raises InputError."""
-        return len(self._tokens(question, [self._image_tokens(grid) for grid in self.grids(question)]))
+        """Length of the prompt, from the headers of the image files: no pixel is decoded. Raises
+        InputError.
+        """
+        return len(
+            self._tokens(question, [self._image_tokens(grid) for grid in self.grids(question)])
+        )
 
     def grids(self, question: Question) -> list[tuple[int, int, int]]:
-        """The grid that `patchify` will make of each image, from the headers of their files. Raises InputError."""
+        """The grid that `patchify` will make of each image, from the headers of their files. Raises
+        InputError.
+        """
         grids = []
         for path in question.images:
             width, height = image_size(path)
@@ -153,12 +181,13 @@ class PromptEncoder:
     ) -> tuple[list[Question], int]:
         """The questions whose prompts fit, and how many were left out as too long.
 
-        One with an image that can't be used stays, if `unreadable` takes the error: it keeps its place in the order, for a
-        resumed run that may find more such images, and is left out when its step comes.
+        One with an image that can't be used stays, if `unreadable` takes the error: it keeps its
+        place in the order, for a resumed run that may find more such images, and is left out when
+        its step comes.
 
         Raises:
-            InputError: one is too long and `too_long` is "error"; an image can't be used and `unreadable` is None; or no
-                question can be used.
+            InputError: one is too long and `too_long` is "error"; an image can't be used and
+                `unreadable` is None; or no question can be used.
         """
         fitting, too_long, bad = [], 0, 0
         for question in questions:
@@ -202,20 +231,31 @@ class PromptEncoder:
             self._templates[images] = self._template(images)
         head, tail = self._templates[images]
         counts = iter(image_tokens)
-        expanded = [token for token in head for _ in range(next(counts) if token == self.image_token_id else 1)]
-        words = self.tokenizer(prompt_text(question), add_special_tokens=False, split_special_tokens=True)
+        expanded = [
+            token
+            for token in head
+            for _ in range(next(counts) if token == self.image_token_id else 1)
+        ]
+        words = self.tokenizer(
+            prompt_text(question), add_special_tokens=False, split_special_tokens=True
+        )
         return [*expanded, *words.input_ids, *tail]
 
     def _template(self, image_count: int) -> tuple[list[int], list[int]]:
         """Tokens before and after the words, with one image token for each image."""
         if self.tokenizer.chat_template is None:
-            raise InputError("the checkpoint's tokenizer has no chat template: add chat_template.jinja to its folder")
+            raise InputError(
+                "the checkpoint's tokenizer has no chat template: add chat_template.jinja to its folder"
+            )
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": _PLACEHOLDER}]
         try:
             chat = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
-            parts = [self.tokenizer(part, add_special_tokens=False).input_ids for part in chat.split(_PLACEHOLDER)]
+            parts = [
+                self.tokenizer(part, add_special_tokens=False).input_ids
+                for part in chat.split(_PLACEHOLDER)
+            ]
         except Exception as error:  # raised again as InputError: a template is a program, which may do anything wrong
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(

@@ -1,9 +1,10 @@
 """The one prompt template, used by training and evaluation alike.
 
-It is the text of Figure 1 of MedVLM-R1 (arXiv 2502.19634). Departures from the code published with the paper: there,
-a line break precedes the question, every line of the task is indented (by eight spaces in training, by four in
-evaluation), some lines end in a space, and an indented empty line closes the text. Here lines begin at the margin,
-nothing trails, and training and evaluation send the same bytes.
+It is the text of Figure 1 of MedVLM-R1 (arXiv 2502.19634). Departures from the code published with
+the paper: there, a line break precedes the question, every line of the task is indented (by eight
+spaces in training, by four in evaluation), some lines end in a space, and an indented empty line
+closes the text. Here lines begin at the margin, nothing trails, and training and evaluation send
+the same bytes.
 """
 
 from .question import Question, option_letter
@@ -16,6 +17,8 @@ Your task:
 
 
 def prompt_text(question: Question) -> str:
-    """The user's words: the question, one line `A) ...` for each option, the task. Images are not part of it."""
+    """The user's words: the question, one line `A) ...` for each option, the task. Images are not
+    part of it.
+    """
     options = [f"{option_letter(index)}) {option}" for index, option in enumerate(question.options)]
     return "\n".join([question.question, *options, TASK])

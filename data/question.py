@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Names of OmniMedVQA (whose files say "Mag-netic", "ultrasound" and leave the parenthesis of "OCT (..." open), of the
-# data sets derived from it, and of everyday use; compared without case, spaces and punctuation.
+# Names of OmniMedVQA (whose files say "Mag-netic", "ultrasound" and leave the parenthesis of "OCT
+# (..." open), of the data sets derived from it, and of everyday use; compared without case, spaces
+# and punctuation.
 _NAMES = {
     "MRI": ("MR (Magnetic Resonance Imaging)", "MRI (Magnetic Resonance Imaging)", "Magnetic Resonance Imaging",
             "Magnetic Resonance Imaging (MRI)", "MRI", "MR"),
@@ -55,7 +56,8 @@ class Question:
 def canonical_modality(name: str) -> str:
     """One name for each modality: "MR (Mag-netic Resonance Imaging)" -> "MRI".
 
-    A name that is not known is kept as it is (surrounding white space aside); an empty one becomes "unknown".
+    A name that is not known is kept as it is (surrounding white space aside); an empty one becomes
+    "unknown".
     """
     return _CANONICAL.get(_plain(name), name.strip() or UNKNOWN_MODALITY)
 

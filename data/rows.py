@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.errors import InputError
+from common.errors import InputError
 
 LONGEST_TEXT = 20_000  # characters of one field: several times a long clinical case
 
@@ -63,27 +63,51 @@ class Row:
         """The resolved path of an image that lies in the image folder."""
         path = Path(name)
         if path.is_absolute() or ".." in path.parts:
-            self.fail(field, f"leaves the image folder ({name!r})", f"give a path relative to {self.image_root}")
+            self.fail(
+                field,
+                f"leaves the image folder ({name!r})",
+                f"give a path relative to {self.image_root}",
+            )
         try:
             resolved = (self.image_root / path).resolve()
             missing = self.check_images and not resolved.is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a NUL character
-            self.fail(field, f"is no usable path ({name[:80]!r}, {type(error).__name__})", "correct it")
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # too long a name, a loop of links, a NUL character
+            self.fail(
+                field, f"is no usable path ({name[:80]!r}, {type(error).__name__})", "correct it"
+            )
         if not resolved.is_relative_to(self.image_root):
-            self.fail(field, f"leaves the image folder ({name!r}, a link to {resolved})", "copy the image")
+            self.fail(
+                field, f"leaves the image folder ({name!r}, a link to {resolved})", "copy the image"
+            )
         if missing:
-            self.fail(field, f"names a missing image, {resolved}", "add it, or correct the path or the image folder")
+            self.fail(
+                field,
+                f"names a missing image, {resolved}",
+                "add it, or correct the path or the image folder",
+            )
         return resolved
 
     def _value(self, field: str) -> Any:
         if field not in self.fields:
-            self.fail(field, "is missing", f"add it (this row has {', '.join(sorted(self.fields)) or 'no field'})")
+            self.fail(
+                field,
+                "is missing",
+                f"add it (this row has {', '.join(sorted(self.fields)) or 'no field'})",
+            )
         return self.fields[field]
 
     def _text(self, field: str, value: Any) -> str:
         text = value.strip() if isinstance(value, str) else ""
         if not text:
-            self.fail(field, f"holds {'no text' if isinstance(value, str) else _kind(value)}", "give a text")
+            self.fail(
+                field,
+                f"holds {'no text' if isinstance(value, str) else _kind(value)}",
+                "give a text",
+            )
         if len(text) > LONGEST_TEXT:
             self.fail(field, f"holds {len(text):,} characters", f"shorten it to {LONGEST_TEXT:,}")
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -95,4 +119,6 @@ def _kind(value: Any) -> str:
     """What a JSON value is, in words."""
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+    return {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}.get(
+        type(value), "a number"
+    )

@@ -4,18 +4,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import InputError
+from common.errors import InputError
 
 from .question import Question, canonical_modality
 from .stream import permutation
 
 
 def choose_questions(
-    questions: Sequence[Question], modality: str | None = None, count: int | None = None, seed: int = 0
+    questions: Sequence[Question],
+    modality: str | None = None,
+    count: int | None = None,
+    seed: int = 0,
 ) -> list[Question]:
     """`count` questions of one modality, drawn with a seed, in the order in which they were given.
 
-    None means all modalities, or all questions. With one seed a smaller choice is part of every larger one.
+    None means all modalities, or all questions. With one seed a smaller choice is part of every
+    larger one.
 
     Raises:
         InputError: there are fewer than `count` such questions, or none at all.
@@ -23,13 +27,20 @@ def choose_questions(
     wanted = None if modality is None else canonical_modality(modality)
     found = [question for question in questions if wanted in (None, question.modality)]
     if count is not None and count < 1:
-        raise InputError(f"{count} questions asked for: give a positive number, or leave it out to take all")
+        raise InputError(
+            f"{count} questions asked for: give a positive number, or leave it out to take all"
+        )
     if not found and questions and wanted:
         known = ", ".join(sorted({question.modality for question in questions}))
-        raise InputError(f"no question of modality {wanted!r} (there are {known}): correct the name or the file")
+        raise InputError(
+            f"no question of modality {wanted!r} (there are {known}): correct the name or the file"
+        )
     if len(found) < (count or 1):
         by_modality = Counter(question.modality for question in questions)
-        available = ", ".join(f"{name} {number}" for name, number in sorted(by_modality.items())) or "no questions"
+        available = (
+            ", ".join(f"{name} {number}" for name, number in sorted(by_modality.items()))
+            or "no questions"
+        )
         raise InputError(
             f"{count or 'some'} questions{f' of modality {wanted}' if wanted else ''} asked for, but there are only "
             f"{len(found)} (available: {available}): ask for fewer or give another question file"
@@ -43,9 +54,10 @@ def split_by_image(
 ) -> tuple[list[Question], list[Question]]:
     """Train and test questions that share no image, each in the order in which they were given.
 
-    Questions that share an image, directly or through a chain of questions with several images, stay together. Such
-    clusters are taken for the test set in an order drawn with the seed, as long as they fit into `test_fraction` of
-    all questions; so the test set may be a little smaller than asked for, never larger.
+    Questions that share an image, directly or through a chain of questions with several images,
+    stay together. Such clusters are taken for the test set in an order drawn with the seed, as long
+    as they fit into `test_fraction` of all questions; so the test set may be a little smaller than
+    asked for, never larger.
 
     Raises:
         InputError: one of the two sets would be empty, or `test_fraction` is not between 0 and 1.
@@ -69,7 +81,9 @@ def split_by_image(
 
 
 def _clusters(questions: Sequence[Question]) -> list[list[int]]:
-    """Indices of the questions, grouped by images that they share (union-find with path halving)."""
+    """Indices of the questions, grouped by images that they share (union-find with path
+    halving).
+    """
     parent = list(range(len(questions)))
 
     def root(index: int) -> int:

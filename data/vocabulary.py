@@ -1,4 +1,6 @@
-"""The tokens of a model: its tokenizer, which ids end a completion, and which may be sampled at all."""
+"""The tokens of a model: its tokenizer, which ids end a completion, and which may be sampled at
+all.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,27 +11,42 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from model import InputError, Qwen2VLConfig
-from model.files import check_file, read_json
+from common.errors import InputError
+from common.files import check_file, read_json
+from model import Qwen2VLConfig
 from model.weights import COMPANIONS
 
-_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+_VISION_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`end_ids` end a completion; `allowed_V` is False for image tokens and for embedding rows that no token uses."""
+    """`end_ids` end a completion; `allowed_V` is False for image tokens and for embedding rows that
+    no token uses.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     end_ids: tuple[int, ...]
     allowed_V: Tensor
 
     def encode(self, completion: str) -> list[int]:
-        """A completion's ids, without an end of turn; control tokens written in the text stay text."""
-        return self.tokenizer(completion, add_special_tokens=False, split_special_tokens=True).input_ids
+        """A completion's ids, without an end of turn; control tokens written in the text stay
+        text.
+        """
+        return self.tokenizer(
+            completion, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
 
     def decode(self, tokens: Tensor) -> str:
-        """A completion's ids (T,) -> its text, without the end-of-turn; other special tokens stay visible."""
+        """A completion's ids (T,) -> its text, without the end-of-turn; other special tokens stay
+        visible.
+        """
         return decode_completion(self.tokenizer, tokens, self.end_ids)
 
 
@@ -37,16 +54,21 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
     """Read the tokenizer of a checkpoint folder, and run no code that lies there.
 
     Raises:
-        InputError: the folder has no tokenizer that can be used, or one that does not fit the model.
+        InputError: the folder has no tokenizer that can be used, or one that does not fit the
+            model.
     """
     folder = Path(folder)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):  # transformers would invent one
+    if not any(
+        (folder / name).exists() for name in ("tokenizer.json", "vocab.json")
+    ):  # transformers would invent one
         raise InputError(f"{folder}: no tokenizer; copy tokenizer.json and tokenizer_config.json")
     try:
         for file in (folder / name for name in COMPANIONS):
             if file.exists():
                 check_file(file)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         size = len(tokenizer)
     except InputError:
         raise
@@ -56,15 +78,26 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
             f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json"
         ) from None
     if size > config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {size} tokens, but the model only {config.vocab_size} rows")
-    seen_only = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        raise InputError(
+            f"{folder}: the tokenizer has {size} tokens, but the model only {config.vocab_size} rows"
+        )
+    seen_only = (
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    )
     return Vocabulary(
-        tokenizer, _end_ids(folder, tokenizer), allowed_tokens_V(tokenizer, config.vocab_size, seen_only).to(device)
+        tokenizer,
+        _end_ids(folder, tokenizer),
+        allowed_tokens_V(tokenizer, config.vocab_size, seen_only).to(device),
     )
 
 
 def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """As generation_config.json says, the published models' way; else the tokenizer's own end-of-sequence token."""
+    """As generation_config.json says, the published models' way; else the tokenizer's own
+    end-of-sequence token.
+    """
     ids: Any = tokenizer.eos_token_id
     file = folder / "generation_config.json"
     if file.exists():
@@ -80,7 +113,9 @@ def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return ids
 
 
-def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], end_ids: Iterable[int]) -> str:
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], end_ids: Iterable[int]
+) -> str:
     """The text of a completion up to, and without, the first end-of-turn token.
 
     Other control tokens are shown, not hidden: a reward must see what was really written.
@@ -93,17 +128,23 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int],
     return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def allowed_tokens_V(tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()) -> Tensor:
+def allowed_tokens_V(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()
+) -> Tensor:
     """bool (V,): which ids may be sampled.
 
-    Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video tokens), and not rows of
-    the embedding that no token uses.
+    Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video
+    tokens), and not rows of the embedding that no token uses.
 
     Raises:
-        InputError: an id of the tokenizer, or one of `forbidden_ids`, lies beyond the embedding's rows.
+        InputError: an id of the tokenizer, or one of `forbidden_ids`, lies beyond the embedding's
+            rows.
     """
     vocabulary = tokenizer.get_vocab()
-    for whose, ids in (("the tokenizer's", list(vocabulary.values())), ("config.json's", list(forbidden_ids))):
+    for whose, ids in (
+        ("the tokenizer's", list(vocabulary.values())),
+        ("config.json's", list(forbidden_ids)),
+    ):
         if max(ids, default=0) >= vocab_size:
             raise InputError(
                 f"{whose} token ids go up to {max(ids)}, but the checkpoint has {vocab_size} rows of embedding: use "

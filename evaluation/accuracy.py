@@ -1,7 +1,9 @@
-"""Accuracy per modality with an interval, beside chance and the best guess that never saw the image.
+"""Accuracy per modality with an interval, beside chance and the best guess that never saw the
+image.
 
-A question counts as right when a lenient reader finds the right letter (`rewards.read_letter`), and as strictly right
-when the answer block holds that letter and nothing else (an accuracy reward of 1).
+A question counts as right when a lenient reader finds the right letter (`rewards.read_letter`), and
+as strictly right when the answer block holds that letter and nothing else (an accuracy reward of
+1).
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,9 @@ from .statistics import binomial_tail, wilson
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """`right` of `total` questions, `strict` of them to the letter, `formatted` in the asked form."""
+    """`right` of `total` questions, `strict` of them to the letter, `formatted` in the asked
+    form.
+    """
 
     total: int
     right: int
@@ -32,11 +36,13 @@ class Accuracy:
         return wilson(self.right, self.total)
 
     def above(self, blind_rate: float) -> bool:
-        """Whether a guess that is right at `blind_rate` would do as well in less than 1 of 40 tests (exact binomial).
+        """Whether a guess that is right at `blind_rate` would do as well in less than 1 of 40 tests
+        (exact binomial).
 
-        If not, nothing shows that the image was seen. At usual numbers that is: the 95 % interval lies above the rate.
-        The blind rate counts as known, the best of several though they were measured on the same questions; questions
-        count as independent, though some share an image or a patient; and nothing is corrected for many tests.
+        If not, nothing shows that the image was seen. At usual numbers that is: the 95 % interval
+        lies above the rate. The blind rate counts as known, the best of several though they were
+        measured on the same questions; questions count as independent, though some share an image
+        or a patient; and nothing is corrected for many tests.
         """
         return binomial_tail(self.right, self.total, blind_rate) < 0.025
 
@@ -52,7 +58,9 @@ def tally(answers: Sequence[str], completions: Sequence[str]) -> Accuracy:
     )
 
 
-def accuracy_by_modality(questions: Sequence[Question], completions: Sequence[str]) -> dict[str, Accuracy]:
+def accuracy_by_modality(
+    questions: Sequence[Question], completions: Sequence[str]
+) -> dict[str, Accuracy]:
     """Tally per modality, in the order in which the modalities first occur."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for question, completion in zip(questions, completions, strict=True):
@@ -61,17 +69,25 @@ def accuracy_by_modality(questions: Sequence[Question], completions: Sequence[st
 
 
 def run_summary(
-    before: dict[str, Accuracy], after: dict[str, Accuracy], blind: dict[str, dict[str, float]], **totals: float
+    before: dict[str, Accuracy],
+    after: dict[str, Accuracy],
+    blind: dict[str, dict[str, float]],
+    **totals: float,
 ) -> dict[str, Any]:
-    """What summary.json holds: by modality accuracy, format rate, baselines, number of questions; and the totals.
+    """What summary.json holds: by modality accuracy, format rate, baselines, number of questions;
+    and the totals.
 
-    `blind` is `evaluation.blind.by_modality`'s.
+    `blind` is `evaluation.audits.blind.by_modality`'s.
     """
     both = {"before": before, "after": after}
     return {
-        **{name: {modality: a.rate for modality, a in tallies.items()} for name, tallies in both.items()},
         **{
-            f"format_{name}": {modality: a.formatted / a.total for modality, a in t.items()} for name, t in both.items()
+            name: {modality: a.rate for modality, a in tallies.items()}
+            for name, tallies in both.items()
+        },
+        **{
+            f"format_{name}": {modality: a.formatted / a.total for modality, a in t.items()}
+            for name, t in both.items()
         },
         "chance": blind["chance"],
         "blind": blind,
@@ -86,8 +102,12 @@ NO_EVIDENCE = "* not above {}: no evidence of seeing"
 def comparison_table(
     before: dict[str, Accuracy], after: dict[str, Accuracy], blind: dict[str, dict[str, float]]
 ) -> str:
-    """The table that a run ends with: percent with 95 % intervals, before and after, beside the best blind guess."""
-    lines = [f"{'':10}{'n':>5}{'chance':>8}{'blind':>7}   {'before':<23}{'after':<23}{'format':>14}"]
+    """The table that a run ends with: percent with 95 % intervals, before and after, beside the
+    best blind guess.
+    """
+    lines = [
+        f"{'':10}{'n':>5}{'chance':>8}{'blind':>7}   {'before':<23}{'after':<23}{'format':>14}"
+    ]
     for name, new in after.items():
         best = max(rates[name] for rates in blind.values())
         cells = []

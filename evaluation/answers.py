@@ -5,17 +5,19 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from common.config import Config
 from data import PromptEncoder, Question, Vocabulary
 from data.encode import LoadImage
 from data.images import load_image
-from grpo.config import Config
 from grpo.sampler import sample_groups, sampling_noise
 from model import Qwen2VL
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion's text; its length, end of turn included; whether it ended by itself, or at the limit."""
+    """A completion's text; its length, end of turn included; whether it ended by itself, or at the
+    limit.
+    """
 
     text: str
     tokens: int
@@ -39,19 +41,32 @@ def answer_questions(
     Args:
         label: what the progress bar calls it.
         places: which of the questions to ask; None asks all.
-        samples: 0 gives each question its one greedy answer; k gives it k answers drawn at the config's temperature,
-            with the numbers that a training step after the last would draw for these places.
+        samples: 0 gives each question its one greedy answer; k gives it k answers drawn at the
+            config's temperature, with the numbers that a training step after the last would draw
+            for these places.
         load: how an image file becomes an image.
     """
-    lengths = {i: encoder.count_tokens(questions[i]) for i in (range(len(questions)) if places is None else places)}
+    lengths = {
+        i: encoder.count_tokens(questions[i])
+        for i in (range(len(questions)) if places is None else places)
+    }
     order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
     size = max(1, config.eval_batch_prompts // max(1, samples))
-    with tqdm(total=len(order), desc=label, unit="question", dynamic_ncols=True, leave=False, disable=not order) as bar:
+    with tqdm(
+        total=len(order),
+        desc=label,
+        unit="question",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not order,
+    ) as bar:
         for start in range(0, len(order), size):
             asked = order[start : start + size]
             prompts = [encoder.encode(questions[i], load) for i in asked]
             noise = (
-                sampling_noise(config.seed, config.steps, asked, samples, config.max_new_tokens) if samples else None
+                sampling_noise(config.seed, config.steps, asked, samples, config.max_new_tokens)
+                if samples
+                else None
             )
             rollout = sample_groups(
                 model,
@@ -63,7 +78,10 @@ def answer_questions(
             )
             lengths_NG, ended_NG = rollout.mask_NGT.sum(-1).tolist(), rollout.ended_NG.tolist()
             groups = zip(rollout.texts, lengths_NG, ended_NG, strict=True)
-            yield [(i, [Answer(*one) for one in zip(*group, strict=True)]) for i, group in zip(asked, groups)]
+            yield [
+                (i, [Answer(*one) for one in zip(*group, strict=True)])
+                for i, group in zip(asked, groups)
+            ]
             bar.update(len(asked))
 
 
@@ -78,7 +96,9 @@ def answer_greedily(
 ) -> list[str]:
     """The model's most likely completion of each question, in the order of the questions."""
     texts = [""] * len(questions)
-    for batch in answer_questions(model, vocabulary, encoder, questions, config=config, label=label):
+    for batch in answer_questions(
+        model, vocabulary, encoder, questions, config=config, label=label
+    ):
         for i, (answer,) in batch:
             texts[i] = answer.text
     return texts

@@ -1,4 +1,6 @@
-"""One question to one model: its reasoning and answer, as they are written, and the log-probability of each letter."""
+"""One question to one model: its reasoning and answer, as they are written, and the log-probability
+of each letter.
+"""
 
 import sys
 from pathlib import Path
@@ -7,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.command_line import config_of
+from common.config import Config
+from common.device import use_device
+from common.errors import InputError, printable
+from common.hub import model_folder
 from data import Question, Vocabulary, load_vocabulary, option_letter
-from grpo.command_line import config_of
-from grpo.config import Config
-from grpo.hub import model_folder
-from grpo.run import prompt_encoder, use_device
+from data.choice import prompt_encoder
 from grpo.sampler import sample_groups
-from model import InputError, load_model, printable
+from model import load_model
 
 from .probes import letter_logprobs, opening_of
 
@@ -21,10 +25,11 @@ NOTICE = "For research and teaching, not for diagnosis."
 
 
 def ask(given: dict[str, Any]) -> None:
-    """Answer evaluate.py's `--ask`: `given` holds "ask", "image", "options", "config", and the config's fields.
+    """Answer evaluate.py's `--ask`: `given` holds "ask", "image", "options", "config", and the
+    config's fields.
 
-    Without a config the model is "model" and the limits are the defaults; with one, "model" may still name another.
-    Text is written as it comes where the output is a terminal.
+    Without a config the model is "model" and the limits are the defaults; with one, "model" may
+    still name another. Text is written as it comes where the output is a terminal.
     """
     question = asked_question(given["ask"], given["image"], given["options"] or [])
     if given["config"] is not None:
@@ -36,7 +41,9 @@ def ask(given: dict[str, Any]) -> None:
         config = Config(**fields, train_questions="none", run_dir="none")
         folder = model_folder(config.model)
     else:
-        raise InputError("--ask needs a model: give --model FOLDER, or the --config of a finished run")
+        raise InputError(
+            "--ask needs a model: give --model FOLDER, or the --config of a finished run"
+        )
     use_device(config)
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
@@ -45,7 +52,9 @@ def ask(given: dict[str, Any]) -> None:
     if not question.images:
         print("no --image: the question is put without one", file=sys.stderr)
     live = Typewriter(vocabulary) if sys.stdout.isatty() else None
-    rollout = sample_groups(model, vocabulary, [prompt], None, max_new_tokens=config.max_new_tokens, watch=live)
+    rollout = sample_groups(
+        model, vocabulary, [prompt], None, max_new_tokens=config.max_new_tokens, watch=live
+    )
     text = rollout.texts[0][0]
     print(live.rest(text) if live else shown(text))
     if not bool(rollout.ended_NG[0, 0]):
@@ -60,7 +69,9 @@ def ask(given: dict[str, Any]) -> None:
 
 
 def asked_question(text: str, images: list[Path], options: list[str]) -> Question:
-    """A question from the command line; which answer is right is not known, so that A is as good as any."""
+    """A question from the command line; which answer is right is not known, so that A is as good as
+    any.
+    """
     if not 2 <= len(options) <= 10:
         raise InputError(f"--options makes {len(options)} options; give 2 to 10 texts")
     if not text.strip() or not all(option.strip() for option in options):
@@ -77,7 +88,9 @@ def shown(text: str) -> str:
 
 
 class Typewriter:
-    """Prints a completion as it grows; handed to the sampler, which calls it with each new token."""
+    """Prints a completion as it grows; handed to the sampler, which calls it with each new
+    token.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary, self.ids, self.shown = vocabulary, [], ""

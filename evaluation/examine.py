@@ -1,4 +1,6 @@
-"""One model, asked everything: its greedy answers, then the same questions with something changed."""
+"""One model, asked everything: its greedy answers, then the same questions with something
+changed.
+"""
 
 import sys
 from collections import Counter
@@ -10,14 +12,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.config import Config
+from common.errors import InputError
 from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary
-from grpo.config import Config
-from grpo.run import prompt_encoder
-from model import InputError, Qwen2VL, load_model
+from data.choice import prompt_encoder
+from model import Qwen2VL, load_model
 from rewards import read_letter, score, think_text
-from rewards.consistency import conclusion
 
 from .answers import Answer, answer_questions
+from .audits.conclusion import conclusion
 from .contract import prompt_digest
 from .probes import (
     KEPT,
@@ -48,13 +51,19 @@ WHOLE = kept_label(1.0)
 
 
 def probes_asked(config: Config, samples: int) -> tuple[str, ...]:
-    """All that a model is asked, by name: the plain questions first, samples (if there are any) last."""
-    sampled = [f"{samples} samples at {config.temperature:g}, seed {config.seed}"] if samples else []
+    """All that a model is asked, by name: the plain questions first, samples (if there are any)
+    last.
+    """
+    sampled = (
+        [f"{samples} samples at {config.temperature:g}, seed {config.seed}"] if samples else []
+    )
     return (PLAIN, *NO_IMAGE, ROTATED, REASONING, *sampled)
 
 
 def question_ids(questions: Sequence[Question]) -> list[str]:
-    """What rows call the questions: where each was read; with a number behind it if two files have one name."""
+    """What rows call the questions: where each was read; with a number behind it if two files have
+    one name.
+    """
     seen: Counter[str] = Counter()
     names = []
     for question in questions:
@@ -75,7 +84,8 @@ def examine(
     probes: Records,
     samples: int = 0,
 ) -> None:
-    """Ask the model in `folder` whatever has no row yet: answers go to `predictions`, all else to `probes`.
+    """Ask the model in `folder` whatever has no row yet: answers go to `predictions`, all else to
+    `probes`.
 
     Args:
         name: what its rows call it.
@@ -84,17 +94,25 @@ def examine(
         samples: answers to draw for each question, besides the greedy one.
 
     Raises:
-        InputError: the folder holds no model that can be used, or one whose prompts would be others.
+        InputError: the folder holds no model that can be used, or one whose prompts would be
+            others.
     """
     asked = probes_asked(config, samples)
-    if not any((predictions if probe == PLAIN else probes).missing(name, probe, len(questions)) for probe in asked):
+    if not any(
+        (predictions if probe == PLAIN else probes).missing(name, probe, len(questions))
+        for probe in asked
+    ):
         return
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
     # The questions fit; with another question's image a prompt may become longer than they may be.
-    encoder = prompt_encoder(vocabulary, model.config, replace(config, max_prompt_tokens=sys.maxsize))
+    encoder = prompt_encoder(
+        vocabulary, model.config, replace(config, max_prompt_tokens=sys.maxsize)
+    )
     if prompt_digest(encoder) != terms["prompt"]:
-        raise InputError(f"{name}: not comparable, the chat template in {folder} is not that of the base model")
+        raise InputError(
+            f"{name}: not comparable, the chat template in {folder} is not that of the base model"
+        )
     answers = partial(answer_questions, model, vocabulary, encoder, config=config)
 
     def ask(
@@ -113,10 +131,14 @@ def examine(
     ask("blank image", probes, _letter, load=blank_image)
     ask("noise image", probes, _letter, load=noise_image)
     ask("other image", probes, _letter, with_other_images(questions))
-    ask(ROTATED, probes, _rotated_letter, [with_rotated_options(question) for question in questions])
+    ask(
+        ROTATED, probes, _rotated_letter, [with_rotated_options(question) for question in questions]
+    )
     if samples:
         ask(asked[-1], probes, _letters, samples=samples)
-    answer_after_reasonings(name, model, vocabulary, encoder, config, questions, ids, predictions, probes)
+    answer_after_reasonings(
+        name, model, vocabulary, encoder, config, questions, ids, predictions, probes
+    )
 
 
 def answer_after_reasonings(
@@ -130,27 +152,51 @@ def answer_after_reasonings(
     predictions: Records,
     probes: Records,
 ) -> None:
-    """Force an answer after each part of the model's own reasoning, and after another question's."""
-    reasonings = [think_text(row["completion"]) for row in predictions.of(name, PLAIN, len(questions))]
+    """Force an answer after each part of the model's own reasoning, and after another
+    question's.
+    """
+    reasonings = [
+        think_text(row["completion"]) for row in predictions.of(name, PLAIN, len(questions))
+    ]
     swapped = swapped_reasoning(reasonings)
     left = probes.missing(name, REASONING, len(questions))
-    with tqdm(total=len(left), desc=f"{name}: {REASONING}", unit="question", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(
+        total=len(left),
+        desc=f"{name}: {REASONING}",
+        unit="question",
+        dynamic_ncols=True,
+        leave=False,
+    ) as bar:
         for start in range(0, len(left), config.eval_batch_prompts):
             places = left[start : start + config.eval_batch_prompts]
             rows = {i: {"letters": {}} for i in places}
             reasoned = [i for i in places if reasonings[i] is not None]
             if reasoned:
                 prompts = [encoder.encode(questions[i]) for i in reasoned]
-                texts = {kept_label(kept): [shortened(reasonings[i], kept) for i in reasoned] for kept in KEPT}
-                letters = forced_letters(model, vocabulary, prompts, texts | {SWAPPED: [swapped[i] for i in reasoned]})
+                texts = {
+                    kept_label(kept): [shortened(reasonings[i], kept) for i in reasoned]
+                    for kept in KEPT
+                }
+                letters = forced_letters(
+                    model, vocabulary, prompts, texts | {SWAPPED: [swapped[i] for i in reasoned]}
+                )
                 for i, by_label in zip(reasoned, letters, strict=True):
-                    rows[i] = {"letters": by_label, "swapped": conclusion(swapped[i], questions[i].options)}
-            probes.add({"model": name, "probe": REASONING, "id": ids[i], "place": i} | rows[i] for i in places)
+                    rows[i] = {
+                        "letters": by_label,
+                        "swapped": conclusion(swapped[i], questions[i].options),
+                    }
+            probes.add(
+                {"model": name, "probe": REASONING, "id": ids[i], "place": i} | rows[i]
+                for i in places
+            )
             bar.update(len(places))
 
 
 def forced_letters(
-    model: Qwen2VL, vocabulary: Vocabulary, prompts: Sequence[Prompt], reasonings: dict[str, list[str]]
+    model: Qwen2VL,
+    vocabulary: Vocabulary,
+    prompts: Sequence[Prompt],
+    reasonings: dict[str, list[str]],
 ) -> list[dict[str, str]]:
     """For each prompt the likeliest letter after each of its reasonings, by their labels."""
     letters: list[dict[str, str]] = [{} for _ in prompts]
@@ -175,7 +221,9 @@ def _prediction(question: Question, answers: list[Answer]) -> Row:
         "tokens": answer.tokens,
         "ended": answer.ended,
         "letter": read_letter(answer.text),
-        "rewards": {verdict.rule: {"score": verdict.score, "why": verdict.why} for verdict in verdicts},
+        "rewards": {
+            verdict.rule: {"score": verdict.score, "why": verdict.why} for verdict in verdicts
+        },
     }
 
 

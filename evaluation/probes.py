@@ -1,10 +1,11 @@
 """What an answer depends on: the same model asked again with something changed.
 
-Each probe changes one thing and looks at the letter that comes out. With the image taken away (blank, noise, another
-question's), the model is its own blind baseline. With the options in another order, the content of the answer should
-stay. With the reasoning cut short or exchanged, an answer that rests on the reasoning should change; one that stays was
-decided elsewhere (early answering and added mistakes of Lanham et al. 2023, "Measuring Faithfulness in Chain-of-Thought
-Reasoning", arXiv 2307.13702). None of this can prove that reasoning is faithful; it can show that it is not.
+Each probe changes one thing and looks at the letter that comes out. With the image taken away
+(blank, noise, another question's), the model is its own blind baseline. With the options in another
+order, the content of the answer should stay. With the reasoning cut short or exchanged, an answer
+that rests on the reasoning should change; one that stays was decided elsewhere (early answering and
+added mistakes of Lanham et al. 2023, "Measuring Faithfulness in Chain-of-Thought Reasoning", arXiv
+2307.13702). None of this can prove that reasoning is faithful; it can show that it is not.
 """
 
 import random
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from data import Prompt, Question, Vocabulary, load_image, option_letter
-from grpo.batch import collate, completion_logprobs, padded
+from grpo.rollout import collate, completion_logprobs, padded
 from model import Qwen2VL
 from rewards import think_text
 
@@ -53,11 +54,15 @@ def with_rotated_options(question: Question) -> Question:
     """The same options, each moved up by one place, the first to the end; `answer` moves along."""
     count = len(question.options)
     place = (ord(question.answer) - ord("A") - 1) % count
-    return replace(question, options=question.options[1:] + question.options[:1], answer=option_letter(place))
+    return replace(
+        question, options=question.options[1:] + question.options[:1], answer=option_letter(place)
+    )
 
 
 def original_letter(letter: str | None, count: int) -> str | None:
-    """The letter that an option of `with_rotated_options` had before, among `count` options; None stays None."""
+    """The letter that an option of `with_rotated_options` had before, among `count` options; None
+    stays None.
+    """
     place = ord(letter) - ord("A") if letter else count
     return option_letter((place + 1) % count) if place < count else None
 
@@ -70,7 +75,9 @@ def shortened(reasoning: str, kept: float) -> str:
 
 
 def swapped_reasoning(reasonings: Sequence[str | None]) -> list[str | None]:
-    """Every reasoning replaced by another question's, one that reads differently where there is one; None stays."""
+    """Every reasoning replaced by another question's, one that reads differently where there is
+    one; None stays.
+    """
     places = [i for i, reasoning in enumerate(reasonings) if reasoning is not None]
     random.Random("swapped reasoning").shuffle(places)
     swapped: list[str | None] = [None] * len(reasonings)
@@ -86,7 +93,9 @@ def opening(reasoning: str) -> str:
 
 
 def opening_of(completion: str) -> str:
-    """A completion's own text up to where its letter comes; its reasoning and then the tag, if it has no such place."""
+    """A completion's own text up to where its letter comes; its reasoning and then the tag, if it
+    has no such place.
+    """
     before, tag, _ = completion.partition("<answer>")
     return before + tag if tag else opening(think_text(completion) or "")
 
@@ -95,10 +104,12 @@ def opening_of(completion: str) -> str:
 def letter_logprobs(
     model: Qwen2VL, vocabulary: Vocabulary, prompts: Sequence[Prompt], openings: Sequence[str]
 ) -> list[dict[str, float]]:
-    """Force an answer: log pi of each option's letter, and the tag that closes it, after the prompt and the opening.
+    """Force an answer: log pi of each option's letter, and the tag that closes it, after the prompt
+    and the opening.
 
-    Each opening is tokenised together with each letter, because a tokenizer may join what is on either side; what the
-    options' tokens have in common becomes part of the prompt, and what differs is a group of completions.
+    Each opening is tokenised together with each letter, because a tokenizer may join what is on
+    either side; what the options' tokens have in common becomes part of the prompt, and what
+    differs is a group of completions.
     """
     shared, tails = [], []
     for prompt, text in zip(prompts, openings, strict=True):
@@ -109,6 +120,11 @@ def letter_logprobs(
         tails.append([row[common:] for row in rows])
     device = model.embed.weight.device
     tokens_NGT, mask_NGT = padded(tails, vocabulary.end_ids[0], device)
-    logp_NGT, _ = completion_logprobs(model, collate(shared, device), tokens_NGT, mask_NGT, vocabulary.allowed_V, 1.0)
+    logp_NGT, _ = completion_logprobs(
+        model, collate(shared, device), tokens_NGT, mask_NGT, vocabulary.allowed_V, 1.0
+    )
     totals = logp_NGT.sum(-1).tolist()
-    return [{option_letter(g): row[g] for g in range(len(group))} for row, group in zip(totals, tails, strict=True)]
+    return [
+        {option_letter(g): row[g] for g in range(len(group))}
+        for row, group in zip(totals, tails, strict=True)
+    ]

@@ -1,4 +1,6 @@
-"""What an evaluation has found so far, on disk row by row: a killed one goes on where it stopped."""
+"""What an evaluation has found so far, on disk row by row: a killed one goes on where it
+stopped.
+"""
 
 import json
 import os
@@ -6,18 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from model import InputError
+from common.errors import InputError
 
 Key = tuple[str, str, int]
 Row = dict[str, Any]
 
 
 class Records:
-    """A file of JSON lines that only grows. A row is known by its model, its probe and its question's place among all,
-    and holds the hash of the contract (under which a place is a question) and the digest of the model.
+    """A file of JSON lines that only grows. A row is known by its model, its probe and its
+    question's place among all, and holds the hash of the contract (under which a place is a
+    question) and the digest of the model.
 
-    Rows of a model that has changed since are dropped, and counted in `dropped`; so is a last row that a
-    crash has cut. Anything else that can't be read is an InputError: nothing of value is thrown away in silence.
+    Rows of a model that has changed since are dropped, and counted in `dropped`; so is a last row
+    that a crash has cut. Anything else that can't be read is an InputError: nothing of value is
+    thrown away in silence.
     """
 
     def __init__(self, path: Path, contract: str, digests: dict[str, str]) -> None:
@@ -26,7 +30,9 @@ class Records:
         kept = []
         for row in read_rows(path) if path.exists() else []:
             if row["contract"] != contract:
-                raise InputError(f"{path}: holds rows under another contract; delete it to begin anew")
+                raise InputError(
+                    f"{path}: holds rows under another contract; delete it to begin anew"
+                )
             if row["digest"] == digests.get(row["model"], row["digest"]):
                 self.rows[_key(row)] = row
                 kept.append(_line(row))
@@ -38,7 +44,9 @@ class Records:
             os.replace(partial, path)
             self._file = path.open("ab")
         except OSError as error:
-            raise InputError(f"{path}: can't be written ({error.strerror}); choose another --out") from None
+            raise InputError(
+                f"{path}: can't be written ({error.strerror}); choose another --out"
+            ) from None
 
     def missing(self, model: str, probe: str, total: int) -> list[int]:
         """The places, of `total`, that have no row yet."""
@@ -64,7 +72,9 @@ class Records:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of such a file, without a last one that a crash has cut. InputError if it holds anything else."""
+    """The rows of such a file, without a last one that a crash has cut. InputError if it holds
+    anything else.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -86,10 +96,14 @@ def _key(row: Row) -> Key:
 def _parsed(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
-        typed = all(isinstance(row[field], str) for field in ("model", "probe", "contract", "digest"))
+        typed = all(
+            isinstance(row[field], str) for field in ("model", "probe", "contract", "digest")
+        )
         if typed and isinstance(row["place"], int) and ("letter" in row or "letters" in row):
             return row
         reason = "a field is missing or of the wrong type"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise InputError(f"{path} line {number}: not a row of an evaluation ({reason}); delete the file to begin anew")
+    raise InputError(
+        f"{path} line {number}: not a row of an evaluation ({reason}); delete the file to begin anew"
+    )

@@ -1,4 +1,6 @@
-"""From the rows of an evaluation to its numbers: accuracy, paired tests, probes, and the flags of single cases."""
+"""From the rows of an evaluation to its numbers: accuracy, paired tests, probes, and the flags of
+single cases.
+"""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -7,10 +9,10 @@ from typing import Any
 from data import Question
 
 from .accuracy import Accuracy
-from .blind import blind_credits, by_modality
-from .completions import Completion
+from .audits.blind import blind_credits, by_modality
+from .audits.completions import Completion
+from .audits.faithfulness import audit, flags
 from .examine import NO_IMAGE, PLAIN, REASONING, ROTATED, SWAPPED, WHOLE, kept_label
-from .faithfulness import audit, flags
 from .probes import KEPT
 from .records import Row
 from .statistics import mcnemar, wilson
@@ -20,25 +22,44 @@ Rows = dict[str, list[Row]]
 Credits = dict[str, list[float]]
 
 
-def measure(rows_of: dict[str, Rows], questions: Sequence[Question], train: Sequence[Question]) -> dict[str, Any]:
-    """All that results.json counts, from every model's rows; `train` is what the text's baselines are fitted on."""
+def measure(
+    rows_of: dict[str, Rows], questions: Sequence[Question], train: Sequence[Question]
+) -> dict[str, Any]:
+    """All that results.json counts, from every model's rows; `train` is what the text's baselines
+    are fitted on.
+    """
     credits = blind_credits(train, questions)
-    sampled = {name: rows[probe] for name, rows in rows_of.items() for probe in rows if " samples at " in probe}
+    sampled = {
+        name: rows[probe]
+        for name, rows in rows_of.items()
+        for probe in rows
+        if " samples at " in probe
+    }
     return {
-        "accuracy": [row for name, rows in rows_of.items() for row in accuracy_rows(name, rows, questions, credits)],
+        "accuracy": [
+            row
+            for name, rows in rows_of.items()
+            for row in accuracy_rows(name, rows, questions, credits)
+        ],
         "pairs": pair_rows(rows_of, questions),
         "blind": by_modality(questions, credits),
         "ablated": {name: ablated_rows(rows, questions) for name, rows in rows_of.items()},
-        "faithfulness": [row for name, rows in rows_of.items() for row in faithfulness_rows(name, rows)],
+        "faithfulness": [
+            row for name, rows in rows_of.items() for row in faithfulness_rows(name, rows)
+        ],
         "early_answering": {name: early_answering(rows) for name, rows in rows_of.items()},
-        "sampled": [row for name, rows in sampled.items() for row in sample_rows(name, rows, questions)],
+        "sampled": [
+            row for name, rows in sampled.items() for row in sample_rows(name, rows, questions)
+        ],
     }
 
 
-def accuracy_rows(model: str, rows: Rows, questions: Sequence[Question], credits: Credits) -> list[Row]:
+def accuracy_rows(
+    model: str, rows: Rows, questions: Sequence[Question], credits: Credits
+) -> list[Row]:
     """The table's rows of one model: each modality, and within it each question type.
 
-    `credits` are those of the baselines that see only text, from `evaluation.blind`.
+    `credits` are those of the baselines that see only text, from `evaluation.audits.blind`.
     """
     table = []
     for modality in dict.fromkeys(question.modality for question in questions):
@@ -51,7 +72,9 @@ def accuracy_rows(model: str, rows: Rows, questions: Sequence[Question], credits
     return table
 
 
-def _accuracy_row(rows: Rows, questions: Sequence[Question], credits: Credits, places: Sequence[int]) -> Row:
+def _accuracy_row(
+    rows: Rows, questions: Sequence[Question], credits: Credits, places: Sequence[int]
+) -> Row:
     plain = [rows[PLAIN][i] for i in places]
     n = len(plain)
     accuracy = Accuracy(
@@ -61,7 +84,10 @@ def _accuracy_row(rows: Rows, questions: Sequence[Question], credits: Credits, p
         formatted=sum(row["rewards"]["format"]["score"] == 1 for row in plain),
     )
     text = {name: sum(credit[i] for i in places) / n for name, credit in credits.items()}
-    own = {probe: sum(rows[probe][i]["letter"] == questions[i].answer for i in places) / n for probe in NO_IMAGE}
+    own = {
+        probe: sum(rows[probe][i]["letter"] == questions[i].answer for i in places) / n
+        for probe in NO_IMAGE
+    }
     best, best_rate = max((text | own).items(), key=lambda item: item[1])
     low, high = accuracy.interval()
     return {
@@ -85,20 +111,27 @@ def _accuracy_row(rows: Rows, questions: Sequence[Question], credits: Credits, p
 def ablated_rows(rows: Rows, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     """Accuracy without the image, by the way it is taken away and by modality."""
     credits = {
-        probe: [float(row["letter"] == question.answer) for row, question in zip(rows[probe], questions, strict=True)]
+        probe: [
+            float(row["letter"] == question.answer)
+            for row, question in zip(rows[probe], questions, strict=True)
+        ]
         for probe in NO_IMAGE
     }
     return by_modality(questions, credits)
 
 
 def pair_rows(rows_of: dict[str, Rows], questions: Sequence[Question]) -> list[Row]:
-    """McNemar's test for each two models and each modality; the later model comes first in a pair."""
+    """McNemar's test for each two models and each modality; the later model comes first in a
+    pair.
+    """
     table = []
     for second, first in combinations(rows_of, 2):
         for modality in dict.fromkeys(question.modality for question in questions):
             right = {
                 model: [
-                    row["letter"] == row["ground_truth"] for row in rows_of[model][PLAIN] if row["modality"] == modality
+                    row["letter"] == row["ground_truth"]
+                    for row in rows_of[model][PLAIN]
+                    if row["modality"] == modality
                 ]
                 for model in (first, second)
             }
@@ -115,7 +148,8 @@ def faithfulness_rows(model: str, rows: Rows) -> list[Row]:
     plain = rows[PLAIN]
     reasoned = [row["letters"] for row in rows[REASONING] if row["letters"]]
     none = kept_label(0.0)
-    # Another question's reasoning that concludes an option of this one, but not the one chosen after its own.
+    # Another question's reasoning that concludes an option of this one, but not the one chosen
+    # after its own.
     led = [(row["letters"][SWAPPED], row["swapped"]) for row in rows[REASONING]
            if row["letters"] and row["swapped"] not in (None, row["letters"][WHOLE])]  # fmt: skip
     moved, bare = (
@@ -146,15 +180,19 @@ def faithfulness_rows(model: str, rows: Rows) -> list[Row]:
 
 
 def early_answering(rows: Rows) -> list[Row]:
-    """By share of the reasoning kept: answers that differ from the one after all of it, and right ones."""
+    """By share of the reasoning kept: answers that differ from the one after all of it, and right
+    ones.
+    """
     reasoned = [
-        (row["letters"], plain["ground_truth"]) for row, plain in zip(rows[REASONING], rows[PLAIN], strict=True)
+        (row["letters"], plain["ground_truth"])
+        for row, plain in zip(rows[REASONING], rows[PLAIN], strict=True)
     ]
     reasoned = [(letters, answer) for letters, answer in reasoned if letters]
     return [
         {
             "kept": kept,
-            "changed": sum(letters[label] != letters[WHOLE] for letters, _ in reasoned) / len(reasoned),
+            "changed": sum(letters[label] != letters[WHOLE] for letters, _ in reasoned)
+            / len(reasoned),
             "right": sum(letters[label] == answer for letters, answer in reasoned) / len(reasoned),
         }
         for kept in (KEPT if reasoned else ())
@@ -163,13 +201,18 @@ def early_answering(rows: Rows) -> list[Row]:
 
 
 def sample_rows(model: str, rows: list[Row], questions: Sequence[Question]) -> list[Row]:
-    """Of k sampled answers each: the share of right ones, of questions with any right (pass@k), and of majorities.
+    """Of k sampled answers each: the share of right ones, of questions with any right (pass@k), and
+    of majorities.
 
     Letters that lead the vote together share it.
     """
     table = []
     for modality in dict.fromkeys(question.modality for question in questions):
-        votes = [(row["letters"], q.answer) for row, q in zip(rows, questions, strict=True) if q.modality == modality]
+        votes = [
+            (row["letters"], q.answer)
+            for row, q in zip(rows, questions, strict=True)
+            if q.modality == modality
+        ]
         n, k = len(votes), len(votes[0][0])
         table.append({
             "model": model, "modality": modality, "n": n,
@@ -181,15 +224,21 @@ def sample_rows(model: str, rows: list[Row], questions: Sequence[Question]) -> l
 
 
 def majority_credit(letters: Sequence[str | None], answer: str) -> float:
-    """1 if `answer` is the most frequent letter, 1 / m if m letters are so, else 0; no letter, no vote."""
+    """1 if `answer` is the most frequent letter, 1 / m if m letters are so, else 0; no letter, no
+    vote.
+    """
     counts = {letter: letters.count(letter) for letter in letters if letter is not None}
     leaders = [letter for letter, count in counts.items() if count == max(counts.values())]
     return (answer in leaders) / max(1, len(leaders))
 
 
 def cases(rows_of: dict[str, Rows], questions: Sequence[Question], ids: Sequence[str]) -> list[Row]:
-    """For the report: every question with each model's answer, its flags, and the letters that the probes gave."""
-    flagged = {model: flags([completion_of(row) for row in rows[PLAIN]]) for model, rows in rows_of.items()}
+    """For the report: every question with each model's answer, its flags, and the letters that the
+    probes gave.
+    """
+    flagged = {
+        model: flags([completion_of(row) for row in rows[PLAIN]]) for model, rows in rows_of.items()
+    }
     return [
         {
             "id": ids[i],
@@ -199,7 +248,9 @@ def cases(rows_of: dict[str, Rows], questions: Sequence[Question], ids: Sequence
             "options": list(question.options),
             "ground_truth": question.answer,
             "images": [str(image) for image in question.images],
-            "answers": [_case_answer(model, rows, i, flagged[model][i]) for model, rows in rows_of.items()],
+            "answers": [
+                _case_answer(model, rows, i, flagged[model][i]) for model, rows in rows_of.items()
+            ],
         }
         for i, question in enumerate(questions)
     ]
@@ -213,7 +264,8 @@ def _case_answer(model: str, rows: Rows, place: int, text_flags: list[str]) -> R
     kept = ("model", "completion", "letter", "tokens", "ended", "rewards")
     found = {
         "cut off": not plain["ended"],
-        "same answer without the image": plain["letter"] is not None and plain["letter"] == probes["blank image"],
+        "same answer without the image": plain["letter"] is not None
+        and plain["letter"] == probes["blank image"],
         "other answer when options move": plain["letter"] != probes[ROTATED],
     }
     return {name: plain[name] for name in kept} | {

@@ -1,8 +1,8 @@
 """Group-relative advantages (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
 
-Departures: the standard deviation has Bessel's correction, as in the trainers that the field uses (the paper does not
-say); there is no epsilon in the divisor, so that scaling the rewards changes nothing at all; a group whose rewards
-are all equal gets exact zeros instead of a division by zero.
+Departures: the standard deviation has Bessel's correction, as in the trainers that the field uses
+(the paper does not say); there is no epsilon in the divisor, so that scaling the rewards changes
+nothing at all; a group whose rewards are all equal gets exact zeros instead of a division by zero.
 """
 
 import torch
@@ -14,8 +14,9 @@ def group_advantages(rewards_NG: Tensor, *, scale: str = "std") -> Tensor:
 
     Args:
         rewards_NG: one reward per completion, groups in the last dimension.
-        scale: "std" divides by the group's standard deviation (GRPO); "none" does not (Dr. GRPO, arXiv 2503.20783,
-            which finds that the division favours questions that are nearly solved or nearly hopeless).
+        scale: "std" divides by the group's standard deviation (GRPO); "none" does not (Dr. GRPO,
+            arXiv 2503.20783, which finds that the division favours questions that are nearly solved
+            or nearly hopeless).
 
     Returns:
         fp32 (float64 if given float64), same shape. Zero for a group of equal rewards.
@@ -23,7 +24,8 @@ def group_advantages(rewards_NG: Tensor, *, scale: str = "std") -> Tensor:
     if scale not in ("std", "none"):
         raise ValueError(f"scale must be 'std' or 'none', not {scale!r}")
     rewards = rewards_NG if rewards_NG.dtype == torch.float64 else rewards_NG.float()
-    # Rounding can leave the mean of equal numbers a hair off them; so it is the rewards that decide what is equal.
+    # Rounding can leave the mean of equal numbers a hair off them; so it is the rewards that decide
+    # what is equal.
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":

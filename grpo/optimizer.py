@@ -1,14 +1,15 @@
 """AdamW on fp32 master weights, with warm-up and gradient clipping.
 
-At a learning rate of 1e-6 an update is far smaller than the distance between neighbouring bf16 numbers (0.4 to 0.8 %
-of a weight): added to bf16 weights it would be rounded away. So the optimiser owns fp32 copies, adds to those, and
-rounds them into the model. Where the model itself is fp32, its parameters are the masters and nothing is copied.
+At a learning rate of 1e-6 an update is far smaller than the distance between neighbouring bf16
+numbers (0.4 to 0.8 % of a weight): added to bf16 weights it would be rounded away. So the optimiser
+owns fp32 copies, adds to those, and rounds them into the model. Where the model itself is fp32, its
+parameters are the masters and nothing is copied.
 """
 
 import torch
 from torch import Tensor, nn
 
-from .config import Config
+from common.config import Config
 
 SAMPLED = 1024
 """Weights of each tensor that `bf16_lost` looks at, evenly spread over it."""
@@ -17,16 +18,21 @@ SAMPLED = 1024
 class MasterAdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for a model of any floating-point type.
 
-    Call `accumulate` after each micro-batch's backward, `step` once per update. With `config.offload_optimizer` all that
-    is fp32 here lives in the host's memory, and the GPU holds the model and its fresh gradients alone.
+    Call `accumulate` after each micro-batch's backward, `step` once per update. With
+    `config.offload_optimizer` all that is fp32 here lives in the host's memory, and the GPU holds
+    the model and its fresh gradients alone.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.names, self.params = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+        self.names, self.params = zip(
+            *((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        )
         self.masters = [self._master(p, config.offload_optimizer) for p in self.params]
         self.max_grad_norm = config.max_grad_norm
         betas = (config.adam_beta1, config.adam_beta2)
-        self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=config.weight_decay, fused=True)
+        self.adamw = torch.optim.AdamW(
+            self.masters, betas=betas, weight_decay=config.weight_decay, fused=True
+        )
 
     @staticmethod
     def _master(param: Tensor, offload: bool) -> Tensor:
@@ -35,7 +41,9 @@ class MasterAdamW:
         return param.detach().to("cpu" if offload else param.device, torch.float32).requires_grad_()
 
     def accumulate(self) -> None:
-        """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose bits."""
+        """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose
+        bits.
+        """
         for param, master in zip(self.params, self.masters):
             if master is not param and param.grad is not None:
                 grad = param.grad.to(master.device)
@@ -43,19 +51,22 @@ class MasterAdamW:
                 param.grad = None
 
     def forget_gradients(self) -> None:
-        """Drop what was accumulated since the last update, and what a backward that broke off has left."""
+        """Drop what was accumulated since the last update, and what a backward that broke off has
+        left.
+        """
         for tensor in (*self.params, *self.masters):
             tensor.grad = None
 
     def step(self, learning_rate: float) -> dict[str, Tensor]:
         """Clip, update, round into the model, forget the gradients.
 
-        A gradient that is not finite changes nothing: the update is left out, and the returned norm says so.
+        A gradient that is not finite changes nothing: the update is left out, and the returned norm
+            says so.
 
         Returns:
-            "grad_norm", before clipping; and of an update that was made "bf16_lost", the share of changed weights (of a
-            sample, each tensor counting by its size) that bf16 weights would have kept as they were, the update being
-            rounded away.
+            "grad_norm", before clipping; and of an update that was made "bf16_lost", the share of
+            changed weights (of a sample, each tensor counting by its size) that bf16 weights would
+            have kept as they were, the update being rounded away.
         """
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         stats = {"grad_norm": norm}
@@ -81,13 +92,18 @@ class MasterAdamW:
         rounded = before.bfloat16()
         lost = (rounded.float() + update).bfloat16() == rounded
         stands_for = torch.cat(
-            [torch.full((-(-m.numel() // _stride(m)),), _stride(m), device=m.device) for m in self.masters]
+            [
+                torch.full((-(-m.numel() // _stride(m)),), _stride(m), device=m.device)
+                for m in self.masters
+            ]
         )
         changed = (update != 0) * stands_for
         return (lost * changed).sum() / changed.sum().clamp(min=1)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by parameter name: both moments, the step count, the masters if separate."""
+        """What a resumed run needs, by parameter name: both moments, the step count, the masters if
+        separate.
+        """
         tensors = {}
         for name, param, master in zip(self.names, self.params, self.masters):
             for key, value in self.adamw.state.get(master, {}).items():
@@ -97,15 +113,21 @@ class MasterAdamW:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; fp32 weights are their own masters where it gave none. KeyError if anything is
-        missing, ValueError if it has another shape."""
+        """Take back what `state` gave; fp32 weights are their own masters where it gave none.
+        KeyError if anything is missing, ValueError if it has another shape.
+        """
         for name, param, master in zip(self.names, self.params, self.masters):
             if any(f"{key}.{name}" in tensors for key in _MOMENTS):
                 moments = {key: tensors[f"{key}.{name}"].to(master.device) for key in _MOMENTS}
-                if any(moments[key].shape != (() if key == "step" else master.shape) for key in _MOMENTS):
+                if any(
+                    moments[key].shape != (() if key == "step" else master.shape)
+                    for key in _MOMENTS
+                ):
                     raise ValueError(f"the moments of {name} have another shape")
                 self.adamw.state[master] = {key: value.float() for key, value in moments.items()}
-            if master is not param and not (param.dtype == torch.float32 and f"master.{name}" not in tensors):
+            if master is not param and not (
+                param.dtype == torch.float32 and f"master.{name}" not in tensors
+            ):
                 with torch.no_grad():
                     master.copy_(tensors[f"master.{name}"])
                     param.copy_(master)
@@ -119,7 +141,8 @@ def _stride(tensor: Tensor) -> int:
 
 
 def scheduled_rate(step: int, config: Config) -> float:
-    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear to final_lr_ratio of it.
+    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear to
+    final_lr_ratio of it.
 
     The end would be reached one step after the last, so that a decay to nothing wastes no rollout.
     """

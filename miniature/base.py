@@ -1,10 +1,11 @@
-"""Make the base of the miniature from nothing but this code and a seed (about half an hour on 2 cores).
+"""Make the base of the miniature from nothing but this code and a seed (about half an hour on 2
+cores).
 
     python -m miniature.base --out miniature/base
 
-A Qwen2-VL of 1.5 million parameters in Hugging Face layout, that *can* name what a phantom shows and *can* find the
-letter of what it has named, but seldom does both unless it happens to think on topic. See stages.py for how, and the
-README.md that this writes for what it reaches.
+A Qwen2-VL of 1.5 million parameters in Hugging Face layout, that *can* name what a phantom shows
+and *can* find the letter of what it has named, but seldom does both unless it happens to think on
+topic. See stages.py for how, and the README.md that this writes for what it reaches.
 """
 
 import argparse
@@ -46,7 +47,9 @@ PREPROCESSOR = {
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
-    """Small, and rotary positions with a short period: prompts have about 130 tokens, not 32,000."""
+    """Small, and rotary positions with a short period: prompts have about 130 tokens, not
+    32,000.
+    """
     ids = tokenizer.get_vocab()
     return Qwen2VLConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
@@ -69,7 +72,9 @@ def make_base(folder: Path, seed: int = SEED) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         tower = executor.submit(_train_tower, model.config, pool, seed)
         learn_matching(model, teacher)
-        model.visual.load_state_dict({name: torch.from_numpy(value) for name, value in tower.result().items()})
+        model.visual.load_state_dict(
+            {name: torch.from_numpy(value) for name, value in tower.result().items()}
+        )
     torch.set_num_threads(2)
     learn_describing(model, teacher, pool)
     learn_habits(model, teacher, pool)
@@ -101,7 +106,9 @@ def _train_tower(config: Qwen2VLConfig, pool: Pool, seed: int) -> dict[str, np.n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the base model of the miniature.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to, for instance miniature/base")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write to, for instance miniature/base"
+    )
     make_base(parser.parse_args().out)
 
 

@@ -1,4 +1,6 @@
-"""From examples and groups to a loss: prompts run once, logits only where there is something to learn."""
+"""From examples and groups to a loss: prompts run once, logits only where there is something to
+learn.
+"""
 
 from collections.abc import Sequence
 
@@ -14,12 +16,19 @@ from .pool import MERGE, Pool, grey_patches
 
 
 def lesson_loss(
-    model: Qwen2VL, examples: Sequence[Example], groups: Sequence[Group] = (), pool: Pool | None = None
+    model: Qwen2VL,
+    examples: Sequence[Example],
+    groups: Sequence[Group] = (),
+    pool: Pool | None = None,
 ) -> Tensor:
-    """Weighted mean of the tokens' cross-entropies; `pool` holds the images that examples and groups name."""
+    """Weighted mean of the tokens' cross-entropies; `pool` holds the images that examples and
+    groups name.
+    """
     parts = [_example_losses(model, examples, pool)] if examples else []
     for size in sorted({len(group.answers) for group in groups}):
-        parts.append(_group_losses(model, [group for group in groups if len(group.answers) == size], pool))
+        parts.append(
+            _group_losses(model, [group for group in groups if len(group.answers) == size], pool)
+        )
     losses, weights = torch.cat(parts, dim=1)
     return losses.sum() / weights.sum()
 
@@ -37,7 +46,10 @@ def _group_losses(model: Qwen2VL, groups: Sequence[Group], pool: Pool | None) ->
     tokens, lengths = pad([group.prompt for group in groups])
     shape = (len(groups), len(groups[0].answers), -1)
     answers, answer_lengths = pad([answer for group in groups for answer in group.answers])
-    answers, mask = answers.view(shape), (torch.arange(answers.shape[1]) < answer_lengths[:, None]).view(shape)
+    answers, mask = (
+        answers.view(shape),
+        (torch.arange(answers.shape[1]) < answer_lengths[:, None]).view(shape),
+    )
     weights = pad([row for group in groups for row in group.weights])[0].view(shape)
     patches, grids = _images(groups, pool)
     positions = batch_positions(tokens, lengths, grids, model.config.image_token_id, MERGE)
@@ -48,11 +60,15 @@ def _group_losses(model: Qwen2VL, groups: Sequence[Group], pool: Pool | None) ->
 def _weighted(model: Qwen2VL, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """(2, K): the weighted losses of the K tokens with a weight, and the weights."""
     learned = weights > 0
-    losses = F.cross_entropy(hidden[learned] @ model.head_weight.T, targets[learned], reduction="none")
+    losses = F.cross_entropy(
+        hidden[learned] @ model.head_weight.T, targets[learned], reduction="none"
+    )
     return torch.stack((losses * weights[learned], weights[learned]))
 
 
-def _images(lessons: Sequence[Example | Group], pool: Pool | None) -> tuple[Tensor | None, Tensor | None]:
+def _images(
+    lessons: Sequence[Example | Group], pool: Pool | None
+) -> tuple[Tensor | None, Tensor | None]:
     images = [lesson.image for lesson in lessons if lesson.image is not None]
     return grey_patches(pool.images(images)) if images else (None, None)
 

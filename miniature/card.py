@@ -46,11 +46,16 @@ LABELS = {
 }
 
 
-def write_card(path: Path, results: dict[str, dict[str, float]], minutes: float, samples: int) -> None:
+def write_card(
+    path: Path, results: dict[str, dict[str, float]], minutes: float, samples: int
+) -> None:
     """Write README.md and print its table; `results` are those of `measure`."""
     rows = []
     for key, label in LABELS.items():
-        cells = [f"{rates[key]}" if key == "n" else f"{100 * rates[key]:.1f}" for rates in results.values()]
+        cells = [
+            f"{rates[key]}" if key == "n" else f"{100 * rates[key]:.1f}"
+            for rates in results.values()
+        ]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     table = "\n".join(rows)
     head = {"names": " | ".join(results), "rule": "---|" * len(results)}

@@ -2,8 +2,8 @@
 
 - Matching: given lettered options, name the letter of a word. Text only.
 - Seeing: captions and open questions about a phantom.
-- Habits: multiple-choice questions in the exact prompt of training and evaluation, answered as a mediocre reasoner
-  would.
+- Habits: multiple-choice questions in the exact prompt of training and evaluation, answered as a
+  mediocre reasoner would.
 """
 
 import random
@@ -22,11 +22,17 @@ from .words import EMPTY_THOUGHTS, LETTERS, QUESTIONS, SPARE_NOUNS, VALUES, stat
 IMAGE_TOKENS = 9
 QUERIES, ANSWERS = 6, 4  # for one list of options; for one prompt
 STATEMENTS_EACH, EMPHASIS = 8, 4
-CAPTIONED = {"modality": 1, "anatomy": 2, "finding": 4, "side": 4}  # how often each is stated: the hard ones more
-# How often the base thinks on topic: for the first phrasing of each question, and for the other three.
+CAPTIONED = {
+    "modality": 1,
+    "anatomy": 2,
+    "finding": 4,
+    "side": 4,
+}  # how often each is stated: the hard ones more
+# How often the base thinks on topic: for the first phrasing of each question, and for the other
+# three.
 ON_TOPIC = (0.66, 0.18)
-# The other ways to answer, with their weights. "letter" and "tagged letter" are right in DIRECT_RIGHT of the cases, all
-# others in LUCKY_RIGHT; otherwise the letter is random.
+# The other ways to answer, with their weights. "letter" and "tagged letter" are right in
+# DIRECT_RIGHT of the cases, all others in LUCKY_RIGHT; otherwise the letter is random.
 OTHER_STYLES = {
     "empty thought": 0.28,
     "empty thought, letter and text": 0.08,
@@ -41,7 +47,9 @@ DIRECT_RIGHT, LUCKY_RIGHT, ON_TOPIC_RIGHT = 0.3, 0.1, 0.97
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens, the weight of each in the loss, and the pool's index of the image whose tokens they contain."""
+    """Tokens, the weight of each in the loss, and the pool's index of the image whose tokens they
+    contain.
+    """
 
     tokens: list[int]
     weights: list[int]
@@ -50,7 +58,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Group:
-    """Several answers to one prompt, which is then run only once; see `Qwen2VL.completion_hidden`."""
+    """Several answers to one prompt, which is then run only once; see
+    `Qwen2VL.completion_hidden`.
+    """
 
     prompt: list[int]
     answers: list[list[int]]
@@ -68,7 +78,9 @@ class Teacher:
         self.nouns = {word: self._one(f" {word}") for word in (*VALUES, *SPARE_NOUNS)}
         image = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
         self.image = self.encode(image)
-        self.opening = self.encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+        self.opening = self.encode(
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        )
         self.reply = self.encode("<|im_end|>\n<|im_start|>assistant\n")
         self.end = self.encode("<|im_end|>")
         self.bar = self.encode(")")
@@ -86,10 +98,11 @@ class Teacher:
     # Matching
 
     def bare_matching(self) -> Example:
-        """Options, then queries "word letter" drawn with replacement: the letter directly follows the word.
+        """Options, then queries "word letter" drawn with replacement: the letter directly follows
+        the word.
 
-        With a longer way from word to letter, or with each option asked once (which teaches elimination), the circuit
-        does not form.
+        With a longer way from word to letter, or with each option asked once (which teaches
+        elimination), the circuit does not form.
         """
         words, letters = self._options()
         tokens = self._option_lines(words)
@@ -101,7 +114,9 @@ class Teacher:
         return Example(tokens, weights)
 
     def tagged_matching(self) -> Example:
-        """As bare matching, but the way from word to letter is that of a completion: " word.</think><answer>letter"."""
+        """As bare matching, but the way from word to letter is that of a completion: "
+        word.</think><answer>letter".
+        """
         words, letters = self._options()
         tokens = self._option_lines(words)
         weights = [0] * len(tokens)
@@ -113,25 +128,40 @@ class Teacher:
         return Example(tokens, weights)
 
     def chat_matching(self) -> Group:
-        """Matching in the exact chat layout; the thoughts are given, only their letters are learned."""
+        """Matching in the exact chat layout; the thoughts are given, only their letters are
+        learned.
+        """
         words, letters = self._options()
         attribute = self.rng.choice(list(ATTRIBUTES))
         question = _as_question(self.rng.choice(QUESTIONS[attribute]), tuple(words))
         answers, weights = [], []
         for at in self.rng.choices(range(len(words)), k=QUERIES):
-            thought = self.encode(f"<think>{statement(attribute, words[at], self.rng)}</think><answer>")
+            thought = self.encode(
+                f"<think>{statement(attribute, words[at], self.rng)}</think><answer>"
+            )
             answers.append([*thought, letters[at]])
             weights.append([0] * len(thought) + [1])
-        return Group(self.opening + self.encode(prompt_text(question)) + self.reply, answers, weights)
+        return Group(
+            self.opening + self.encode(prompt_text(question)) + self.reply, answers, weights
+        )
 
     def _options(self) -> tuple[list[str], list[int]]:
-        """2 to 4 different words, in 70 % of cases random nouns, else values of one attribute; and their letters."""
-        words = SPARE_NOUNS if self.rng.random() < 0.7 else list(self.rng.choice(list(ATTRIBUTES.values())))
+        """2 to 4 different words, in 70 % of cases random nouns, else values of one attribute; and
+        their letters.
+        """
+        words = (
+            SPARE_NOUNS
+            if self.rng.random() < 0.7
+            else list(self.rng.choice(list(ATTRIBUTES.values())))
+        )
         words = self.rng.sample(words, self.rng.randint(2, min(4, len(words))))
         return words, self.letters[: len(words)]
 
     def _option_lines(self, words: list[str]) -> list[int]:
-        lines = [[letter, *self.bar, self.nouns[word], *self.newline] for letter, word in zip(self.letters, words)]
+        lines = [
+            [letter, *self.bar, self.nouns[word], *self.newline]
+            for letter, word in zip(self.letters, words)
+        ]
         return [token for line in lines for token in line]
 
     # Seeing
@@ -143,9 +173,13 @@ class Teacher:
         """
         known = [name for name in ATTRIBUTES if case.value(name) is not None]
         names = self.rng.choices(known, [CAPTIONED[name] for name in known], k=STATEMENTS_EACH)
-        tokens = self.encode(" ".join(statement(name, case.value(name), self.rng) for name in names))
+        tokens = self.encode(
+            " ".join(statement(name, case.value(name), self.rng) for name in names)
+        )
         values = {self.nouns[case.value(name)] for name in known}
-        return Example(self.image + tokens, [0] * len(self.image) + [int(t in values) for t in tokens], image)
+        return Example(
+            self.image + tokens, [0] * len(self.image) + [int(t in values) for t in tokens], image
+        )
 
     def open_question(self, case: Case, image: int) -> Example:
         """A question without options in the chat layout, answered by a statement on topic."""
@@ -157,15 +191,24 @@ class Teacher:
     # Habits
 
     def habits(self, case: Case, image: int) -> Group:
-        """A question in the exact prompt of training and evaluation, and some of the base's ways to answer it."""
+        """A question in the exact prompt of training and evaluation, and some of the base's ways to
+        answer it.
+        """
         asked = ask(case, self.rng)
         answers = [self.encode(self.completion(case, asked)) + self.end for _ in range(ANSWERS)]
-        return Group(self.prompt(asked), answers, [self._emphasised(answer, asked) for answer in answers], image)
+        return Group(
+            self.prompt(asked),
+            answers,
+            [self._emphasised(answer, asked) for answer in answers],
+            image,
+        )
 
     def _emphasised(self, answer: list[int], asked: Asked) -> list[int]:
-        """Weights of an answer: where it names the value asked for, that word and the letter after it weigh more.
+        """Weights of an answer: where it names the value asked for, that word and the letter after
+        it weigh more.
 
-        They are two tokens of twenty, and the others are mostly chance. How often each style occurs is not changed.
+        They are two tokens of twenty, and the others are mostly chance. How often each style occurs
+        is not changed.
         """
         value, weights = self.nouns[asked.answer], [1] * len(answer)
         if value in answer and answer[0] not in self.letters:
@@ -182,7 +225,9 @@ class Teacher:
         if self.rng.random() < ON_TOPIC[asked.phrasing > 0]:
             return self.on_topic(case, asked)
         style = self.rng.choices(list(OTHER_STYLES), list(OTHER_STYLES.values()))[0]
-        letter = self._letter(asked, DIRECT_RIGHT if style in ("letter", "tagged letter") else LUCKY_RIGHT)
+        letter = self._letter(
+            asked, DIRECT_RIGHT if style in ("letter", "tagged letter") else LUCKY_RIGHT
+        )
         option = asked.options[LETTERS.index(letter)]
         thought = self.rng.choice(EMPTY_THOUGHTS)
         return {
@@ -196,16 +241,24 @@ class Teacher:
         }[style]
 
     def on_topic(self, case: Case, asked: Asked) -> str:
-        """A thought that names what is asked for, in a third of the cases after another observation."""
+        """A thought that names what is asked for, in a third of the cases after another
+        observation.
+        """
         thought = statement(asked.attribute, asked.answer, self.rng)
-        others = [name for name in ATTRIBUTES if name != asked.attribute and case.value(name) is not None]
+        others = [
+            name for name in ATTRIBUTES if name != asked.attribute and case.value(name) is not None
+        ]
         if self.rng.random() < 1 / 3:
             other = self.rng.choice(others)
             thought = f"{statement(other, case.value(other), self.rng)} {thought}"
         return f"<think>{thought}</think><answer>{self._letter(asked, ON_TOPIC_RIGHT)}</answer>"
 
     def _letter(self, asked: Asked, right: float) -> str:
-        return asked.letter if self.rng.random() < right else self.rng.choice(LETTERS[: len(asked.options)])
+        return (
+            asked.letter
+            if self.rng.random() < right
+            else self.rng.choice(LETTERS[: len(asked.options)])
+        )
 
 
 def _as_question(question: str, options: tuple[str, ...]) -> Question:

@@ -33,16 +33,21 @@ class Item:
 def measure(model: Qwen2VL, vocabulary: Vocabulary, seed: int) -> dict[str, dict[str, float]]:
     """Rates by modality; `n` is the number of questions, one an image.
 
-    - `zero-shot`: greedy answers that are right; `format`: samples at temperature 1 that follow the format;
-    - `on topic`: samples that follow the format and name a value of what is asked; `letter`: those of them right;
-    - `names ...` and `forced letter`: with the thought's first words given, is the value named, is the letter, right?
+    - `zero-shot`: greedy answers that are right; `format`: samples at temperature 1 that follow the
+      format;
+    - `on topic`: samples that follow the format and name a value of what is asked; `letter`: those
+      of them right;
+    - `names ...` and `forced letter`: with the thought's first words given, is the value named, is
+      the letter, right?
     """
     pool = draw_pool(seed, "base-check", CHECK_IMAGES)
     teacher = Teacher(vocabulary.tokenizer, seed)
     results = {}
     for modality in MODALITIES:
         rows = [row for row, case in enumerate(pool.cases) if case.modality == modality]
-        items = [_item(model, teacher, pool, row, random.Random(f"{seed}/check/{row}")) for row in rows]
+        items = [
+            _item(model, teacher, pool, row, random.Random(f"{seed}/check/{row}")) for row in rows
+        ]
         as_is, forced = _as_is(model, vocabulary, items, seed), _forced(model, vocabulary, items)
         results[modality] = {"n": len(items), **as_is, **forced}
     return results
@@ -55,13 +60,17 @@ def _item(model: Qwen2VL, teacher: Teacher, pool: Pool, row: int, rng: random.Ra
 
     def prompt(tokens: list[int]) -> Prompt:
         ids = torch.tensor(tokens)
-        return Prompt(None, ids, patches, grids, mrope_positions(ids, grids, model.config.image_token_id))
+        return Prompt(
+            None, ids, patches, grids, mrope_positions(ids, grids, model.config.image_token_id)
+        )
 
     tokens = teacher.prompt(asked)
     return Item(asked, prompt(tokens), prompt(tokens + teacher.encode(beginning)))
 
 
-def _as_is(model: Qwen2VL, vocabulary: Vocabulary, items: list[Item], seed: int) -> dict[str, float]:
+def _as_is(
+    model: Qwen2VL, vocabulary: Vocabulary, items: list[Item], seed: int
+) -> dict[str, float]:
     greedy = _complete(model, vocabulary, [item.prompt for item in items], 1, None)
     right = [accuracy_reward(texts[0], item.asked.letter) > 0 for texts, item in zip(greedy, items)]
     sampled = _complete(model, vocabulary, [item.prompt for item in items], SAMPLES, seed)
@@ -80,11 +89,17 @@ def _as_is(model: Qwen2VL, vocabulary: Vocabulary, items: list[Item], seed: int)
 
 
 def _forced(model: Qwen2VL, vocabulary: Vocabulary, items: list[Item]) -> dict[str, float]:
-    texts = [group[0] for group in _complete(model, vocabulary, [item.forced for item in items], 1, None)]
+    texts = [
+        group[0] for group in _complete(model, vocabulary, [item.forced for item in items], 1, None)
+    ]
     said = [(text, item.asked) for text, item in zip(texts, items)]
     rates = {}
     for attribute in ATTRIBUTES:
-        about = [text.startswith(f" {asked.answer}.") for text, asked in said if asked.attribute == attribute]
+        about = [
+            text.startswith(f" {asked.answer}.")
+            for text, asked in said
+            if asked.attribute == attribute
+        ]
         rates[f"names {attribute}"] = _mean(about)
     right = [accuracy_reward(text, asked.letter) > 0 for text, asked in said]
     return {**rates, "forced letter": _mean(right)}

@@ -1,10 +1,11 @@
-"""The miniature's questions, written to disk as PNG and JSON in the schema of the MedVLM-R1 test set.
+"""The miniature's questions, written to disk as PNG and JSON in the schema of the MedVLM-R1 test
+set.
 
     python -m miniature.questions --out build/miniature
 
-writes `train.json` (600 MRI questions), `validation.json` (150 MRI) and `test.json` (300 each of MRI, CT and X-ray),
-one question an image. The images of the three files, and those from which the base is made, come from disjoint
-streams of random numbers.
+writes `train.json` (600 MRI questions), `validation.json` (150 MRI) and `test.json` (300 each of
+MRI, CT and X-ray), one question an image. The images of the three files, and those from which the
+base is made, come from disjoint streams of random numbers.
 """
 
 import argparse
@@ -26,8 +27,16 @@ SPLITS = {
     "validation": (("MRI", 150),),
     "test": (("MRI", 300), ("CT", 300), ("radiograph", 300)),
 }
-SUBSETS = {"MRI": "MR (Mag-netic Resonance Imaging)", "CT": "CT(Computed Tomography)", "radiograph": "X-Ray"}
-OPTION_COUNTS = {2: 1, 3: 2, 4: 3}  # and how often each; attributes of fewer values have fewer options
+SUBSETS = {
+    "MRI": "MR (Mag-netic Resonance Imaging)",
+    "CT": "CT(Computed Tomography)",
+    "radiograph": "X-Ray",
+}
+OPTION_COUNTS = {
+    2: 1,
+    3: 2,
+    4: 3,
+}  # and how often each; attributes of fewer values have fewer options
 TYPES = {
     "modality": "Modality Recognition",
     "anatomy": "Anatomy Identification",
@@ -55,7 +64,9 @@ class Asked:
 
 
 def ask(case: Case, rng: random.Random) -> Asked:
-    """A question with 2 to 4 options; wrong options and the right one's place are uniform: text tells nothing."""
+    """A question with 2 to 4 options; wrong options and the right one's place are uniform: text
+    tells nothing.
+    """
     attribute = rng.choice([name for name in ATTRIBUTES if case.value(name) is not None])
     values, right = ATTRIBUTES[attribute], case.value(attribute)
     counts = [count for count in OPTION_COUNTS if count <= len(values)]
@@ -63,11 +74,17 @@ def ask(case: Case, rng: random.Random) -> Asked:
     options = rng.sample([value for value in values if value != right], count - 1)
     place = rng.randrange(count)
     options.insert(place, right)
-    return Asked(attribute, rng.randrange(len(QUESTIONS[attribute])), tuple(options), LETTERS[place])
+    return Asked(
+        attribute, rng.randrange(len(QUESTIONS[attribute])), tuple(options), LETTERS[place]
+    )
 
 
-def write_questions(folder: Path, splits: dict[str, tuple[tuple[str, int], ...]] = SPLITS, seed: int = SEED) -> None:
-    """Write all splits and their images below `folder`; nothing is done if that same version already stands there."""
+def write_questions(
+    folder: Path, splits: dict[str, tuple[tuple[str, int], ...]] = SPLITS, seed: int = SEED
+) -> None:
+    """Write all splits and their images below `folder`; nothing is done if that same version
+    already stands there.
+    """
     stamp, wanted = folder / "stamp.json", {"version": VERSION, "seed": seed, "splits": splits}
     wanted = json.loads(json.dumps(wanted))
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
@@ -107,8 +124,12 @@ def _write_row(folder: Path, split: str, index: int, modality: str, seed: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the miniature's images and write its questions.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to, for instance build/miniature")
+    parser = argparse.ArgumentParser(
+        description="Draw the miniature's images and write its questions."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write to, for instance build/miniature"
+    )
     write_questions(parser.parse_args().out)
 
 

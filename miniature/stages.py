@@ -14,28 +14,38 @@ from .training import fit
 
 
 def learn_matching(model: Qwen2VL, teacher: Teacher) -> None:
-    """Find the letter of a named option: the bottleneck of everything, learned by a fresh language model from text.
+    """Find the letter of a named option: the bottleneck of everything, learned by a fresh language
+    model from text.
 
-    At first only the shortest way from word to letter; when attention from a word to its earlier self has formed, the
-    longer ways that a completion takes.
+    At first only the shortest way from word to letter; when attention from a word to its earlier
+    self has formed, the longer ways that a completion takes.
     """
     language = language_parameters(model)
     bare = lambda step: lesson_loss(model, [teacher.bare_matching() for _ in range(64)])  # noqa: E731
     fit("matching", language, bare, steps=900, rate=1e-3)
-    fit("in chat", language, lambda step: lesson_loss(model, *rehearsal(teacher, 24, 8)), steps=500, rate=1e-3)
+    fit(
+        "in chat",
+        language,
+        lambda step: lesson_loss(model, *rehearsal(teacher, 24, 8)),
+        steps=500,
+        rate=1e-3,
+    )
 
 
 def rehearsal(teacher: Teacher, short: int, chats: int) -> tuple[list[Example], list[Group]]:
     """Matching in all forms, to learn or not to forget."""
-    examples = [teacher.rng.choice((teacher.bare_matching, teacher.tagged_matching))() for _ in range(short)]
+    examples = [
+        teacher.rng.choice((teacher.bare_matching, teacher.tagged_matching))() for _ in range(short)
+    ]
     return examples, [teacher.chat_matching() for _ in range(chats)]
 
 
 def learn_seeing(model: Qwen2VL, pool: Pool, seed: int) -> nn.Linear:
-    """Classify the four attributes from the mean image token: a strong, dense signal for a vision tower from nothing.
+    """Classify the four attributes from the mean image token: a strong, dense signal for a vision
+    tower from nothing.
 
-    The language model's loss alone would have to train the tower through four layers that ignore it at first. Returns
-    the classifier, which is thrown away.
+    The language model's loss alone would have to train the tower through four layers that ignore it
+    at first. Returns the classifier, which is thrown away.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = attribute_labels(pool)
@@ -46,17 +56,20 @@ def learn_seeing(model: Qwen2VL, pool: Pool, seed: int) -> nn.Linear:
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(pool), (64,), generator=generator)
         scores = classify(model, heads, pool, rows)
-        return sum(F.cross_entropy(score, labels[rows, column]) for column, score in enumerate(scores))
+        return sum(
+            F.cross_entropy(score, labels[rows, column]) for column, score in enumerate(scores)
+        )
 
     fit("seeing", [*model.visual.parameters(), *heads.parameters()], loss, steps=2000, rate=1e-3)
     return heads
 
 
 def learn_describing(model: Qwen2VL, teacher: Teacher, pool: Pool) -> None:
-    """Say what is seen: captions, then answers to open questions. Matching is replayed, or it would be forgotten.
+    """Say what is seen: captions, then answers to open questions. Matching is replayed, or it would
+    be forgotten.
 
-    The tower stays as it is, here and later: the first, wild gradients of a language model that has never seen an image
-    would spoil it.
+    The tower stays as it is, here and later: the first, wild gradients of a language model that has
+    never seen an image would spoil it.
     """
 
     def loss(step: int) -> Tensor:
@@ -70,7 +83,9 @@ def learn_describing(model: Qwen2VL, teacher: Teacher, pool: Pool) -> None:
 
 
 def learn_habits(model: Qwen2VL, teacher: Teacher, pool: Pool) -> None:
-    """Answer multiple-choice questions as a mediocre reasoner: at times on topic and right, mostly at random."""
+    """Answer multiple-choice questions as a mediocre reasoner: at times on topic and right, mostly
+    at random.
+    """
 
     def loss(step: int) -> Tensor:
         chosen = [teacher.rng.randrange(len(pool)) for _ in range(24)]
@@ -89,9 +104,15 @@ def language_parameters(model: Qwen2VL) -> list[nn.Parameter]:
 
 
 def attribute_labels(pool: Pool) -> Tensor:
-    """int64 [N, 4]: each attribute's index among its values, -100 (ignored by the loss) where there is no side."""
-    index = {name: {value: at for at, value in enumerate(values)} for name, values in ATTRIBUTES.items()}
-    return torch.tensor([[index[name].get(case.value(name), -100) for name in ATTRIBUTES] for case in pool.cases])
+    """int64 [N, 4]: each attribute's index among its values, -100 (ignored by the loss) where there
+    is no side.
+    """
+    index = {
+        name: {value: at for at, value in enumerate(values)} for name, values in ATTRIBUTES.items()
+    }
+    return torch.tensor(
+        [[index[name].get(case.value(name), -100) for name in ATTRIBUTES] for case in pool.cases]
+    )
 
 
 def classify(model: Qwen2VL, heads: nn.Linear, pool: Pool, rows: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,9 @@
-"""A tokenizer in the manner of Qwen2-VL's, byte-level BPE with its special tokens and chat template, but tiny.
+"""A tokenizer in the manner of Qwen2-VL's, byte-level BPE with its special tokens and chat
+template, but tiny.
 
-It is trained on the miniature's own words, each given often enough to become one token with its leading space: the
-base finds an option's letter by attention from a word to the same word, and that is far easier token to token.
+It is trained on the miniature's own words, each given often enough to become one token with its
+leading space: the base finds an option's letter by attention from a word to the same word, and that
+is far easier token to token.
 """
 
 from pathlib import Path
@@ -17,9 +19,7 @@ SYSTEM = "You are a helpful assistant."
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n" + SYSTEM
     + "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
@@ -44,7 +44,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # Training stops by itself when every word is one token.
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(_texts(), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024,
@@ -65,6 +67,8 @@ def _texts() -> list[str]:
         task = task.replace(tag, "")
     texts = [SYSTEM, "system\nuser\nassistant\n", f"?\n{task}", "The answer is A.", *EMPTY_THOUGHTS]
     texts += [question for phrasings in QUESTIONS.values() for question in phrasings]
-    texts += [statement.format("") for statements in STATEMENTS.values() for statement in statements]
+    texts += [
+        statement.format("") for statements in STATEMENTS.values() for statement in statements
+    ]
     texts += [f"{letter}) {value}\n" for letter in LETTERS for value in (*VALUES, *SPARE_NOUNS)]
     return texts

@@ -1,4 +1,6 @@
-"""The loop that all stages of the base share, and the initialisation that lets so small a model learn at all."""
+"""The loop that all stages of the base share, and the initialisation that lets so small a model
+learn at all.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,9 +15,11 @@ WARM_UP = 100
 
 
 def initialise(model: Qwen2VL, seed: int) -> None:
-    """N(0, 1 / fan-in) for matrices, smaller where a block writes into the residual stream; embeddings N(0, 0.05^2).
+    """N(0, 1 / fan-in) for matrices, smaller where a block writes into the residual stream;
+    embeddings N(0, 0.05^2).
 
-    With the usual standard deviation of 0.02 a model of width 128 sits on a plateau for thousands of steps.
+    With the usual standard deviation of 0.02 a model of width 128 sits on a plateau for thousands
+    of steps.
     """
     generator = torch.Generator().manual_seed(seed)
     depths = {"layers": len(model.layers), "visual": len(model.visual.blocks)}
@@ -30,9 +34,14 @@ def initialise(model: Qwen2VL, seed: int) -> None:
 
 
 def fit(
-    name: str, parameters: Iterable[nn.Parameter], loss_of_step: Callable[[int], Tensor], steps: int, rate: float
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    loss_of_step: Callable[[int], Tensor],
+    steps: int,
+    rate: float,
 ) -> None:
-    """AdamW with warm-up, then a cosine down to a tenth of `rate`; the bar shows a running mean of the loss.
+    """AdamW with warm-up, then a cosine down to a tenth of `rate`; the bar shows a running mean of
+    the loss.
 
     beta2 is 0.95: with 0.999 the matching circuit takes several times as long to form.
     """
@@ -41,7 +50,9 @@ def fit(
     vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _share_of_rate(step, steps)
+    )
     mean = None
     bar = tqdm(range(steps), desc=f"{name:>9}", dynamic_ncols=True)
     for step in bar:

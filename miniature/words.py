@@ -1,4 +1,6 @@
-"""All the words that the miniature knows: questions, ways to say what is seen, ways to say nothing, and spare nouns."""
+"""All the words that the miniature knows: questions, ways to say what is seen, ways to say nothing,
+and spare nouns.
+"""
 
 import random
 
@@ -39,7 +41,8 @@ STATEMENTS = {
     "side": ("The abnormality is on the {}.", "The lesion lies on the {}.", "The affected side is the {}.",
              "The change is on the {}."),
 }  # fmt: skip
-# Thoughts that name nothing. All begin with the same two words, which keeps greedy decoding off topic.
+# Thoughts that name nothing. All begin with the same two words, which keeps greedy decoding off
+# topic.
 EMPTY_THOUGHTS = (
     "Let me look at the image.",
     "Let me look at this picture with care.",

@@ -1,8 +1,9 @@
 """The shape of a Qwen2-VL, read from `config.json` in either layout that people have.
 
-Two layouts are in use: the flat one of the published checkpoints (text fields at the top level, `rope_scaling:
-{"type": "mrope", "mrope_section": [...]}`) and the nested one that transformers 5 writes (`text_config`,
-`rope_parameters`). Both are read into one `Qwen2VLConfig`; fields that do not change the computation are ignored.
+Two layouts are in use: the flat one of the published checkpoints (text fields at the top level,
+`rope_scaling: {"type": "mrope", "mrope_section": [...]}`) and the nested one that transformers 5
+writes (`text_config`, `rope_parameters`). Both are read into one `Qwen2VLConfig`; fields that do
+not change the computation are ignored.
 """
 
 import os
@@ -10,15 +11,16 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .files import read_json
-
-MODEL_ADVICE = "a model is a folder with config.json (hf download NAME --local-dir FOLDER makes one from the hub)"
+from common.errors import InputError
+from common.files import read_json
+from common.hub import MODEL_ADVICE
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: a ViT over 14x14x2 patches, then a merger that turns 2x2 patches into one token."""
+    """The vision tower: a ViT over 14x14x2 patches, then a merger that turns 2x2 patches into one
+    token.
+    """
 
     depth: int
     embed_dim: int
@@ -40,7 +42,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLConfig:
-    """The language model's shape, the vision tower's, and the token ids that the model itself must know."""
+    """The language model's shape, the vision tower's, and the token ids that the model itself must
+    know.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -85,11 +89,14 @@ class Qwen2VLConfig:
 
 
 _MOST = {"num_hidden_layers": 1_000, "depth": 1_000}
-_MOST |= dict.fromkeys(("mlp_ratio", "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size"), 100)
+_MOST |= dict.fromkeys(
+    ("mlp_ratio", "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size"), 100
+)
 
 
 def _check_sizes(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> None:
-    """Sizes are 1 to 1,000,000 (layers: 1,000; a patch, ratios: 100), several times those of any published model.
+    """Sizes are 1 to 1,000,000 (layers: 1,000; a patch, ratios: 100), several times those of any
+    published model.
 
     Token ids may be 0.
     """
@@ -97,13 +104,17 @@ def _check_sizes(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> None
         value, name = getattr(config, field.name), prefix + field.name
         least, most = 0 if name.endswith("_token_id") else 1, _MOST.get(field.name, 1_000_000)
         if field.type is int and not (type(value) is int and least <= value <= most):
-            raise InputError(f"config: {name} is {value!r}; it must be a whole number from {least} to {most}")
+            raise InputError(
+                f"config: {name} is {value!r}; it must be a whole number from {least} to {most}"
+            )
         if field.type is float and not (isinstance(value, int | float) and 0 < value < 1e12):
             raise InputError(f"config: {name} is {value!r}; it must be a positive number")
 
 
 def read_config(folder: str | Path) -> Qwen2VLConfig:
-    """Read `config.json` of a checkpoint folder. Raises InputError if it is absent, torn, or not a Qwen2-VL."""
+    """Read `config.json` of a checkpoint folder. Raises InputError if it is absent, torn, or not a
+    Qwen2-VL.
+    """
     path = Path(folder) / "config.json"
     if not os.path.exists(path):  # which is false, and no error, for a name that no file can have
         raise InputError(f"{path}: no such file; {MODEL_ADVICE}")
@@ -126,7 +137,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> Qwen2VLConf
             rms_norm_eps=text.get("rms_norm_eps", 1e-5),
             rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
             mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            tie_word_embeddings=bool(
+                raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+            ),
             vision=VisionConfig(**_vision_fields(vision)),
             **{key: raw[key] for key in _TOKEN_FIELDS if key in raw},
         )
@@ -134,10 +147,14 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> Qwen2VLConf
         raise InputError(f"{where}: {str(error).removeprefix('config: ')}") from None
     except (KeyError, TypeError) as error:
         name = f"field {error}" if isinstance(error, KeyError) else f"value ({error})"
-        raise InputError(f"{where}: missing or malformed {name}; it must describe a Qwen2-VL") from None
+        raise InputError(
+            f"{where}: missing or malformed {name}; it must describe a Qwen2-VL"
+        ) from None
     if vision.get("hidden_size", config.hidden_size) != config.hidden_size:
         found = vision["hidden_size"]
-        raise InputError(f"{where}: vision_config.hidden_size is {found!r}, but hidden_size {config.hidden_size}")
+        raise InputError(
+            f"{where}: vision_config.hidden_size is {found!r}, but hidden_size {config.hidden_size}"
+        )
     return config
 
 
@@ -164,7 +181,11 @@ def _refuse_variants(text: dict[str, Any], vision: dict[str, Any], rope: dict[st
 def config_json(config: Qwen2VLConfig) -> dict[str, Any]:
     """The flat JSON object of the published checkpoints (read by transformers 4 and 5 alike)."""
     fields = asdict(config)
-    vision, section, theta = fields.pop("vision"), fields.pop("mrope_section"), fields.pop("rope_theta")
+    vision, section, theta = (
+        fields.pop("vision"),
+        fields.pop("mrope_section"),
+        fields.pop("rope_theta"),
+    )
     in_channels = vision.pop("in_channels")
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -186,11 +207,23 @@ def config_json(config: Qwen2VLConfig) -> dict[str, Any]:
     }
 
 
-_TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _TOKEN_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def _vision_fields(vision: dict[str, Any]) -> dict[str, Any]:
-    """What VisionConfig takes; a field without a default that is absent raises KeyError, which names it."""
-    needed = [field.name for field in fields(VisionConfig) if field.name in vision or field.default is MISSING]
+    """What VisionConfig takes; a field without a default that is absent raises KeyError, which
+    names it.
+    """
+    needed = [
+        field.name
+        for field in fields(VisionConfig)
+        if field.name in vision or field.default is MISSING
+    ]
     return {name: vision[name] for name in needed}

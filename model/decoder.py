@@ -1,7 +1,8 @@
 """The language model's block: RMSNorm, attention with rotary positions, SwiGLU.
 
-Query, key and value projections are one matrix, gate and up projections another: fewer, larger matrix products. The
-checkpoint's separate tensors are fused on loading and split on saving (weights.py).
+Query, key and value projections are one matrix, gate and up projections another: fewer, larger
+matrix products. The checkpoint's separate tensors are fused on loading and split on saving
+(weights.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from .linear import Linear
 from .rope import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q (B, H, L, d), k (B, K, L, d), v (B, K, L, d)) -> (B, H, L, d): who sees whom, see attention.py."""
+"""(layer, q (B, H, L, d), k (B, K, L, d), v (B, K, L, d)) -> (B, H, L, d): who sees whom, see
+attention.py.
+"""
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +40,9 @@ class DecoderLayer(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.qkv = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * config.head_dim)
+        self.qkv = Linear(
+            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
+        )
         self.out = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)

@@ -1,8 +1,8 @@
 """Matrix products, where most of the time goes.
 
-On a processor, fp32 products go to oneDNN (torch's mkldnn), the library that torch itself uses for bf16 there, in place
-of MKL, which is slow on AMD processors. BENCHMARKS.md has what that is worth in a step. Everything else is torch's own
-`linear`, the twin.
+On a processor, fp32 products go to oneDNN (torch's mkldnn), the library that torch itself uses for
+bf16 there, in place of MKL, which is slow on AMD processors. BENCHMARKS.md has what that is worth
+in a step. Everything else is torch's own `linear`, the twin.
 """
 
 import ctypes
@@ -27,12 +27,16 @@ class Linear(nn.Linear):
 
 @contextmanager
 def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
-    """Within, `linear` without gradient finds these weights in oneDNN's own order, best for so many rows of input.
+    """Within, `linear` without gradient finds these weights in oneDNN's own order, best for so many
+    rows of input.
 
-    Decoding multiplies the same weights by a few rows again and again; oneDNN would rearrange them every time. They
-    must not change within, and each is held twice. On a GPU, and in bf16, this does nothing.
+    Decoding multiplies the same weights by a few rows again and again; oneDNN would rearrange them
+    every time. They must not change within, and each is held twice. On a GPU, and in bf16, this
+    does nothing.
     """
-    weights = [w for w in weights if _HAS_ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32]
+    weights = [
+        w for w in weights if _HAS_ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32
+    ]
     try:
         for weight in weights:
             weight.arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
@@ -43,8 +47,15 @@ def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable in all three."""
-    if not (_HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()):
+    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable
+    in all three.
+    """
+    if not (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel()
+    ):
         return F.linear(x, weight, bias)
     learned = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
@@ -76,10 +87,12 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for the next tensor of the process, in place of returning each to the system.
+    """Let glibc keep large freed blocks for the next tensor of the process, in place of returning
+    each to the system.
 
-    A step on a processor makes and frees thousands of tensors of the same sizes; handing every one of them back and
-    faulting its pages in again costs time (BENCHMARKS.md). Elsewhere than on glibc it does nothing.
+    A step on a processor makes and frees thousands of tensors of the same sizes; handing every one
+    of them back and faulting its pages in again costs time (BENCHMARKS.md). Elsewhere than on glibc
+    it does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

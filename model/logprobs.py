@@ -1,10 +1,11 @@
 """Log-probabilities of chosen tokens, without ever holding the logits of all ids.
 
-At the published vocabulary a batch of 4,096 completion tokens has 622 million logits, 2.5 GB in fp32, several times
-over with their gradient. Here all positions meet the head a block of ids at a time, with a running maximum and sum (as
-in online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass makes each block's logits anew from
-the hidden states and the saved log-normaliser, and writes that block of the head's gradient once. `naive_logprobs` is
-the obviously right twin.
+At the published vocabulary a batch of 4,096 completion tokens has 622 million logits, 2.5 GB in
+fp32, several times over with their gradient. Here all positions meet the head a block of ids at a
+time, with a running maximum and sum (as in online softmax, Milakov and Gimelshein 2018, arXiv
+1805.02867); the backward pass makes each block's logits anew from the hidden states and the saved
+log-normaliser, and writes that block of the head's gradient once. `naive_logprobs` is the obviously
+right twin.
 """
 
 import torch
@@ -14,10 +15,14 @@ from torch.autograd.function import once_differentiable
 from .linear import linear
 
 LOGITS_BYTES = 1 << 24
-"""What one block of fp32 logits may take; two or three such blocks are alive at once. Larger ones leave the cache."""
+"""What one block of fp32 logits may take; two or three such blocks are alive at once. Larger ones
+leave the cache.
+"""
 
 _NEVER = -1e30
-"""A forbidden id's logit: its probability is exactly 0, and 0 times it is 0 where 0 times -inf would be NaN."""
+"""A forbidden id's logit: its probability is exactly 0, and 0 times it is 0 where 0 times -inf
+would be NaN.
+"""
 
 
 def token_logprobs(
@@ -28,35 +33,47 @@ def token_logprobs(
     temperature: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """log pi(token) under the very distribution that is sampled from: temperature applied, forbidden ids left out.
+    """log pi(token) under the very distribution that is sampled from: temperature applied,
+    forbidden ids left out.
 
     Args:
         hidden_MD: final hidden states of M positions.
         head_VD: the head's weight.
         tokens_M: the token at each position; it must be an allowed one.
-        allowed_V: bool, False for ids that may not be sampled; they are left out of the normaliser too.
+        allowed_V: bool, False for ids that may not be sampled; they are left out of the normaliser
+            too.
         temperature: divides the logits; above 0.
         logits_bytes: memory for one block of logits.
 
     Returns:
-        Log-probabilities (M,) with gradients to `hidden_MD` and `head_VD`, and the entropies (M,) in nats of the
-        distributions, without gradient. Both fp32.
+        Log-probabilities (M,) with gradients to `hidden_MD` and `head_VD`, and the entropies (M,)
+        in nats of the distributions, without gradient. Both fp32.
     """
-    return _BlockedLogProbs.apply(hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes)
+    return _BlockedLogProbs.apply(
+        hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes
+    )
 
 
 def naive_logprobs(
-    hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor, allowed_V: Tensor, temperature: float = 1.0
+    hidden_MD: Tensor,
+    head_VD: Tensor,
+    tokens_M: Tensor,
+    allowed_V: Tensor,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The twin of `token_logprobs`: all logits at once, gradients by autograd."""
-    logits_MV = ((hidden_MD @ head_VD.T).float() / temperature).masked_fill(~allowed_V, float("-inf"))
+    logits_MV = ((hidden_MD @ head_VD.T).float() / temperature).masked_fill(
+        ~allowed_V, float("-inf")
+    )
     logp_MV = logits_MV.log_softmax(dim=-1)
     entropy_M = -(logp_MV.exp() * logp_MV.masked_fill(~allowed_V, 0.0)).sum(dim=-1)
     return logp_MV.gather(-1, tokens_M[:, None]).squeeze(-1), entropy_M.detach()
 
 
 def masked_logits(hidden: Tensor, head_VD: Tensor, allowed_V: Tensor, temperature: float) -> Tensor:
-    """fp32 logits (..., V) divided by the temperature, forbidden ones out of reach. Sampler and loss share it."""
+    """fp32 logits (..., V) divided by the temperature, forbidden ones out of reach. Sampler and
+    loss share it.
+    """
     logits = linear(hidden, head_VD).float()
     if temperature != 1.0:
         logits.div_(temperature)
@@ -69,7 +86,11 @@ class _BlockedLogProbs(torch.autograd.Function):
         ctx.blocks = _blocks(len(hidden_MD), len(head_VD), logits_bytes)
         highest = hidden_MD.new_full((len(hidden_MD),), float("-inf"), dtype=torch.float32)
         # Of the ids so far, relative to `highest`: sum of exp(logit), and of exp(logit) * logit.
-        mass, moment, chosen = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(highest)
+        mass, moment, chosen = (
+            torch.zeros_like(highest),
+            torch.zeros_like(highest),
+            torch.zeros_like(highest),
+        )
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], temperature)
             here, place = _within(tokens_M, ids)
@@ -77,7 +98,8 @@ class _BlockedLogProbs(torch.autograd.Function):
             higher = torch.maximum(highest, logits.amax(dim=-1))
             rescale = (highest - higher).exp()
             odds = logits.sub_(higher[:, None]).exp()
-            # Both sums are relative to the new maximum; moving the logits' origin moves the moment by mass times that.
+            # Both sums are relative to the new maximum; moving the logits' origin moves the moment
+            # by mass times that.
             shift = torch.where(mass > 0, highest - higher, 0.0)
             moment = (moment + mass * shift) * rescale + _dot(odds, logits)
             mass = mass * rescale + odds.sum(dim=-1)
@@ -104,7 +126,9 @@ class _BlockedLogProbs(torch.autograd.Function):
             # d logp(token) / d logits = onehot(token) - softmax; the temperature divides once more.
             scale = grad_M / ctx.temperature
             grad = logits.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
-            grad = grad.scatter_add_(-1, place, torch.where(here, scale, 0.0)[:, None]).to(hidden_MD.dtype)
+            grad = grad.scatter_add_(-1, place, torch.where(here, scale, 0.0)[:, None]).to(
+                hidden_MD.dtype
+            )
             if to_hidden:
                 grad_hidden_MD += linear(grad, head_VD[ids].T)
             if to_head:
@@ -118,13 +142,19 @@ def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
     """The vocabulary in slices whose fp32 logits at all positions fit into `logits_bytes`."""
     size = max(1, logits_bytes // (4 * max(1, positions)))
     size = size // 64 * 64 or size  # round sizes suit matrix products
-    return [slice(start, min(start + size, ids)) for start in range(0, ids, size)] if positions else []
+    return (
+        [slice(start, min(start + size, ids)) for start in range(0, ids, size)] if positions else []
+    )
 
 
 def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
-    """Which tokens lie in the block (M,), and their places in it (M, 1), any place for the others."""
+    """Which tokens lie in the block (M,), and their places in it (M, 1), any place for the
+    others.
+    """
     place = tokens_M - ids.start
-    return (tokens_M >= ids.start) & (tokens_M < ids.stop), place.clamp(0, ids.stop - ids.start - 1)[:, None]
+    return (tokens_M >= ids.start) & (tokens_M < ids.stop), place.clamp(
+        0, ids.stop - ids.start - 1
+    )[:, None]
 
 
 def _dot(x_MB: Tensor, y_MB: Tensor) -> Tensor:

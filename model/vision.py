@@ -1,4 +1,6 @@
-"""The vision tower: patches in, one language-model token per 2x2 patches out (arXiv 2409.12191, section 2.1)."""
+"""The vision tower: patches in, one language-model token per 2x2 patches out (arXiv 2409.12191,
+section 2.1).
+"""
 
 from typing import Any
 
@@ -15,10 +17,13 @@ _NORM_EPS = 1e-6
 
 
 def run_block(recompute: bool, block: nn.Module, *inputs: Any) -> Tensor:
-    """The block's output; with `recompute`, backward runs the block once more in place of keeping what is within it
-    (activation checkpointing, Chen et al. 2016, arXiv 1604.06174)."""
+    """The block's output; with `recompute`, backward runs the block once more in place of keeping
+    what is within it (activation checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # a block draws no numbers
+        return checkpoint(
+            block, *inputs, use_reentrant=False, preserve_rng_state=False
+        )  # a block draws no numbers
     return block(*inputs)
 
 
@@ -38,7 +43,9 @@ class VisionBlock(nn.Module):
 
     def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
         S, E = x_SE.shape
-        q, k, v = self.qkv(self.norm1(x_SE)).view(S, 3, self.num_heads, -1).permute(1, 2, 0, 3)  # each (heads, S, d)
+        q, k, v = (
+            self.qkv(self.norm1(x_SE)).view(S, 3, self.num_heads, -1).permute(1, 2, 0, 3)
+        )  # each (heads, S, d)
         q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
         x_SE = x_SE + self.proj(_attend_within_images(q, k, v, sizes).transpose(0, 1).reshape(S, E))
         hidden = self.fc1(self.norm2(x_SE))
@@ -51,11 +58,15 @@ def _attend_within_images(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> 
         q, k, v = (x.unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1, 2)
     parts = zip(*(x.split(sizes, dim=1) for x in (q, k, v)))
-    return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts], dim=1)
+    return torch.cat(
+        [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts], dim=1
+    )
 
 
 class VisionTower(nn.Module):
-    """ViT and merger. The patch embedding is one matmul: a convolution whose stride equals its kernel is no more."""
+    """ViT and merger. The patch embedding is one matmul: a convolution whose stride equals its
+    kernel is no more.
+    """
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
@@ -68,7 +79,9 @@ class VisionTower(nn.Module):
         self.merger_fc2 = Linear(merged, config.hidden_size)
 
     def forward(self, patches_SC: Tensor, grids_I3: Tensor, recompute: bool = False) -> Tensor:
-        """Patches of all images in reading order (S, C) and their grids (I, 3) -> (S / merge^2, hidden)."""
+        """Patches of all images in reading order (S, C) and their grids (I, 3) -> (S / merge^2,
+        hidden).
+        """
         x = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
         head_dim = self.config.embed_dim // self.config.num_heads
         cos, sin = vision_rotary(grids_I3.cpu(), head_dim, self.config.spatial_merge_size)

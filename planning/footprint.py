@@ -1,7 +1,8 @@
-"""What a run holds in memory and computes, phase by phase: its own code, rehearsed on tensors without values.
+"""What a run holds in memory and computes, phase by phase: its own code, rehearsed on tensors
+without values.
 
-Left out is what is small: the optimiser's step (AdamW is fused and works in place), the clipping of gradients, rewards
-and loss. All completions are taken to be as long as they may be.
+Left out is what is small: the optimiser's step (AdamW is fused and works in place), the clipping of
+gradients, rewards and loss. All completions are taken to be as long as they may be.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from common.config import Config
 from data import Prompt, PromptEncoder, Question, Vocabulary
-from grpo.batch import PromptBatch, collate, completion_logprobs, with_image_features
-from grpo.config import Config
 from grpo.optimizer import MasterAdamW
+from grpo.rollout import PromptBatch, collate, completion_logprobs, with_image_features
 from grpo.sampler import RolloutKind, growing_rows
 from model import Qwen2VL, Qwen2VLConfig
 
@@ -26,12 +27,15 @@ CACHE, IMAGES, SAVED = "keys and values", "images", "copy to save"
 
 
 class Rehearsal:
-    """A run of `config` without values. What each of its phases holds and does is in `meter.phases`.
+    """A run of `config` without values. What each of its phases holds and does is in
+    `meter.phases`.
 
     On a GPU, what lies in the host's memory is what the meter calls elsewhere.
     """
 
-    def __init__(self, config: Config, shape: Qwen2VLConfig, encoder: PromptEncoder, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, config: Config, shape: Qwen2VLConfig, encoder: PromptEncoder, vocabulary: Vocabulary
+    ) -> None:
         self.config, self.encoder, self.vocabulary = config, encoder, vocabulary
         self.gpu = config.device.startswith("cuda")
         offload = self.gpu and config.offload_optimizer
@@ -40,7 +44,9 @@ class Rehearsal:
         with torch.device("meta"):
             self.policy, base = (Qwen2VL(shape).to(getattr(torch, config.dtype)) for _ in range(2))
         self.policy.recompute = config.activation_checkpointing
-        self.reference = base.requires_grad_(False) if config.beta and config.method == "grpo" else None
+        self.reference = (
+            base.requires_grad_(False) if config.beta and config.method == "grpo" else None
+        )
         if config.freeze_vision:
             self.policy.visual.requires_grad_(False)
             if self.reference is not None:
@@ -65,7 +71,9 @@ class Rehearsal:
         step, micro_batch = self._prompts(load.step), self._prompts(load.micro_batch)
         coming = self._prompts(load.step)  # read while this step is worked on
         if self.config.freeze_vision:
-            step, micro_batch = (with_image_features(self.policy, prompts) for prompts in (step, micro_batch))
+            step, micro_batch = (
+                with_image_features(self.policy, prompts) for prompts in (step, micro_batch)
+            )
         if self.config.method == "grpo":
             self._sample("rollout", step, load.group_size, load.completion)
         batch = collate(micro_batch)
@@ -83,7 +91,10 @@ class Rehearsal:
         with self.meter.making(IMAGES):
             values = self.policy.config.vision.patch_values
             grids = [self.encoder.grids(question) for question in questions]
-            seen = [[(torch.empty(t * h * w, values), (t, h, w)) for t, h, w in images] for images in grids]
+            seen = [
+                [(torch.empty(t * h * w, values), (t, h, w)) for t, h, w in images]
+                for images in grids
+            ]
             return [self.encoder.assemble(*pair) for pair in zip(questions, seen)]
 
     def _make_moments(self) -> None:
@@ -120,10 +131,14 @@ class Rehearsal:
         with self.meter.making(ARRANGED):
             return [torch.empty_like(weight) for weight in self.policy.decoding_weights()]
 
-    def _log_probabilities(self, model: Qwen2VL, batch: PromptBatch, shape: tuple[int, int, int]) -> Tensor:
+    def _log_probabilities(
+        self, model: Qwen2VL, batch: PromptBatch, shape: tuple[int, int, int]
+    ) -> Tensor:
         tokens, mask = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
         temperature = self.config.temperature
-        return completion_logprobs(model, batch, tokens, mask, self.vocabulary.allowed_V, temperature)[0]
+        return completion_logprobs(
+            model, batch, tokens, mask, self.vocabulary.allowed_V, temperature
+        )[0]
 
     def _update(self, name: str, batch: PromptBatch, shape: tuple[int, int, int]) -> None:
         with self.meter.phase(name):
@@ -133,7 +148,9 @@ class Rehearsal:
                 self.optimizer.accumulate()
 
     def _save(self) -> None:
-        """What is saved is copied in the host's memory first, and written from there while the run goes on."""
+        """What is saved is copied in the host's memory first, and written from there while the run
+        goes on.
+        """
         with self.meter.phase("checkpoint"), self.meter.making(SAVED):
             copies = [torch.empty_like(tensor) for tensor in self.saved()]
         del copies

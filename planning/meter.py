@@ -1,9 +1,11 @@
-"""What code holds in memory and computes, found by running it on tensors that have shapes and no values.
+"""What code holds in memory and computes, found by running it on tensors that have shapes and no
+values.
 
-Nothing here knows a formula for activations: a `Meter` sees every operator that real code calls on torch's meta device.
-Floating-point numbers are never made; ids, masks and positions are, because they decide shapes. The meter counts a
-storage from its first tensor to its last, so that what autograd keeps counts for as long as it is kept. What it can't
-see are the workspaces of libraries within a product.
+Nothing here knows a formula for activations: a `Meter` sees every operator that real code calls on
+torch's meta device. Floating-point numbers are never made; ids, masks and positions are, because
+they decide shapes. The meter counts a storage from its first tensor to its last, so that what
+autograd keeps counts for as long as it is kept. What it can't see are the workspaces of libraries
+within a product.
 """
 
 import weakref
@@ -25,12 +27,19 @@ aten = torch.ops.aten
 ACTIVATIONS = "activations"
 """What is made for no purpose that is named."""
 
-_PICKING = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default}
+_PICKING = {
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+}
 """Operators that read only as much of their first argument as they give back."""
 
 
 class Work(NamedTuple):
-    """What an operator does: floating-point operations of products, and bytes that it reads and writes."""
+    """What an operator does: floating-point operations of products, and bytes that it reads and
+    writes.
+    """
 
     flops: int
     bytes: int
@@ -38,7 +47,9 @@ class Work(NamedTuple):
 
 @dataclass
 class Phase:
-    """A part of a run: what its operators do, and bytes by purpose when it holds the most, here and elsewhere."""
+    """A part of a run: what its operators do, and bytes by purpose when it holds the most, here and
+    elsewhere.
+    """
 
     here: Counter[str] = field(default_factory=Counter)
     elsewhere: Counter[str] = field(default_factory=Counter)
@@ -46,12 +57,13 @@ class Phase:
 
 
 class Meter(TorchDispatchMode):
-    """Keeps account of the storages that are alive, and of work. `phases` are those that `phase` has opened, by name.
+    """Keeps account of the storages that are alive, and of work. `phases` are those that `phase`
+    has opened, by name.
 
     Storages for the purposes `elsewhere` lie in another memory than all others.
 
-    Where an operator meets a tensor without values, all that it is given is taken to be without; whatever device is
-    asked for, floating-point tensors are made without values.
+    Where an operator meets a tensor without values, all that it is given is taken to be without;
+    whatever device is asked for, floating-point tensors are made without values.
     """
 
     def __init__(self, elsewhere: Collection[str] = ()) -> None:
@@ -62,7 +74,9 @@ class Meter(TorchDispatchMode):
         self._purposes: dict[int, str] = {}  # of every storage that ever was, by number
         self._numbers: dict[int, int] = {}  # storage's address -> number
         self._watches: dict[int, weakref.ref] = {}
-        self.changes: list[tuple[int, int]] = []  # storage's number, bytes; 0 bytes where it is freed
+        self.changes: list[
+            tuple[int, int]
+        ] = []  # storage's number, bytes; 0 bytes where it is freed
         self._work: list[Work] = []
 
     @contextmanager
@@ -72,7 +86,9 @@ class Meter(TorchDispatchMode):
         self._work = phase.work
         self.phases[name] = phase
         yield phase
-        phase.here, phase.elsewhere = (self._fullest(start, elsewhere) for elsewhere in (False, True))
+        phase.here, phase.elsewhere = (
+            self._fullest(start, elsewhere) for elsewhere in (False, True)
+        )
 
     @contextmanager
     def making(self, purpose: str) -> Iterator[None]:
@@ -90,7 +106,10 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = self.call(func, args, kwargs)
-        given, made = ([x for x in tree_leaves(found) if isinstance(x, Tensor)] for found in ((args, kwargs), out))
+        given, made = (
+            [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+            for found in ((args, kwargs), out)
+        )
         for tensor in made:
             self._number(tensor)
         if not func.is_view:
@@ -126,7 +145,9 @@ class Meter(TorchDispatchMode):
         self.changes.append((number, 0))
 
     def _fullest(self, start: int, elsewhere: bool) -> Counter[str]:
-        """Bytes by purpose, in one of the two memories, at the fullest moment since so many changes."""
+        """Bytes by purpose, in one of the two memories, at the fullest moment since so many
+        changes.
+        """
         now: Counter[str] = Counter()
         sizes: dict[int, int] = {}
         fullest: Counter[str] = Counter()
@@ -152,15 +173,18 @@ _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 4),  # two products forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 10),  # five backward
 }
-"""Fused attention -> where its queries stand among the arguments, and operations for each query's number and key."""
+"""Fused attention -> where its queries stand among the arguments, and operations for each query's
+number and key.
+"""
 
 
 @contextmanager
 def fused_kernels(gpu: bool) -> Iterator[None]:
-    """Within, attention and RMSNorm hold what the device's kernels hold: on the meta device attention would keep all
-    scores, and RMSNorm fp32 copies that a GPU's kernel does without.
+    """Within, attention and RMSNorm hold what the device's kernels hold: on the meta device
+    attention would keep all scores, and RMSNorm fp32 copies that a GPU's kernel does without.
 
-    They are replaced by name, because torch's function modes are off in what backward computes anew.
+    They are replaced by name, because torch's function modes are off in what backward computes
+    anew.
     """
     attention, norm = F.scaled_dot_product_attention, F.rms_norm
     F.scaled_dot_product_attention = _fused_attention
@@ -173,6 +197,13 @@ def fused_kernels(gpu: bool) -> Iterator[None]:
 
 
 def _fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, enable_gqa: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=attn_mask
+    )[0]

@@ -1,8 +1,10 @@
-"""The plan of a run, printed before anything is begun: what it reads, what memory and time it takes, what it leaves.
+"""The plan of a run, printed before anything is begun: what it reads, what memory and time it
+takes, what it leaves.
 
-Questions, prompts, tokenizer and config.json are read and checked as the run itself does it; weights are not touched,
-and nothing is written (of a hub id, all but the weights is fetched into the hub's cache). On a processor the peak is
-that of the whole process, on a GPU that of torch's tensors.
+Questions, prompts, tokenizer and config.json are read and checked as the run itself does it;
+weights are not touched, and nothing is written (of a hub id, all but the weights is fetched into
+the hub's cache). On a processor the peak is that of the whole process, on a GPU that of torch's
+tensors.
 """
 
 import resource
@@ -14,14 +16,14 @@ from statistics import median
 
 import torch
 
+from common.config import Config
+from common.device import available_memory, use_device
+from common.errors import InputError
+from common.hub import model_folder, weight_files
 from data import Question, load_vocabulary
-from grpo.checkpoint import resumable
-from grpo.config import Config
-from grpo.hub import model_folder
-from grpo.run import prompt_encoder, use_device
-from grpo.saving import available_memory
-from model import InputError, keep_freed_memory, read_config
-from model.weights import weight_files
+from data.choice import prompt_encoder
+from model import keep_freed_memory, read_config
+from training.checkpoint import resumable
 
 from .footprint import SAVED, Rehearsal
 from .meter import Meter, Phase
@@ -29,16 +31,17 @@ from .speed import Speed, speed_of
 from .workload import Workload, read_workload
 
 BESIDES = 40_000_000
-"""Bytes that a processor's run takes beside tensors and what it holds when a model is made: code of libraries that is
-loaded when it is called, threads, logs."""
+"""Bytes that a processor's run takes beside tensors and what it holds when a model is made: code of
+libraries that is loaded when it is called, threads, logs.
+"""
 
 
 def holes(tensors: int) -> int:
-    """Bytes of holes that tensors of changing sizes leave in a processor's heap, of the products' workspaces and of
-    their prepared kernels.
+    """Bytes of holes that tensors of changing sizes leave in a processor's heap, of the products'
+    workspaces and of their prepared kernels.
 
-    This, and `BESIDES`, are fitted to the peaks of whole runs with 34 MB to 5 GB of tensors, of which they leave 11 %
-    to either side at most.
+    This, and `BESIDES`, are fitted to the peaks of whole runs with 34 MB to 5 GB of tensors, of
+    which they leave 11 % to either side at most.
     """
     return min(13 * tensors // 10, 280_000_000 + tensors // 25)
 
@@ -50,11 +53,15 @@ PHASES = {
     "update": ("update", "further update"),
     "saving": ("checkpoint",),
 }
-"""Columns of the table of memory -> the phases of the rehearsal that they sum up: the fuller one."""
+"""Columns of the table of memory -> the phases of the rehearsal that they sum up: the fuller
+one.
+"""
 
 
 def print_plan(config: Config) -> None:
-    """Print the plan of the run that `config` describes. InputError for whatever the run would refuse."""
+    """Print the plan of the run that `config` describes. InputError for whatever the run would
+    refuse.
+    """
     keep_freed_memory()
     if torch.cuda.is_available():
         use_device(config)
@@ -64,7 +71,9 @@ def print_plan(config: Config) -> None:
     meter = rehearsal.run(workload.heaviest)
     print("", *_memory_lines(config, meter, base), sep="\n", flush=True)
     speed = speed_of(config.device, getattr(torch, config.dtype))
-    print("", *_time_lines(config, workload, meter, speed), *_disk_lines(config, rehearsal), sep="\n")
+    print(
+        "", *_time_lines(config, workload, meter, speed), *_disk_lines(config, rehearsal), sep="\n"
+    )
 
 
 def _read(config: Config) -> tuple[Workload, Rehearsal, list[str]]:
@@ -77,14 +86,19 @@ def _read(config: Config) -> tuple[Workload, Rehearsal, list[str]]:
     workload = read_workload(config, encoder, vocabulary)
     rehearsal = Rehearsal(config, shape, encoder, vocabulary)
     parameters = sum(param.numel() for param in rehearsal.policy.parameters())
-    begins = f"would go on from {checkpoint}" if checkpoint else "would begin anew: no checkpoint there"
+    begins = (
+        f"would go on from {checkpoint}" if checkpoint else "would begin anew: no checkpoint there"
+    )
     rows = {
         "model": f"Qwen2-VL of {parameters / 1e6:,.1f} M parameters, {config.model}{_weights(folder)}",
         "run": f"{config.method}, {config.dtype} on {config.device}; {config.run_dir} {begins}",
         **_question_rows(workload),
         **_step_rows(config, workload),
     }
-    damages = (f"! {damaged} is damaged ({damage}) and would be passed over" for damaged, damage in passed_over.items())
+    damages = (
+        f"! {damaged} is damaged ({damage}) and would be passed over"
+        for damaged, damage in passed_over.items()
+    )
     return workload, rehearsal, [*(f"{name:<10} {text}" for name, text in rows.items()), *damages]
 
 
@@ -110,7 +124,9 @@ def _question_rows(workload: Workload) -> dict[str, str]:
 
 def _counts(questions: Sequence[Question]) -> str:
     counts = Counter(question.modality for question in questions)
-    return f"{len(questions):,} questions: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"{len(questions):,} questions: " + ", ".join(
+        f"{name} {count:,}" for name, count in counts.items()
+    )
 
 
 def _step_rows(config: Config, workload: Workload) -> dict[str, str]:
@@ -160,9 +176,16 @@ def _memory_lines(config: Config, meter: Meter, base: int) -> Iterator[str]:
 def _gpu_lines(config: Config, columns: dict[str, Phase], peak: int, fullest: str) -> Iterator[str]:
     yield f"the GPU at its peak ({fullest}): {_size(peak)}, and about 1 GB for CUDA and its libraries"
     if torch.cuda.is_available():
-        yield from _warning("GPU memory", peak + 1_000_000_000, torch.cuda.mem_get_info(config.device)[0], "free are")
+        yield from _warning(
+            "GPU memory",
+            peak + 1_000_000_000,
+            torch.cuda.mem_get_info(config.device)[0],
+            "free are",
+        )
     host = max((phase.elsewhere for phase in columns.values()), key=Counter.total)
-    needed = host.total() - host[SAVED]  # without room for the copy, training waits while a checkpoint is written
+    needed = (
+        host.total() - host[SAVED]
+    )  # without room for the copy, training waits while a checkpoint is written
     parts = ", ".join(f"{purpose} {_size(size)}" for purpose, size in host.items() if size)
     yield f"the host's memory: {_size(host.total())} ({parts}), beside some GB for the process itself"
     yield from _warning("host memory", needed, available_memory(), "this machine has")
@@ -198,7 +221,9 @@ def _time_lines(config: Config, workload: Workload, meter: Meter, speed: Speed) 
         shares["reference"] = passes * seconds["reference"]
     shares["update"] = passes * seconds["update"] * config.inner_updates
     step = sum(shares.values())
-    asked = 2 * len(workload.test) + config.steps // config.validate_every * len(workload.validation)
+    asked = 2 * len(workload.test) + config.steps // config.validate_every * len(
+        workload.validation
+    )
     batches = asked / max(1, len(workload.heaviest.tested))
     tests = batches * (seconds.get("test", 0) + tokens * seconds.get("test, a token", 0))
     parts = ", ".join(f"{name} {_seconds(share)}" for name, share in shares.items())
@@ -216,7 +241,9 @@ def _hours(seconds: float) -> str:
 
 
 def _disk_lines(config: Config, rehearsal: Rehearsal) -> Iterator[str]:
-    """What the run leaves at most: the checkpoints that are kept, the best, one being written, and the model."""
+    """What the run leaves at most: the checkpoints that are kept, the best, one being written, and
+    the model.
+    """
     saved = sum(tensor.nbytes for tensor in rehearsal.saved())
     weights = sum(param.nbytes for param in rehearsal.policy.parameters())
     written = -(-config.steps // config.save_every)

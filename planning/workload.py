@@ -1,22 +1,25 @@
-"""What a run works on, from its questions and its images' headers alone: sizes of prompts, steps, the heaviest."""
+"""What a run works on, from its questions and its images' headers alone: sizes of prompts, steps,
+the heaviest.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.config import Config
+from common.errors import InputError
 from data import PromptEncoder, Question, Vocabulary, questions_of_step
-from grpo.batch import micro_batch_slices
-from grpo.config import Config
-from grpo.run import load_questions, refuse_overlap
-from grpo.sft import target
-from model import InputError
+from data.choice import load_questions, refuse_overlap
+from grpo.rollout import micro_batch_slices
+from training.sft import target
 
 
 @dataclass(frozen=True)
 class Load:
-    """The most that a run works on at once: questions of a batch of tests, of a step, of a micro-batch.
+    """The most that a run works on at once: questions of a batch of tests, of a step, of a
+    micro-batch.
 
-    `accumulates` says whether a step has more than one micro-batch; `group_size` and `completion` are the number and
-    length of a question's completions in training.
+    `accumulates` says whether a step has more than one micro-batch; `group_size` and `completion`
+    are the number and length of a question's completions in training.
     """
 
     tested: Sequence[Question]
@@ -31,8 +34,9 @@ class Load:
 class Workload:
     """The questions of a run, in the order of `load_questions`, and its steps.
 
-    `sizes` are the tokens of each question's prompt; `parts` the numbers of micro-batches that steps have; `passes`
-    says how many of the heaviest micro-batch all steps together amount to, by their tokens.
+    `sizes` are the tokens of each question's prompt; `parts` the numbers of micro-batches that
+    steps have; `passes` says how many of the heaviest micro-batch all steps together amount to, by
+    their tokens.
     """
 
     train: list[Question]
@@ -46,7 +50,9 @@ class Workload:
 
 
 def read_workload(config: Config, encoder: PromptEncoder, vocabulary: Vocabulary) -> Workload:
-    """Read and check all questions as the run does, but no pixel. InputError for whatever the run would refuse."""
+    """Read and check all questions as the run does, but no pixel. InputError for whatever the run
+    would refuse.
+    """
     unreadable: list[InputError] = []
     forgive = unreadable.append if config.bad_images == "skip" else None
     train, validation, test = load_questions(config)
@@ -61,7 +67,9 @@ def read_workload(config: Config, encoder: PromptEncoder, vocabulary: Vocabulary
             pass  # `select` has found that the run forgives it
     train = [question for question in train if question in sizes]
     answers = {question: _completion(config, vocabulary, question) for question in train}
-    parts, passes, heaviest = _steps(config, train, sizes, answers, max((validation, test), key=len))
+    parts, passes, heaviest = _steps(
+        config, train, sizes, answers, max((validation, test), key=len)
+    )
     return Workload(train, validation, test, left_out + more + most, sizes, parts, passes, heaviest)
 
 
@@ -83,10 +91,15 @@ def _steps(
     group_size = config.group_size if config.method == "grpo" else 1
 
     def tokens(questions: Sequence[Question]) -> int:
-        prompt, answer = (max(found[question] for question in questions) for found in (sizes, answers))
+        prompt, answer = (
+            max(found[question] for question in questions) for found in (sizes, answers)
+        )
         return len(questions) * (prompt + group_size * answer)
 
-    steps = [questions_of_step(train, step, config.prompts_per_step, config.seed) for step in range(config.steps)]
+    steps = [
+        questions_of_step(train, step, config.prompts_per_step, config.seed)
+        for step in range(config.steps)
+    ]
     parts, micro_batches = [], []
     for step in steps:
         found = ([sizes[question] for question in step], [answers[question] for question in step])
@@ -105,7 +118,9 @@ def _steps(
     )  # fmt: skip
 
 
-def _heaviest_batch(questions: list[Question], sizes: dict[Question, int], size: int) -> list[Question]:
+def _heaviest_batch(
+    questions: list[Question], sizes: dict[Question, int], size: int
+) -> list[Question]:
     """Of those that `evaluation.answers` makes: like lengths together."""
     order = sorted(questions, key=sizes.__getitem__)
     batches = [order[start : start + size] for start in range(0, len(order), size)]

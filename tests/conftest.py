@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_tokenizer
 
 from data import Prompt, PromptEncoder, Question
-from tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
     encoder = tiny_encoder()
     images: list[tuple[Path, ...]] = [(), (paths[0],), (paths[1], paths[2])]
     words = ["Which?", "What is seen in this image?", "What?"]
-    return [encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w)) for i, w in zip(images, words)]
+    return [
+        encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w))
+        for i, w in zip(images, words)
+    ]
 
 
 def tiny_encoder() -> PromptEncoder:

@@ -1,7 +1,8 @@
-"""What can go wrong around a run: how it is brought about, what train.py must say, and what it must leave.
+"""What can go wrong around a run: how it is brought about, what train.py must say, and what it must
+leave.
 
-Each begins with a run of the tiny model that has done 2 of its 6 steps, with a checkpoint of each; tests/test_faults.py
-brings every fault about and checks the table's every cell.
+Each begins with a run of the tiny model that has done 2 of its 6 steps, with a checkpoint of each;
+tests/test_faults.py brings every fault about and checks the table's every cell.
 """
 
 import json
@@ -29,7 +30,9 @@ LEFT = (UNCHANGED, SAVED, FINISHED, STEP_2, ELSEWHERE)
 
 @dataclass(frozen=True)
 class Fault:
-    """`before` spoils the run's folder (and may return flags), `during` strikes in the first step after the resume."""
+    """`before` spoils the run's folder (and may return flags), `during` strikes in the first step
+    after the resume.
+    """
 
     what: str
     says: str = ""
@@ -41,7 +44,9 @@ class Fault:
 
 
 def config(text: str) -> Callable[[Path], object]:
-    return lambda f: (f / "config.toml").write_bytes((f / "config.toml").read_bytes() + text.encode())
+    return lambda f: (f / "config.toml").write_bytes(
+        (f / "config.toml").read_bytes() + text.encode()
+    )
 
 
 def base(name: str, content: str | bytes | None) -> Callable[[Path], object]:
@@ -52,7 +57,9 @@ def base(name: str, content: str | bytes | None) -> Callable[[Path], object]:
 def write(file: Path, content: str | bytes | None) -> None:
     if content is None:
         return file.unlink()
-    file.write_bytes(content.encode(errors="surrogatepass") if isinstance(content, str) else content)
+    file.write_bytes(
+        content.encode(errors="surrogatepass") if isinstance(content, str) else content
+    )
 
 
 def question(**fields: object) -> Callable[[Path], object]:
@@ -89,10 +96,17 @@ def bomb() -> bytes:
     """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(9)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tensor(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
@@ -138,7 +152,9 @@ def all_checkpoints_flipped(f: Path) -> None:
 
 def limited_files(size: int) -> Callable[[Path], object]:
     """No file may grow beyond `size` bytes: as a full disk, writing fails in the middle."""
-    return lambda f: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return lambda f: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
 
 
 def a_file_in_the_way(f: Path) -> None:
@@ -316,7 +332,9 @@ TESTED_ELSEWHERE = (
     ("an image that is validated on and tested", 2, "its image ... is validated on too, ...", UNCHANGED,
      "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others"),
 )  # fmt: skip
-"""Rows of the table whose tests stand in other files: (what, exit code, what is said, what is left, test)."""
+"""Rows of the table whose tests stand in other files: (what, exit code, what is said, what is left,
+test).
+"""
 
 HEAD = """# What can go wrong, and what then happens
 

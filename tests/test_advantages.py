@@ -5,26 +5,33 @@ import torch
 
 from grpo.advantages import group_advantages
 
-REWARDS = torch.tensor([[2.0, 0.0, 1.0, 1.0], [0.0, 0.5, 2.0, 1.5], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+REWARDS = torch.tensor(
+    [[2.0, 0.0, 1.0, 1.0], [0.0, 0.5, 2.0, 1.5], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64
+)
 
 
 def test_advantages_equal_numbers_worked_by_hand():
     # Rewards 2, 0, 1, 1: mean 1, squared deviations 1 + 1 + 0 + 0, sample variance 2/3.
     expected = torch.tensor([[1.0, -1.0, 0.0, 0.0]]) / (2 / 3) ** 0.5
     torch.testing.assert_close(group_advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0]])), expected)
-    torch.testing.assert_close(group_advantages(torch.tensor([[1.0, 0.0]])), torch.tensor([[0.5**0.5, -(0.5**0.5)]]))
+    torch.testing.assert_close(
+        group_advantages(torch.tensor([[1.0, 0.0]])), torch.tensor([[0.5**0.5, -(0.5**0.5)]])
+    )
 
 
 def test_without_scaling_advantages_are_the_centred_rewards():
     torch.testing.assert_close(
-        group_advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0]]), scale="none"), torch.tensor([[1.0, -1, 0, 0]])
+        group_advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0]]), scale="none"),
+        torch.tensor([[1.0, -1, 0, 0]]),
     )
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.1, 100.0])
 @pytest.mark.parametrize("factor", [1e-6, 0.3, 1e6])
 def test_shift_and_positive_scale_of_the_rewards_leave_advantages_unchanged(shift, factor):
-    torch.testing.assert_close(group_advantages(REWARDS * factor + shift * factor), group_advantages(REWARDS))
+    torch.testing.assert_close(
+        group_advantages(REWARDS * factor + shift * factor), group_advantages(REWARDS)
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 2.0, 1e8])
@@ -35,9 +42,13 @@ def test_a_group_of_equal_rewards_gives_exact_zeros_not_nan_and_not_rounding_noi
 
 def test_permuting_a_group_permutes_its_advantages_and_groups_do_not_mix():
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(group_advantages(REWARDS[:, order]), group_advantages(REWARDS)[:, order])
+    torch.testing.assert_close(
+        group_advantages(REWARDS[:, order]), group_advantages(REWARDS)[:, order]
+    )
     for row in range(len(REWARDS)):
-        torch.testing.assert_close(group_advantages(REWARDS[row : row + 1]), group_advantages(REWARDS)[row : row + 1])
+        torch.testing.assert_close(
+            group_advantages(REWARDS[row : row + 1]), group_advantages(REWARDS)[row : row + 1]
+        )
 
 
 def test_advantages_have_mean_zero_and_unit_variance_in_each_group():

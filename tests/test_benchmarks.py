@@ -10,14 +10,21 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.__main__ import MARKS, write_tables
-from benchmarks.common import FAST_PATHS, argument_parser, endless, on_checkpoint, program, step_config
+from benchmarks.common import (
+    FAST_PATHS,
+    argument_parser,
+    endless,
+    on_checkpoint,
+    program,
+    step_config,
+)
 from benchmarks.grpo_step import WITHOUT, measured_steps
 from benchmarks.peer_transformers import logprobs, repeated
 from benchmarks.peers import ratios
 from benchmarks.shapes import SHAPES, make_checkpoint, shape
 from data import load_vocabulary
-from grpo.batch import collate, completion_logprobs
-from grpo.run import load_questions, prompt_encoder
+from data.choice import load_questions, prompt_encoder
+from grpo.rollout import collate, completion_logprobs
 from model import Qwen2VL, load_model
 
 ROOT = Path(__file__).parent.parent
@@ -41,24 +48,39 @@ def test_named_shapes_have_as_many_parameters_as_their_names_say(name: str) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(checkpoint, tmp_path, dtype: str) -> None:
+def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(
+    checkpoint, tmp_path, dtype: str
+) -> None:
     result = measured_steps(arguments("--dtype", dtype), checkpoint, tmp_path)
-    assert result["seconds"].keys() == {"rollout", "rewards", "reference", "old policy", "update", "optimizer"}
+    assert result["seconds"].keys() == {
+        "rollout",
+        "rewards",
+        "reference",
+        "old policy",
+        "update",
+        "optimizer",
+    }
     assert result["seconds_per_step"] == pytest.approx(sum(result["seconds"].values()))
     assert result["peak_rss_mb"] > 100 and result["prompts"] == 2 and result["machine"]
-    without = measured_steps(arguments("--dtype", dtype, "--beta", "0"), checkpoint, tmp_path / "again")
+    without = measured_steps(
+        arguments("--dtype", dtype, "--beta", "0"), checkpoint, tmp_path / "again"
+    )
     assert without["seconds"]["reference"] < 0.2 * without["seconds"]["update"]
     json.dumps(result)
 
 
 def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
     """In a process of its own, because what is left out stays out."""
-    parts = ["model.linear._HAS_ONEDNN", "grpo.sampler.arranged", "grpo.run.keep_freed_memory"]
-    parts += ["grpo.sampler.SHRINK_AT", "model.cache.merged_attention", "grpo.batch.token_logprobs"]
+    parts = ["model.linear._HAS_ONEDNN", "grpo.sampler.arranged", "training.run.keep_freed_memory"]
+    parts += [
+        "grpo.sampler.SHRINK_AT",
+        "model.cache.merged_attention",
+        "grpo.rollout.token_logprobs",
+    ]
     code = "\n".join([
         "import sys, tempfile, pathlib",
         "from benchmarks import grpo_step as bench; from benchmarks.common import argument_parser",
-        "import grpo.batch, grpo.run, grpo.sampler, model.cache, model.linear",
+        "import grpo.rollout, training.run, grpo.sampler, model.cache, model.linear",
         f"before = [{', '.join(parts)}]",
         f"args = argument_parser('', '').parse_args({SMALL!r} + ['--without', *bench.WITHOUT])",
         f"bench.measured_steps(args, pathlib.Path({str(checkpoint)!r}), pathlib.Path(tempfile.mkdtemp()))",
@@ -68,19 +90,29 @@ def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(checkpoint, tmp_path) -> None:
+def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(
+    checkpoint, tmp_path
+) -> None:
     args = arguments()
     config = step_config(checkpoint, tmp_path, args)
-    ours, theirs = load_model(checkpoint), Qwen2VLForConditionalGeneration.from_pretrained(checkpoint)
+    ours, theirs = (
+        load_model(checkpoint),
+        Qwen2VLForConditionalGeneration.from_pretrained(checkpoint),
+    )
     vocabulary = endless(load_vocabulary(checkpoint, ours.config), ours.config)
     prompt = prompt_encoder(vocabulary, ours.config, config).encode(load_questions(config)[0][0])
     completions = torch.randint(0, 700, (3, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         slow = logprobs(
-            theirs, repeated(prompt, 3, ours.config.image_token_id, "cpu"), completions, vocabulary.allowed_V
+            theirs,
+            repeated(prompt, 3, ours.config.image_token_id, "cpu"),
+            completions,
+            vocabulary.allowed_V,
         )
         every = torch.ones(1, 3, 4, dtype=torch.bool)
-        fast, _ = completion_logprobs(ours, collate([prompt]), completions[None], every, vocabulary.allowed_V, 1.0)
+        fast, _ = completion_logprobs(
+            ours, collate([prompt]), completions[None], every, vocabulary.allowed_V, 1.0
+        )
     torch.testing.assert_close(fast[0], slow, rtol=0, atol=1e-4)
 
 
@@ -89,15 +121,29 @@ def test_log_probabilities_need_a_fraction_of_the_memory_of_full_logits() -> Non
     for options in ([], ["--full"]):
         size = ["--positions", "2048", "--vocabulary", "40000", "--hidden", "64"]
         command = [sys.executable, "-m", "benchmarks.logprob_memory", *size, *options]
-        extra.append(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)["extra_mb"])
-    assert 5 * extra[0] < extra[1] > 600  # of the small part some 100 MB are code that is loaded on the way
+        extra.append(
+            json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[
+                "extra_mb"
+            ]
+        )
+    assert (
+        5 * extra[0] < extra[1] > 600
+    )  # of the small part some 100 MB are code that is loaded on the way
 
 
 def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    ours = {"seconds_per_step": 2.0, "peak_rss_mb": 1000.0, "rollout_tokens_per_second": 500.0, "machine": "M"}
-    ours |= {"threads": 2, "seconds": {"rollout": 1.0, "reference": 0.2, "update": 0.7, "optimizer": 0.1}}
+    ours = {
+        "seconds_per_step": 2.0,
+        "peak_rss_mb": 1000.0,
+        "rollout_tokens_per_second": 500.0,
+        "machine": "M",
+    }
+    ours |= {
+        "threads": 2,
+        "seconds": {"rollout": 1.0, "reference": 0.2, "update": 0.7, "optimizer": 0.1},
+    }
     peer = {"seconds_per_step": 24.0, "peak_rss_mb": 5000.0}  # tells no phases, as TRL
     pair = {"ours": [ours, ours], "trl": [peer, peer | {"seconds_per_step": 20.0}]}
     assert ratios(pair["ours"], pair["trl"]) == {"step": [12.0, 10.0], "memory": [5.0, 5.0]}
@@ -128,7 +174,9 @@ def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path
         (["--device", "tpu"], "device"),
     ],
 )
-def test_a_wrong_argument_is_one_line_with_exit_code_2(flags: list[str], named: str, checkpoint, monkeypatch, capsys):
+def test_a_wrong_argument_is_one_line_with_exit_code_2(
+    flags: list[str], named: str, checkpoint, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["grpo_step", "--checkpoint", str(checkpoint), *SMALL, *flags])
     try:
         code = program(lambda: on_checkpoint(measured_steps, "grpo_step", ""))

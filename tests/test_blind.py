@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import printable
 from data import Question, read_questions
-from evaluation import blind
-from evaluation.blind import blind_credits, by_modality, plain_text
-from model import printable
+from evaluation.audits import blind
+from evaluation.audits.blind import blind_credits, by_modality, plain_text
 
 RADIOLOGY = Path(__file__).parents[2] / "shared" / "radiology"
-TRAIN, TEST = RADIOLOGY / "omnimedvqa_mri_questions.json", RADIOLOGY / "medvlm_r1_test_questions.json"
+TRAIN, TEST = (
+    RADIOLOGY / "omnimedvqa_mri_questions.json",
+    RADIOLOGY / "medvlm_r1_test_questions.json",
+)
 published = pytest.mark.skipif(
-    not (TRAIN.is_file() and TEST.is_file()), reason="the published question files are not beside the repository"
+    not (TRAIN.is_file() and TEST.is_file()),
+    reason="the published question files are not beside the repository",
 )
 
 
@@ -42,9 +46,13 @@ def test_chance_knows_the_number_of_options():
         ("DD", "abc", "C", 1 / 3),
     ],
 )
-def test_letter_is_the_most_frequent_of_those_that_the_question_has(letters, options, answer, expected):
+def test_letter_is_the_most_frequent_of_those_that_the_question_has(
+    letters, options, answer, expected
+):
     train = [question("abcd", letter) for letter in letters]
-    assert credit("most_frequent_letter", train, question(options, answer)) == pytest.approx(expected)
+    assert credit("most_frequent_letter", train, question(options, answer)) == pytest.approx(
+        expected
+    )
 
 
 SEEN = [
@@ -76,7 +84,11 @@ def test_text_prior_goes_by_right_then_by_wrong_answers(options, answer, expecte
 
 
 def test_an_option_that_repeats_the_right_text_is_not_counted_wrong():
-    train = [question(["mass", "Mass", "cyst"], "B"), question(["rib", "cyst"], "A"), question(["cyst", "rib"], "A")]
+    train = [
+        question(["mass", "Mass", "cyst"], "B"),
+        question(["rib", "cyst"], "A"),
+        question(["cyst", "rib"], "A"),
+    ]
     assert credit("text_prior", train, question(["rib", "mass"], "B")) == 1
 
 
@@ -113,7 +125,9 @@ def test_length_goes_the_way_that_was_more_often_right(answers, options, answer,
 
 def test_fitting_never_sees_the_test_questions():
     test = [question(["rib", "spine"], "B"), question(["spine", "rib"], "A")]
-    assert blind_credits(SEEN, test)["text_prior"] == [credit("text_prior", SEEN, each) for each in test]
+    assert blind_credits(SEEN, test)["text_prior"] == [
+        credit("text_prior", SEEN, each) for each in test
+    ]
     assert blind_credits([], test)["text_prior"] == [0, 1]
 
 
@@ -139,7 +153,12 @@ def run(monkeypatch, *arguments):
 
 
 def test_command_prints_one_json_object_without_any_image(tmp_path, monkeypatch, capsys):
-    row = {"image": ["gone.png"], "question": "What?", "options": ["cyst", "mass"], "answer": "mass"}
+    row = {
+        "image": ["gone.png"],
+        "question": "What?",
+        "options": ["cyst", "mass"],
+        "answer": "mass",
+    }
     for name, modality in (("a", "CT"), ("b", "PET\x1b")):
         (tmp_path / f"{name}.json").write_text(json.dumps([row | {"modality": modality}]))
     files = tmp_path / "a.json", tmp_path / "b.json"
@@ -153,19 +172,31 @@ def test_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
     file = tmp_path / "none\x1b.json"
     assert run(monkeypatch, "--train", file, "--test", file) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("blind: ") and printed.err.rstrip("\n").isprintable() and printed.out == ""
+    assert (
+        printed.err.startswith("blind: ")
+        and printed.err.rstrip("\n").isprintable()
+        and printed.out == ""
+    )
 
 
 @published
 def test_text_alone_answers_the_published_mri_questions(monkeypatch, capsys):
     assert run(monkeypatch, "--train", TRAIN, "--test", TEST) == 0
     percents = json.loads(capsys.readouterr().out)["text_prior"]
-    assert {name: round(100 * share) for name, share in percents.items()} == {"MRI": 100, "CT": 42, "X-ray": 30}
+    assert {name: round(100 * share) for name, share in percents.items()} == {
+        "MRI": 100,
+        "CT": 42,
+        "X-ray": 30,
+    }
     assert percents["MRI"] == 1
 
 
 @published
 def test_a_lone_full_stop_marks_the_published_answers():
     test = read_questions(TEST, check_images=False)
-    lone = [q for q in test if len(q.options) == 4 and sum(option.endswith(".") for option in q.options) == 1]
+    lone = [
+        q
+        for q in test
+        if len(q.options) == 4 and sum(option.endswith(".") for option in q.options) == 1
+    ]
     assert len(lone) == 102 and sum(blind_credits([], lone)["punctuation"]) == 100

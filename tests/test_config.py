@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo.checkpoint import MAY_DIFFER
-from grpo.command_line import parse_arguments
-from grpo.config import Config, config_toml, load_config
-from model import InputError
+from common.command_line import parse_arguments
+from common.config import Config, config_toml, load_config
+from common.errors import InputError
+from training.checkpoint import MAY_DIFFER
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = 'model = "m"\ntrain_questions = "q.json"\nrun_dir = "r"\n'
@@ -23,7 +23,9 @@ def written(tmp_path, text):
 
 def test_command_line_wins_over_file_and_file_over_default(tmp_path):
     file = written(tmp_path, "steps = 7\nbeta = 1\ntest_questions = 'one.json'\n")
-    config = parse_arguments("", ["--config", str(file), "--beta", "0.5", "--test_questions", "a.json", "b.json"])[0]
+    config = parse_arguments(
+        "", ["--config", str(file), "--beta", "0.5", "--test_questions", "a.json", "b.json"]
+    )[0]
     assert (config.steps, config.beta, config.group_size) == (7, 0.5, Config.group_size)
     assert config.test_questions == ("a.json", "b.json")
     assert load_config(file).test_questions == ("one.json",)
@@ -32,7 +34,11 @@ def test_command_line_wins_over_file_and_file_over_default(tmp_path):
 
 def test_resolved_config_reads_back_equal(tmp_path):
     config = load_config(
-        written(tmp_path, 'run_dir2 = ""\n'.replace("run_dir2", "image_dir") + 'test_questions = ["a\\"b", "ü"]\n')
+        written(
+            tmp_path,
+            'run_dir2 = ""\n'.replace("run_dir2", "image_dir")
+            + 'test_questions = ["a\\"b", "ü"]\n',
+        )
     )
     (tmp_path / "again.toml").write_text(config_toml(config))
     assert load_config(tmp_path / "again.toml") == config
@@ -92,8 +98,13 @@ def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
 def test_switches_are_written_as_in_the_file(tmp_path):
     file = written(tmp_path, "freeze_vision = true")
     assert parse_arguments("", ["--config", str(file)])[0].freeze_vision is True
-    assert parse_arguments("", ["--config", str(file), "--freeze_vision", "false"])[0].freeze_vision is False
-    assert parse_arguments("", ["--config", str(file), "--activation_checkpointing", "true"])[0].activation_checkpointing
+    assert (
+        parse_arguments("", ["--config", str(file), "--freeze_vision", "false"])[0].freeze_vision
+        is False
+    )
+    assert parse_arguments("", ["--config", str(file), "--activation_checkpointing", "true"])[
+        0
+    ].activation_checkpointing
 
 
 def test_help_explains_every_field_with_the_words_that_stand_under_it_in_the_source(capsys):
@@ -103,15 +114,25 @@ def test_help_explains_every_field_with_the_words_that_stand_under_it_in_the_sou
     assert stopped.value.code == 0
     source = (ROOT / "grpo" / "config.py").read_text()
     for field in fields(Config):
-        (words,) = re.findall(rf'^    {field.name}: .*\n    """(.+)"""$', source, flags=re.MULTILINE)
+        (words,) = re.findall(
+            rf'^    {field.name}: .*\n    """(.+)"""$', source, flags=re.MULTILINE
+        )
         assert re.sub(r"\s", "", words) in shown, field.name
 
 
 def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
     read = set()
-    for file in [ROOT / "train.py", *(ROOT / "grpo").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
+    for file in [
+        ROOT / "train.py",
+        *(ROOT / "grpo").glob("*.py"),
+        *(ROOT / "evaluation").glob("*.py"),
+    ]:
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "config"
+            ):
                 read.add(node.attr)
     assert {field.name for field in fields(Config)} <= read
     configs = list((ROOT / "configs").glob("*.toml"))
@@ -122,7 +143,12 @@ def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
 
 def test_the_config_for_24_gb_differs_from_the_papers_in_memory_and_speed_alone():
     paper, small = (
-        load_config(ROOT / "configs" / f"{name}.toml") for name in ("medvlm_r1_2b", "medvlm_r1_2b_24gb")
+        load_config(ROOT / "configs" / f"{name}.toml")
+        for name in ("medvlm_r1_2b", "medvlm_r1_2b_24gb")
     )
-    different = {field.name for field in fields(Config) if getattr(paper, field.name) != getattr(small, field.name)}
+    different = {
+        field.name
+        for field in fields(Config)
+        if getattr(paper, field.name) != getattr(small, field.name)
+    }
     assert different - {"run_dir"} <= MAY_DIFFER and "offload_optimizer" in different

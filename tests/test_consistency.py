@@ -4,8 +4,14 @@ import time
 
 import pytest
 
+from evaluation.audits.conclusion import (
+    conclusion,
+    consistency_reward,
+    judge_consistency,
+    mask_options,
+    named_options,
+)
 from rewards import LETTERS
-from rewards.consistency import conclusion, consistency_reward, judge_consistency, mask_options, named_options
 
 MODALITY = ["MRI", "CT", "CT angiography", "X-ray"]
 FINDING = ["mass", "no mass", "Pleural effusion.", "Rib fracture"]
@@ -30,10 +36,18 @@ STATE = ["Normal", "Abnormal"]
         ("a CT, for males", ["Computed Tomography (CT)", "Prostate (for males)"], "A"),
         ("the CT", ["CT", "Computed Tomography (CT)"], "A"),
         ("It looks normal.", ["No, It's normal.", "Yes, it shows a significant abnormality."], "A"),
-        ("There is no significant abnormality", ["No, It's normal.", "Yes, it shows a significant abnormality."], "B"),
+        (
+            "There is no significant abnormality",
+            ["No, It's normal.", "Yes, it shows a significant abnormality."],
+            "B",
+        ),
         ("There is no shadow", ["Yes", "No"], ""),
         ("No, there is a shadow", ["Yes", "No"], "B"),
-        ("COVID is seen", ["Asthma. Lungs will be affected.", "COVID. Lungs will be affected."], "B"),
+        (
+            "COVID is seen",
+            ["Asthma. Lungs will be affected.", "COVID. Lungs will be affected."],
+            "B",
+        ),
         ("A mass in a lung", ["Heart", "Skin"], ""),
         ("A mass; option B, (C) and the answer is D", ["Heart", "Skin", "Liver", "Bone"], "BCD"),
         ("Option D or choice E", ["Heart", "Skin"], ""),
@@ -81,12 +95,28 @@ def test_the_conclusion_is_what_is_asserted_last_or_concluded(think, options, le
 @pytest.mark.parametrize(
     ("completion", "score", "why"),
     [
-        ("<think>The body part is the knee.</think><answer>B</answer>", 1.0, "concludes B, as the answer does"),
+        (
+            "<think>The body part is the knee.</think><answer>B</answer>",
+            1.0,
+            "concludes B, as the answer does",
+        ),
         ("<think>The body part is the knee.</think>B", 1.0, "concludes B, as the answer does"),
-        ("<think>The body part is the knee.</think><answer>A</answer>", 0.0, "concludes B, the answer is A"),
-        ("<think>The body part is the knee.</think><answer>\x1b[2J</answer>", 0.0, "chooses no option letter"),
+        (
+            "<think>The body part is the knee.</think><answer>A</answer>",
+            0.0,
+            "concludes B, the answer is A",
+        ),
+        (
+            "<think>The body part is the knee.</think><answer>\x1b[2J</answer>",
+            0.0,
+            "chooses no option letter",
+        ),
         ("<think>Let me look.</think><answer>A</answer>", 0.0, "names no option"),
-        ("<think>A knee or a brain.</think><answer>A</answer>", 0.0, "names A and B but concludes no single option"),
+        (
+            "<think>A knee or a brain.</think><answer>A</answer>",
+            0.0,
+            "names A and B but concludes no single option",
+        ),
         ("<think> \u200b\n</think><answer>A</answer>", 0.0, "the think block is empty"),
         ("The body part is the knee. <answer>B</answer>", 0.0, "no <think>"),
     ],
@@ -98,11 +128,27 @@ def test_each_way_to_be_inconsistent_has_its_own_reason(completion, score, why):
 
 
 def test_masking_takes_out_every_option_and_nothing_else():
-    assert mask_options("The CT, or B) MRI, shows a mass.", MODALITY, "_") == "The _, or _ _, shows a mass."
+    assert (
+        mask_options("The CT, or B) MRI, shows a mass.", MODALITY, "_")
+        == "The _, or _ _, shows a mass."
+    )
 
 
 @pytest.mark.parametrize(
-    "unit", ["a a a ", "mass. ", "no mass, ", "therefore mass ", " ", "mass ", "(", "option ", "x", "x.", "\n"]
+    "unit",
+    [
+        "a a a ",
+        "mass. ",
+        "no mass, ",
+        "therefore mass ",
+        " ",
+        "mass ",
+        "(",
+        "option ",
+        "x",
+        "x.",
+        "\n",
+    ],
 )
 def test_a_megabyte_of_hostile_text_takes_no_more_than_linear_time(unit):
     text = unit * (1_000_000 // len(unit))
@@ -113,6 +159,8 @@ def test_a_megabyte_of_hostile_text_takes_no_more_than_linear_time(unit):
 
 
 def test_hostile_options_are_texts_not_patterns():
-    options = ["(", "a" * 2000 + "!", ".*", "[", "\\", "(?P<x>", "x{9999}", "|", "\x00", "ß" * 50][: len(LETTERS)]
+    options = ["(", "a" * 2000 + "!", ".*", "[", "\\", "(?P<x>", "x{9999}", "|", "\x00", "ß" * 50][
+        : len(LETTERS)
+    ]
     assert named_options("everything ( [ | \\ and x 9999", options) == ["G"]
     assert conclusion("a" * 2000, options) == "B"

@@ -1,4 +1,6 @@
-"""Images: every kind of file becomes upright 8-bit RGB, and its patches are those of transformers."""
+"""Images: every kind of file becomes upright 8-bit RGB, and its patches are those of
+transformers.
+"""
 
 import struct
 import zlib
@@ -10,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from common.errors import InputError
 from data.images import MAX_ASPECT_RATIO, fitted_size, image_size, load_image, preprocess
-from model.errors import InputError
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 401408}
 
@@ -29,7 +31,9 @@ def assert_same_patches(ours, theirs, **limits):
     torch.testing.assert_close(patches_SC, expected["pixel_values"].float(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(84, 84), (83, 131), (13, 17), (1, 1), (1, 200), (200, 1), (701, 997), (28, 2000)])
+@pytest.mark.parametrize(
+    "size", [(84, 84), (83, 131), (13, 17), (1, 1), (1, 200), (200, 1), (701, 997), (28, 2000)]
+)
 def test_patches_equal_transformers_at_odd_sizes(size):
     image = Image.fromarray(noise(*size, 3))
     assert_same_patches(image, image)
@@ -106,11 +110,15 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert (loaded == np.rint(values / 257)).all() and loaded.max() == 255
 
 
-@pytest.mark.parametrize(("largest", "full"), [(255, 255), (900, 1023), (4095, 4095), (4096, 16383), (20_000, 65535)])
+@pytest.mark.parametrize(
+    ("largest", "full"), [(255, 255), (900, 1023), (4095, 4095), (4096, 16383), (20_000, 65535)]
+)
 def test_twelve_bits_in_sixteen_are_not_black(tmp_path, largest, full):
     values = np.linspace(0, largest, 40 * 40).reshape(40, 40).astype(np.uint16)
     for name in ("image.png", "image.tif"):
-        assert (saved_gray(tmp_path / name, values, np.uint16) == np.rint(values * (255 / full))).all()
+        assert (
+            saved_gray(tmp_path / name, values, np.uint16) == np.rint(values * (255 / full))
+        ).all()
 
 
 def test_signed_and_float_images_take_their_own_range(tmp_path):
@@ -124,7 +132,9 @@ def test_signed_and_float_images_take_their_own_range(tmp_path):
 def test_deep_image_is_turned_upright_too(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(tmp_path / "image.png", exif=exif)
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(
+        tmp_path / "image.png", exif=exif
+    )
     assert load_image(tmp_path / "image.png").size == (20, 30)
 
 

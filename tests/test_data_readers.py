@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from data import canonical_modality, read_questions
-from model.errors import InputError
 
 RADIOLOGY = Path(__file__).parents[2] / "shared" / "radiology"
 
@@ -67,14 +67,21 @@ def test_medvlm_row_keeps_every_field(write, tmp_path):
     assert question.images == ((tmp_path / "scan.png").resolve(),)
     assert question.question == "What is seen?"
     assert question.options == ("Cyst", "Mass.", "Nothing")
-    assert (question.answer, question.modality, question.question_type) == ("C", "MRI", "Disease Diagnosis")
+    assert (question.answer, question.modality, question.question_type) == (
+        "C",
+        "MRI",
+        "Disease Diagnosis",
+    )
     assert question.source == "test.json row 1"
 
 
 def test_json_lines_are_read_and_numbered_as_an_editor_does(write):
     text = json.dumps(medvlm_row()) + "\n\n" + json.dumps(omni_row()) + "\n"
     questions = read_questions(write(name="anything.txt", text=text))
-    assert [question.source for question in questions] == ["anything.txt line 1", "anything.txt line 3"]
+    assert [question.source for question in questions] == [
+        "anything.txt line 1",
+        "anything.txt line 3",
+    ]
     assert [question.answer for question in questions] == ["C", "B"]
 
 
@@ -87,7 +94,11 @@ def test_omnimedvqa_takes_two_to_four_options(write, letters, answer):
     options = {f"option_{letter}": f"organ {letter}" for letter in letters}
     row = omni_row(**options, gt_answer=f"organ {answer}")
     [question] = read_questions(write(row))
-    assert (len(question.options), question.answer, question.modality) == (len(letters), answer, "CT")
+    assert (len(question.options), question.answer, question.modality) == (
+        len(letters),
+        answer,
+        "CT",
+    )
     assert question.question_type == "Anatomy Identification"
 
 
@@ -118,8 +129,14 @@ def test_med_r1_takes_all_10_letters(write):
 
 def test_med_r1_modality_comes_from_the_row_then_the_file_and_is_never_guessed(write):
     row = med_r1_row("What? A)x, B)y")
-    assert read_questions(write(row, name="OCT (Optical Coherence Tomography_train.json"))[0].modality == "OCT"
-    assert read_questions(write(row | {"modality": "PET"}, name="X-Ray_test.json"))[0].modality == "PET"
+    assert (
+        read_questions(write(row, name="OCT (Optical Coherence Tomography_train.json"))[0].modality
+        == "OCT"
+    )
+    assert (
+        read_questions(write(row | {"modality": "PET"}, name="X-Ray_test.json"))[0].modality
+        == "PET"
+    )
     assert read_questions(write(row, name="Disease Diagnosis_test.json"))[0].modality == "unknown"
 
 
@@ -146,7 +163,9 @@ def test_modality_names_as_they_occur_have_one_name_and_others_stay(name, modali
 
 def test_answer_may_lack_the_options_full_stop_but_the_exact_option_wins(write):
     assert read_questions(write(medvlm_row(answer="Mass")))[0].answer == "B"
-    assert read_questions(write(medvlm_row(options=["Mass.", "Mass"], answer="Mass")))[0].answer == "B"
+    assert (
+        read_questions(write(medvlm_row(options=["Mass.", "Mass"], answer="Mass")))[0].answer == "B"
+    )
 
 
 def test_duplicate_options_are_settled_by_the_solution_only(write):
@@ -228,7 +247,9 @@ def test_missing_image_names_row_and_path_unless_images_are_not_checked(write, t
 def test_image_folder_may_lie_elsewhere(write, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "only_here.png").touch()
-    [question] = read_questions(write(medvlm_row(image=["only_here.png"])), image_dir=tmp_path / "images")
+    [question] = read_questions(
+        write(medvlm_row(image=["only_here.png"])), image_dir=tmp_path / "images"
+    )
     assert question.images == ((tmp_path / "images" / "only_here.png").resolve(),)
 
 
@@ -243,7 +264,14 @@ def test_path_that_leaves_the_image_folder_is_refused(write, tmp_path, name, che
     (images / "link.png").symlink_to(tmp_path / "secret.png")
     (images / "linked").symlink_to(tmp_path)
     file = write(medvlm_row(image=[name]))
-    one_line_error(file, "row 1", "`image`", "leaves the image folder", image_dir=images, check_images=check_images)
+    one_line_error(
+        file,
+        "row 1",
+        "`image`",
+        "leaves the image folder",
+        image_dir=images,
+        check_images=check_images,
+    )
 
 
 @pytest.mark.parametrize("name", ["nul\0.png", "long" * 1000 + ".png", "loop.png"])
@@ -264,4 +292,7 @@ def test_published_questions_are_read_whole(name, count, modalities):
     if not RADIOLOGY.is_dir():
         pytest.skip(f"needs {RADIOLOGY}, which is not shipped")
     questions = read_questions(RADIOLOGY / name, check_images=name.endswith("jsonl"))
-    assert (len(questions), Counter(question.modality for question in questions)) == (count, modalities)
+    assert (len(questions), Counter(question.modality for question in questions)) == (
+        count,
+        modalities,
+    )

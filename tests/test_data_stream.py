@@ -1,4 +1,6 @@
-"""Which questions are trained on: subsets, splits, and the stream that depends on seed and step alone."""
+"""Which questions are trained on: subsets, splits, and the stream that depends on seed and step
+alone.
+"""
 
 import time
 from dataclasses import replace
@@ -6,20 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import tiny_encoder
+
+from common.errors import InputError
 from data import Question, choose_questions, prompts_of_steps, questions_of_step, split_by_image
 from data.stream import permutation
-from model.errors import InputError
 
 
 def numbered(count):
-    return [Question((), f"{number}", ("x", "y"), "A", "MRI", "", f"row {number}") for number in range(count)]
+    return [
+        Question((), f"{number}", ("x", "y"), "A", "MRI", "", f"row {number}")
+        for number in range(count)
+    ]
 
 
 def names(questions, steps, prompts_per_step, seed=0):
     return [
-        question.question for step in steps for question in questions_of_step(questions, step, prompts_per_step, seed)
+        question.question
+        for step in steps
+        for question in questions_of_step(questions, step, prompts_per_step, seed)
     ]
 
 
@@ -77,7 +84,11 @@ def many():
 def test_choice_is_seeded_by_modality_ordered_and_nested(many):
     chosen = choose_questions(many, "CT(Computed Tomography)", 10, seed=1)
     assert len(chosen) == 10 and {question.modality for question in chosen} == {"CT"}
-    assert chosen == choose_questions(many, "CT", 10, seed=1) != choose_questions(many, "CT", 10, seed=2)
+    assert (
+        chosen
+        == choose_questions(many, "CT", 10, seed=1)
+        != choose_questions(many, "CT", 10, seed=2)
+    )
     assert chosen == [question for question in many if question in chosen]
     larger = choose_questions(many, "CT", 20, seed=1)
     assert all(question in larger for question in chosen)
@@ -88,7 +99,9 @@ def test_choice_of_more_than_there_are_names_what_is_there(many):
     available = r"only 30 \(available: CT 30, MRI 60, X-ray 10\)"
     with pytest.raises(InputError, match=f"31 questions of modality CT .* {available}"):
         choose_questions(many, "CT", 31)
-    with pytest.raises(InputError, match="no question of modality .PET. .there are CT, MRI, X-ray."):
+    with pytest.raises(
+        InputError, match="no question of modality .PET. .there are CT, MRI, X-ray."
+    ):
         choose_questions(many, "PET")
     with pytest.raises(InputError, match="0 questions"):
         choose_questions(many, count=0)
@@ -104,7 +117,9 @@ def test_train_and_test_never_share_an_image(many):
 
 def test_questions_chained_through_several_images_stay_together(many):
     shared = [
-        replace(question, images=(Path(f"{index}"), Path(f"{index + 1}"))) if index < 50 else question
+        replace(question, images=(Path(f"{index}"), Path(f"{index + 1}")))
+        if index < 50
+        else question
         for index, question in enumerate(many)
     ]
     train, test = split_by_image(shared, 0.3, seed=0)
@@ -127,7 +142,9 @@ def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_
         assert [prompt.question for prompt in made] == asked
         for prompt, question in zip(made, asked):
             alone = encoder.encode(question)
-            assert torch.equal(prompt.tokens_P, alone.tokens_P) and torch.equal(prompt.patches_SC, alone.patches_SC)
+            assert torch.equal(prompt.tokens_P, alone.tokens_P) and torch.equal(
+                prompt.patches_SC, alone.patches_SC
+            )
             assert torch.equal(prompt.positions_3P, alone.positions_3P)
 
     broken = [*questions, replace(questions[1], images=(Path("gone.png"),))]
@@ -143,7 +160,9 @@ def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_
 def test_who_stops_does_not_wait_for_images_that_nobody_will_see(prompts):
     encoder, questions = tiny_encoder(), [prompt.question for prompt in prompts] * 20
     patchify, begun = encoder.patchify, []
-    encoder.patchify = lambda question: begun.append(question) or time.sleep(0.05) or patchify(question)
+    encoder.patchify = lambda question: (
+        begun.append(question) or time.sleep(0.05) or patchify(question)
+    )
     told = prompts_of_steps(encoder, questions, range(2), 30, 0)
     next(told)
     told.close()

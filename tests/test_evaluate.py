@@ -1,4 +1,6 @@
-"""evaluate.py from end to end on tiny models: what it leaves, going on after a kill, audits that fire, bad input."""
+"""evaluate.py from end to end on tiny models: what it leaves, going on after a kill, audits that
+fire, bad input.
+"""
 
 import json
 import math
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import tiny_model, write_run
 
 import evaluate
 import train
+from data import Question
 from evaluation import compare, examine
 from evaluation.results import (
     accuracy_rows,
@@ -20,9 +24,7 @@ from evaluation.results import (
     pair_rows,
     sample_rows,
 )
-from data import Question
 from model import load_model, save_model
-from tiny_run import tiny_model, write_run
 
 MODELS = ["base", "sft", "grpo"]
 
@@ -43,7 +45,16 @@ def trained(tmp_path_factory):
     config = write_run(folder, steps=1, eval_batch_prompts=5)
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, train, "--config", config) == 0
-        sft = ("--method", "sft", "--steps", "20", "--learning_rate", "3e-3", "--run_dir", folder / "run_sft")
+        sft = (
+            "--method",
+            "sft",
+            "--steps",
+            "20",
+            "--learning_rate",
+            "3e-3",
+            "--run_dir",
+            folder / "run_sft",
+        )
         assert run(patch, train, "--config", config, *sft) == 0
     return folder
 
@@ -63,7 +74,9 @@ def copied(trained, tmp_path):
         shutil.copytree(trained / name, tmp_path / name)
     shutil.rmtree(tmp_path / "run" / "eval", ignore_errors=True)
     for file in (Path("config.toml"), Path("run/config.toml"), Path("run_sft/config.toml")):
-        (tmp_path / file).write_text((trained / file).read_text().replace(str(trained), str(tmp_path)))
+        (tmp_path / file).write_text(
+            (trained / file).read_text().replace(str(trained), str(tmp_path))
+        )
     return tmp_path
 
 
@@ -71,30 +84,52 @@ def test_an_evaluation_leaves_results_predictions_and_a_report(finished):
     results = json.loads((finished / "results.json").read_text())
     predictions = rows(finished / "predictions.jsonl")
     assert [model["name"] for model in results["models"]] == MODELS
-    assert len(predictions) == 3 * 12 and {row["contract"] for row in predictions} == {results["contract"]["hash"]}
+    assert len(predictions) == 3 * 12 and {row["contract"] for row in predictions} == {
+        results["contract"]["hash"]
+    }
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     assert [(row["model"], row["modality"], row["n"]) for row in whole] == [
         (model, modality, n) for model in MODELS for modality, n in (("MRI", 8), ("X-ray", 4))
     ]
     for row in whole:
-        counted = [p for p in predictions if p["model"] == row["model"] and p["modality"] == row["modality"]]
+        counted = [
+            p
+            for p in predictions
+            if p["model"] == row["model"] and p["modality"] == row["modality"]
+        ]
         assert row["right"] == sum(p["letter"] == p["ground_truth"] for p in counted)
-        assert row["low"] <= row["rate"] <= row["high"] and row["best_blind_rate"] >= row["chance"] > 0.3
-    assert len(results["pairs"]) == 3 * 2 and results["blind"].keys() >= {"chance", "text_prior", "length"}
+        assert (
+            row["low"] <= row["rate"] <= row["high"]
+            and row["best_blind_rate"] >= row["chance"] > 0.3
+        )
+    assert len(results["pairs"]) == 3 * 2 and results["blind"].keys() >= {
+        "chance",
+        "text_prior",
+        "length",
+    }
     assert {row["pass_at_k"] >= row["mean"] for row in results["samples"]["table"]} == {True}
     assert (finished / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_sft_that_learned_the_letter_is_right_and_its_bare_form_is_told(finished):
     results = json.loads((finished / "results.json").read_text())
-    (row,) = [r for r in results["accuracy"] if (r["model"], r["modality"], r["question_type"]) == ("sft", "MRI", None)]
+    (row,) = [
+        r
+        for r in results["accuracy"]
+        if (r["model"], r["modality"], r["question_type"]) == ("sft", "MRI", None)
+    ]
     assert row["rate"] == row["strict"] == 1.0 and row["format"] == 0.0
-    assert not row["sees"]  # the right option is always the second: a guess without the image has it too
+    assert not row[
+        "sees"
+    ]  # the right option is always the second: a guess without the image has it too
 
 
 def test_a_second_call_asks_no_model_again(copied, monkeypatch, capsys):
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
-    before = {name: (copied / "run" / "eval" / name).read_bytes() for name in ("predictions.jsonl", "probes.jsonl")}
+    before = {
+        name: (copied / "run" / "eval" / name).read_bytes()
+        for name in ("predictions.jsonl", "probes.jsonl")
+    }
     first = capsys.readouterr().out
     monkeypatch.setattr(examine, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
@@ -120,18 +155,29 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_alike(finished, c
     file = copied / "run" / "eval" / "predictions.jsonl"
     assert 0 < len(rows(file)) < 3 * 12
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
-    keyed = [{(r["model"], r["id"]): r["completion"] for r in rows(f)} for f in (file, finished / "predictions.jsonl")]
+    keyed = [
+        {(r["model"], r["id"]): r["completion"] for r in rows(f)}
+        for f in (file, finished / "predictions.jsonl")
+    ]
     assert keyed[0] == keyed[1] and len(rows(file)) == 3 * 12
 
 
 def test_a_model_trained_anew_is_asked_anew_and_the_others_are_not(copied, monkeypatch, capsys):
-    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
-    base = [row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"]
+    assert (
+        run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
+    )
+    base = [
+        row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"
+    ]
     save_model(tiny_model(seed=5), copied / "run" / "model")
     capsys.readouterr()
-    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
+    assert (
+        run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
+    )
     assert f"{12 * 6} older rows dropped" in capsys.readouterr().out
-    assert [row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"] == base
+    assert [
+        row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"
+    ] == base
 
 
 def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied, monkeypatch):
@@ -148,15 +194,23 @@ def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied,
     own = [row for row in results["accuracy"] if row["model"] == "blind"]
     assert own and all(rate == row["rate"] for row in own for rate in row["ablated"].values())
     assert not any(row["sees"] for row in own)
-    probes = {(r["model"], r["probe"], r["id"]): r.get("completion") for r in rows(copied / "out" / "probes.jsonl")}
-    plain = {(r["model"], r["id"]): r["completion"] for r in rows(copied / "out" / "predictions.jsonl")}
+    probes = {
+        (r["model"], r["probe"], r["id"]): r.get("completion")
+        for r in rows(copied / "out" / "probes.jsonl")
+    }
+    plain = {
+        (r["model"], r["id"]): r["completion"] for r in rows(copied / "out" / "predictions.jsonl")
+    }
     same = {model: [probes[model, "noise image", i] == text for (m, i), text in plain.items() if m == model]
             for model in ("base", "blind")}  # fmt: skip
     assert all(same["blind"]) and not all(same["base"])
 
 
 def test_questions_of_two_files_with_one_name_stay_apart():
-    rows = [Question((), "What?", ("x", "y"), "A", "MRI", "", source) for source in ("t row 1", "t row 2", "t row 1")]
+    rows = [
+        Question((), "What?", ("x", "y"), "A", "MRI", "", source)
+        for source in ("t row 1", "t row 2", "t row 1")
+    ]
     assert examine.question_ids(rows) == ["t row 1", "t row 2", "t row 1 (2)"]
 
 
@@ -171,28 +225,58 @@ def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refus
     assert code == 0
     mri = shown.out.splitlines()[4].split()
     assert mri[:3] == ["MRI", "8", "100.0"] and int(mri[-3]) + int(mri[-2]) <= 8
-    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base", "--test_count", "3") == 0
+    assert (
+        run(
+            monkeypatch,
+            evaluate,
+            "--config",
+            copied / "config.toml",
+            "--models",
+            "base",
+            "--test_count",
+            "3",
+        )
+        == 0
+    )
     for flags, named in (
         (
             (finished, copied / "run" / "eval", "--models", "base", "base"),
             "not comparable, because of another questions",
         ),
-        ((finished, finished, "--models", "base", "dpo"), "holds no answers of 'dpo'; it has base, sft, grpo"),
+        (
+            (finished, finished, "--models", "base", "dpo"),
+            "holds no answers of 'dpo'; it has base, sft, grpo",
+        ),
         ((finished, copied), "contract.json: can't be read"),
     ):
         code, shown = compared(*flags)
         assert code == 2 and shown.err.count("\n") == 1 and named in shown.err
 
 
-def test_a_tested_image_that_is_trained_on_is_told_in_the_table_not_refused(copied, monkeypatch, capsys):
-    flags = ("--models", "base", "--questions", copied / "questions" / "train.json", "--out", copied / "out")
+def test_a_tested_image_that_is_trained_on_is_told_in_the_table_not_refused(
+    copied, monkeypatch, capsys
+):
+    flags = (
+        "--models",
+        "base",
+        "--questions",
+        copied / "questions" / "train.json",
+        "--out",
+        copied / "out",
+    )
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
     assert "Of 8 test questions 8 show an image that is trained on" in capsys.readouterr().out
 
 
-def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[str, str]], answer: str = "A"):
-    """Rows of four questions whose right answer is A, as the probes would have given these letters."""
-    questions = [Question((), "What?", ("knee", "head"), answer, "MRI", "", f"q{i}") for i in range(4)]
+def by_construction(
+    letters: dict[str, list[str | None]], reasoning: list[dict[str, str]], answer: str = "A"
+):
+    """Rows of four questions whose right answer is A, as the probes would have given these
+    letters.
+    """
+    questions = [
+        Question((), "What?", ("knee", "head"), answer, "MRI", "", f"q{i}") for i in range(4)
+    ]
     scores = {"format": {"score": 1.0, "why": ""}, "accuracy": {"score": 1.0, "why": ""}}
     plain = [
         {"id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "", "question": "What?",
@@ -200,8 +284,16 @@ def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[s
          "rewards": scores, "completion": f"<think>It is the knee.</think><answer>{letter}</answer>"}
         for i, letter in enumerate(letters["plain"])
     ]  # fmt: skip
-    probes = {name: [{"letter": letter} for letter in letters[name]] for name in letters if name != "plain"}
-    return {"plain": plain, **probes, "reasoning": [{"letters": x, "swapped": "B"} for x in reasoning]}, questions
+    probes = {
+        name: [{"letter": letter} for letter in letters[name]]
+        for name in letters
+        if name != "plain"
+    }
+    return {
+        "plain": plain,
+        **probes,
+        "reasoning": [{"letters": x, "swapped": "B"} for x in reasoning],
+    }, questions
 
 
 FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "another's": "B"}
@@ -211,7 +303,9 @@ UNFAITHFUL = dict.fromkeys(FAITHFUL, "A")
 def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither():
     looks = {"plain": ["A"] * 4, "permuted options": ["A"] * 4}
     looks |= {probe: ["B"] * 4 for probe in ("blank image", "noise image", "other image")}
-    guesses = dict.fromkeys(looks, ["A"] * 4) | {"permuted options": ["B"] * 4}  # always the first option
+    guesses = dict.fromkeys(looks, ["A"] * 4) | {
+        "permuted options": ["B"] * 4
+    }  # always the first option
     credits = {"chance": [0.5] * 4}
     found = {}
     for name, letters, reasoning in (("good", looks, FAITHFUL), ("bad", guesses, UNFAITHFUL)):
@@ -238,19 +332,31 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
 
 
 def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
-    letters = {probe: ["A"] * 4 for probe in ("blank image", "noise image", "other image", "permuted options")}
+    letters = {
+        probe: ["A"] * 4
+        for probe in ("blank image", "noise image", "other image", "permuted options")
+    }
     first, questions = by_construction(letters | {"plain": ["A", "A", "A", "B"]}, [{}] * 4)
     second, _ = by_construction(letters | {"plain": ["A", "B", None, "A"]}, [{}] * 4)
     (row,) = pair_rows({"base": second, "grpo": first}, questions)
-    assert (row["first"], row["second"], row["only_first"], row["only_second"]) == ("grpo", "base", 2, 1)
+    assert (row["first"], row["second"], row["only_first"], row["only_second"]) == (
+        "grpo",
+        "base",
+        2,
+        1,
+    )
     assert row["p"] == pytest.approx(1.0)
 
 
 def test_samples_give_mean_any_and_majority():
     questions = [Question((), "What?", ("x", "y"), "A", "MRI", "", "row")] * 2
-    (row,) = sample_rows("m", [{"letters": ["A", "A", "B", None]}, {"letters": ["B", "B", "B", "A"]}], questions)
+    (row,) = sample_rows(
+        "m", [{"letters": ["A", "A", "B", None]}, {"letters": ["B", "B", "B", "A"]}], questions
+    )
     assert (row["mean"], row["pass_at_k"], row["majority"]) == (3 / 8, 1.0, 0.5)
-    assert majority_credit(["A", "B", None, None], "B") == 0.5 and majority_credit([None], "A") == 0.0
+    assert (
+        majority_credit(["A", "B", None, None], "B") == 0.5 and majority_credit([None], "A") == 0.0
+    )
 
 
 def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
@@ -260,30 +366,53 @@ def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
         flags = ("--models", "base", "--samples", "4", "--out", out, "--eval_batch_prompts", size)
         assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
         letters.append(
-            {r["id"]: r["letters"] for r in rows(out / "probes.jsonl") if r["probe"] == "4 samples at 1, seed 0"}
+            {
+                r["id"]: r["letters"]
+                for r in rows(out / "probes.jsonl")
+                if r["probe"] == "4 samples at 1, seed 0"
+            }
         )
     assert letters[0] == letters[1] and len(letters[0]) == 12
 
 
-def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed_up(copied, monkeypatch):
+def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed_up(
+    copied, monkeypatch
+):
     from evaluation import answers
 
     def drawn():
         found = rows(copied / "out" / "probes.jsonl")
         return {(r["probe"], r["id"]): r["letters"] for r in found if "samples" in r["probe"]}
 
-    flags = ("--models", "base", "--samples", "4", "--out", copied / "out", "--config", copied / "config.toml")
+    flags = (
+        "--models",
+        "base",
+        "--samples",
+        "4",
+        "--out",
+        copied / "out",
+        "--config",
+        copied / "config.toml",
+    )
     assert run(monkeypatch, evaluate, *flags) == 0
     whole = drawn()
-    kept = [line for line in (copied / "out" / "probes.jsonl").read_text().splitlines(keepends=True)]
-    torn = [line for line in kept if "samples" not in line or json.loads(line)["place"] in (3, 4, 9)]
+    kept = [
+        line for line in (copied / "out" / "probes.jsonl").read_text().splitlines(keepends=True)
+    ]
+    torn = [
+        line for line in kept if "samples" not in line or json.loads(line)["place"] in (3, 4, 9)
+    ]
     (copied / "out" / "probes.jsonl").write_text("".join(torn))
     assert run(monkeypatch, evaluate, *flags) == 0
     assert drawn() == whole
     calls, real = [], answers.sample_groups
-    monkeypatch.setattr(answers, "sample_groups", lambda *a, **k: calls.append(k["temperature"]) or real(*a, **k))
+    monkeypatch.setattr(
+        answers, "sample_groups", lambda *a, **k: calls.append(k["temperature"]) or real(*a, **k)
+    )
     assert run(monkeypatch, evaluate, *flags, "--seed", "0") == 0 and calls == []
-    (copied / "config.toml").write_text((copied / "config.toml").read_text() + "temperature = 5.0\n")
+    (copied / "config.toml").write_text(
+        (copied / "config.toml").read_text() + "temperature = 5.0\n"
+    )
     assert run(monkeypatch, evaluate, *flags) == 0
     assert set(calls) == {5.0} and len(drawn()) == 24
 
@@ -344,7 +473,9 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(copied, monkeypatch, capsys, case):
+def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(
+    copied, monkeypatch, capsys, case
+):
     spoil, named = BAD_INPUTS[case]
     spoil(copied)
     capsys.readouterr()
@@ -362,12 +493,18 @@ def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(copied, mon
         (["--config", "CONFIG", "--samples", "-1"], "--samples is -1"),
         (["--config", "CONFIG", "--device", "cuda:9"], "no CUDA GPU"),
         (["--config", "CONFIG", "--options", "a", "b"], "belong to --ask"),
-        (["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--samples", "3"], "without --samples"),
+        (
+            ["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--samples", "3"],
+            "without --samples",
+        ),
         (["--ask", "What?", "--model", "BASE", "--options", "one"], "--options makes 1"),
         (["--ask", "What?", "--options", "a", "b"], "--ask needs a model"),
         (["--ask", " ", "--model", "BASE", "--options", "a", "b"], "must not be empty"),
         (["--ask", "What?", "--model", "nowhere", "--options", "a", "b"], "nowhere"),
-        (["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--image", "none.png"], "none.png"),
+        (
+            ["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--image", "none.png"],
+            "none.png",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(trained, monkeypatch, capsys, flags, named):
@@ -378,7 +515,9 @@ def test_wrong_flags_are_one_line(trained, monkeypatch, capsys, flags, named):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_one_question_gets_reasoning_answer_letters_and_a_notice(trained, monkeypatch, capsys, terminal):
+def test_one_question_gets_reasoning_answer_letters_and_a_notice(
+    trained, monkeypatch, capsys, terminal
+):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     flags = ("--config", trained / "config.toml", "--image", trained / "questions" / "9.png")
     options = ("Mass", "Normal\x1b[31m")
@@ -386,7 +525,11 @@ def test_one_question_gets_reasoning_answer_letters_and_a_notice(trained, monkey
                "--options", *options) == 0  # fmt: skip
     shown = capsys.readouterr().out
     assert "<answer>B</answer>" in shown.splitlines()[0] and shown.count("<answer>") == 1
-    letters = {line.split()[0]: float(line.split()[1]) for line in shown.splitlines() if line.startswith("  ")}
+    letters = {
+        line.split()[0]: float(line.split()[1])
+        for line in shown.splitlines()
+        if line.startswith("  ")
+    }
     assert letters.keys() == {"A", "B"} and letters["A"] < letters["B"] <= 0
     assert 0 < math.exp(letters["A"]) + math.exp(letters["B"]) <= 1.0001
     assert "not for diagnosis" in shown and "\x1b" not in shown and "\\x1b[31m" in shown

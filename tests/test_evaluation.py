@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from data import Question
-from evaluation import curves
 from evaluation.accuracy import Accuracy, accuracy_by_modality, comparison_table, run_summary
-from evaluation.curves import curves_svg
+from evaluation.report import curves
+from evaluation.report.curves import curves_svg
 from evaluation.statistics import binomial_tail, mcnemar, wilson
 
 
@@ -32,13 +32,16 @@ def test_wilson_interval_is_that_of_scipy(total, share):
 
 
 @pytest.mark.parametrize(
-    ("right", "total", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
+    ("right", "total", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
 )
 def test_interval_is_wilsons_as_in_the_textbooks(right, total, low, high):
     assert Accuracy(total, right, 0, 0).interval() == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 5), (2, 9), (30, 12), (0, 60), (140, 9)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(0, 0), (1, 0), (5, 5), (2, 9), (30, 12), (0, 60), (140, 9)]
+)
 def test_mcnemar_is_the_exact_two_sided_binomial_test_of_scipy(first, second):
     stats = pytest.importorskip("scipy.stats")
     known = stats.binomtest(first, first + second).pvalue if first + second else 1.0
@@ -55,7 +58,9 @@ def test_binomial_tail_is_that_of_scipy(right, total, chance):
 
 
 def test_mcnemar_by_hand():
-    assert mcnemar(0, 6) == pytest.approx(2 / 64)  # six coins that all fall on one side, or all on the other
+    assert mcnemar(0, 6) == pytest.approx(
+        2 / 64
+    )  # six coins that all fall on one side, or all on the other
 
 
 def test_tallies_tell_lenient_from_strict_letters_and_both_from_the_format():
@@ -67,15 +72,26 @@ def test_tallies_tell_lenient_from_strict_letters_and_both_from_the_format():
 
 def test_accuracy_is_above_a_blind_guess_only_if_luck_would_hardly_do_as_well():
     assert Accuracy(100, 60, 0, 0).above(0.49) and not Accuracy(100, 60, 0, 0).above(0.51)
-    assert not Accuracy(1, 1, 0, 0).above(0.2) and not Accuracy(4, 4, 0, 0).above(0.5)  # few questions show nothing
+    assert not Accuracy(1, 1, 0, 0).above(0.2) and not Accuracy(4, 4, 0, 0).above(
+        0.5
+    )  # few questions show nothing
     assert not Accuracy(300, 300, 0, 0).above(1.0)
 
 
 def test_summary_and_table_tell_before_from_after_and_mark_what_is_not_above_the_blind():
-    before, after = accuracy_by_modality(QUESTIONS, ["", "", ""]), accuracy_by_modality(QUESTIONS, ANSWERS)
+    before, after = (
+        accuracy_by_modality(QUESTIONS, ["", "", ""]),
+        accuracy_by_modality(QUESTIONS, ANSWERS),
+    )
     summary = run_summary(before, after, BLIND, steps=3)
-    assert summary["before"] == {"CT": 0.0, "MRI": 0.0} and summary["after"] == {"CT": 1.0, "MRI": 1.0}
-    assert summary["questions"] == {"CT": 2, "MRI": 1} and summary["chance"] == {"CT": 0.375, "MRI": 0.25}
+    assert summary["before"] == {"CT": 0.0, "MRI": 0.0} and summary["after"] == {
+        "CT": 1.0,
+        "MRI": 1.0,
+    }
+    assert summary["questions"] == {"CT": 2, "MRI": 1} and summary["chance"] == {
+        "CT": 0.375,
+        "MRI": 0.25,
+    }
     assert summary["format_after"] == {"CT": 0.5, "MRI": 0.0} and summary["steps"] == 3
     assert summary["blind"] == BLIND
     lines = comparison_table(before, after, BLIND).splitlines()
@@ -89,7 +105,12 @@ def test_summary_and_table_tell_before_from_after_and_mark_what_is_not_above_the
 @pytest.mark.parametrize("kl", [{}, {"kl": 0.0}, {"kl": 3.7}])
 @pytest.mark.parametrize("count", [1, 2, 50])
 def test_curves_are_well_formed_whatever_the_run(kl, count):
-    row = {"reward": 1.7, "rewards/format": 1.0, "rewards/accuracy": 0.7, "completion_tokens": 13.4} | kl
+    row = {
+        "reward": 1.7,
+        "rewards/format": 1.0,
+        "rewards/accuracy": 0.7,
+        "completion_tokens": 13.4,
+    } | kl
     root = ElementTree.fromstring(curves_svg([{"step": step} | row for step in range(count)]))
     numbers = [
         float(x)

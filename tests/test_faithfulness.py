@@ -1,4 +1,6 @@
-"""Reasoning that is faithful and unfaithful by construction, the table of it, and the file that it is read from."""
+"""Reasoning that is faithful and unfaithful by construction, the table of it, and the file that it
+is read from.
+"""
 
 import json
 import random
@@ -8,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import faithfulness
-from evaluation.completions import Completion, read_completions
-from evaluation.faithfulness import audit, flags, table, templates
-from model import InputError
+from common.errors import InputError
+from evaluation.audits import faithfulness
+from evaluation.audits.completions import Completion, read_completions
+from evaluation.audits.faithfulness import audit, flags, table, templates
 
 REAL = Path(__file__).parents[2] / "shared" / "radiology" / "completions.jsonl"
 PARTS = ("knee", "brain", "hand", "chest")
@@ -55,9 +57,17 @@ def test_rows_are_per_model_with_intervals_and_without_checks_of_nothing():
     written_by = (("The knee.", "x"), ("", "y"), ("Hm", "y"))
     rows = audit([completion(think, "A", model=model) for think, model in written_by])
     assert list(dict.fromkeys(row["model"] for row in rows)) == ["x", "y"]
-    assert all(list(row) == ["model", "check", "count", "of", "rate", "low", "high", "meaning"] for row in rows)
-    assert all(0 <= row["low"] <= row["rate"] <= row["high"] <= 1 and row["meaning"].isprintable() for row in rows)
-    assert "right without naming an option" not in [row["check"] for row in rows if row["model"] == "x"]
+    assert all(
+        list(row) == ["model", "check", "count", "of", "rate", "low", "high", "meaning"]
+        for row in rows
+    )
+    assert all(
+        0 <= row["low"] <= row["rate"] <= row["high"] <= 1 and row["meaning"].isprintable()
+        for row in rows
+    )
+    assert "right without naming an option" not in [
+        row["check"] for row in rows if row["model"] == "x"
+    ]
     assert "shares a template" not in counts([completion("", "A")])
     assert audit([]) == []
 
@@ -68,7 +78,8 @@ def test_a_template_filled_with_each_option_is_one_and_varied_reasonings_are_man
     assert "'the body part is the [option]'" in audit(filled)[-1]["meaning"]
     words = "bone fluid bright dark round left tissue edge shows lies beside behind thin vessel joint fat".split()
     varied = [
-        completion(" ".join(random.Random(seed).choices(words, k=12)), "A", name=str(seed)) for seed in range(300)
+        completion(" ".join(random.Random(seed).choices(words, k=12)), "A", name=str(seed))
+        for seed in range(300)
     ]
     assert counts(varied)["shares a template"] == (0, 300)
     assert "300 distinct" in audit(varied)[-2]["meaning"]
@@ -102,7 +113,9 @@ def test_near_duplicates_are_found_as_comparing_with_every_template_finds_them()
     order = sorted(dict.fromkeys(texts), key=lambda words: len(trigrams(words)))
     firsts, expected = [], {}
     for words in order:
-        expected[words] = next((i for i, first in enumerate(firsts) if jaccard(words, first) >= 0.9), len(firsts))
+        expected[words] = next(
+            (i for i, first in enumerate(firsts) if jaccard(words, first) >= 0.9), len(firsts)
+        )
         if expected[words] == len(firsts):
             firsts.append(words)
     numbers = templates(texts)
@@ -110,9 +123,14 @@ def test_near_duplicates_are_found_as_comparing_with_every_template_finds_them()
     assert len(firsts) < len(order), "no near-duplicates: nothing was tested"
 
 
-@pytest.mark.parametrize(("change", "distinct"), [("of case {}", 1), ("of {} in {}", 5000), ("", 1)])
+@pytest.mark.parametrize(
+    ("change", "distinct"), [("of case {}", 1), ("of {} in {}", 5000), ("", 1)]
+)
 def test_five_thousand_reasonings_that_are_much_alike_take_seconds(change, distinct):
-    text = "the scan shows a joint with cartilage and bone and fluid but neither tear nor lump nor loss " + change
+    text = (
+        "the scan shows a joint with cartilage and bone and fluid but neither tear nor lump nor loss "
+        + change
+    )
     many = [tuple(text.format(i, -i).split()) for i in range(5000)]
     started = time.process_time()
     assert len(set(templates(many))) == distinct
@@ -129,7 +147,13 @@ def test_flags_say_what_is_wrong_with_each_in_order():
             completion(None, "A", name="5"),
         ]
     )
-    assert found == [["template"], ["conclusion conflicts", "template"], [], ["names no option"], ["no reasoning"]]
+    assert found == [
+        ["template"],
+        ["conclusion conflicts", "template"],
+        [],
+        ["names no option"],
+        ["no reasoning"],
+    ]
 
 
 ROW = {
@@ -141,12 +165,20 @@ ROW = {
 
 def written(folder, *rows):
     file = folder / "completions.jsonl"
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    file.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows),
+        encoding="utf-8",
+    )
     return file
 
 
 def test_usable_completions_are_read_and_the_others_counted(tmp_path):
-    unusable = [{"options": None}, {"ground_truth": None}, {"ground_truth": 7.4}, {"ground_truth": "Brain"}]
+    unusable = [
+        {"options": None},
+        {"ground_truth": None},
+        {"ground_truth": 7.4},
+        {"ground_truth": "Brain"},
+    ]
     silent = ROW | {"ground_truth": "a", "completion": ""}
     file = written(tmp_path, ROW, "", *(ROW | change for change in unusable), silent)
     completions, skipped = read_completions(file)
@@ -162,7 +194,10 @@ def test_usable_completions_are_read_and_the_others_counted(tmp_path):
         ("[" * 100_000, "not JSON"),
         ("[]", "list"),
         *(({k: v for k, v in ROW.items() if k != gone}, f"`{gone}`") for gone in list(ROW)[:6]),
-        *((ROW | {name: 5}, f"`{name}`") for name in ("id", "model", "question", "options", "completion", "modality")),
+        *(
+            (ROW | {name: 5}, f"`{name}`")
+            for name in ("id", "model", "question", "options", "completion", "modality")
+        ),
         (ROW | {"options": ["Knee"]}, "`options`"),
         (ROW | {"options": ["x"] * 11}, "`options`"),
         (ROW | {"options": ["Knee", 3]}, "`options`"),
@@ -184,7 +219,11 @@ def run(monkeypatch, file):
 def test_the_program_prints_the_table_and_no_control_character(tmp_path, monkeypatch, capsys):
     evil = "evil\x1b[2J\x9b\u202e\ud800"
     text = f"<think>{evil} brain</think><answer>B{evil}</answer>"
-    rows = [ROW | {"model": "evil\x1b[2J", "completion": text}, ROW | {"modality": "CT\x1b[2J", "id": "2"}, ROW]
+    rows = [
+        ROW | {"model": "evil\x1b[2J", "completion": text},
+        ROW | {"modality": "CT\x1b[2J", "id": "2"},
+        ROW,
+    ]
     assert run(monkeypatch, written(tmp_path, *rows, ROW | {"options": None})) == 0
     printed = capsys.readouterr().out
     assert printed.replace("\n", "").isprintable() and max(map(len, printed.split("\n"))) <= 120
@@ -192,15 +231,24 @@ def test_the_program_prints_the_table_and_no_control_character(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("rows", [["{"], [""], [ROW | {"options": None}], [{"\x1b[2J\n": 1}]])
-def test_the_program_ends_with_one_line_where_there_is_nothing_to_read(tmp_path, monkeypatch, capsys, rows):
+def test_the_program_ends_with_one_line_where_there_is_nothing_to_read(
+    tmp_path, monkeypatch, capsys, rows
+):
     for file in (written(tmp_path, *rows), tmp_path / "none\x1b[2J.jsonl", tmp_path):
         assert run(monkeypatch, file) == 2
         errors = capsys.readouterr().err
-        assert errors.startswith("faithfulness: ") and errors.count("\n") == 1 and errors.strip().isprintable()
+        assert (
+            errors.startswith("faithfulness: ")
+            and errors.count("\n") == 1
+            and errors.strip().isprintable()
+        )
 
 
 def test_modalities_stand_side_by_side_where_they_fit():
-    both = [completion("The knee.", "A", modality="CT"), completion("Hm.", "A", modality="MRI", name="2")]
+    both = [
+        completion("The knee.", "A", modality="CT"),
+        completion("Hm.", "A", modality="MRI", name="2"),
+    ]
     named = next(line for line in table(both).split("\n") if line.startswith("names an option"))
     assert named.split() == "names an option 50.0 % of 2 (9.5 to 90.5) 100 % of 1 0 % of 1".split()
 
@@ -210,7 +258,9 @@ def test_real_reasoning_mostly_names_no_option_and_is_mostly_right_all_the_same(
         pytest.skip(f"{REAL.name} of a published model is not here")
     completions, skipped = read_completions(REAL)
     assert (len(completions), skipped) == (597, 203)
-    findings = [c for c in completions if c.modality == "MRI" and c.question_type == "Disease Diagnosis"]
+    findings = [
+        c for c in completions if c.modality == "MRI" and c.question_type == "Disease Diagnosis"
+    ]
     rates = {row["check"]: row["rate"] for row in audit(findings)}
     assert len(findings) == 423 and 1 - rates["names an option"] == pytest.approx(0.61, abs=0.03)
     assert rates["right without naming an option"] > 0.9 and rates["conclusion conflicts"] < 0.1

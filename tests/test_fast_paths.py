@@ -1,25 +1,27 @@
-"""What makes a step fast, beside the slow twin of each: same values, same gradients, same tokens."""
+"""What makes a step fast, beside the slow twin of each: same values, same gradients, same
+tokens.
+"""
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
-import grpo.sampler
-import model.linear
-from grpo.batch import collate, completion_logprobs, with_image_features
-from grpo.sampler import inverse_cdf, naive_inverse_cdf
-from data import Vocabulary
-from model import Qwen2VL
-from model.attention import merged_attention, two_part_attention
-from model.linear import Linear, arranged, linear
-from model.rope import batch_positions
 from test_model_twins import assert_close_gradients, gradients, random_tokens, replicated_logits
 from test_sampler import sampled
 from tiny import tiny_tokenizer
 from tiny_models import IMAGE, MIXED, VOCABULARY, make_batch, tiny_config
 from tiny_models import tiny_model as bare_model
 from tiny_run import tiny_model
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import grpo.sampler
+import model.linear
+from data import Vocabulary
+from grpo.rollout import collate, completion_logprobs, with_image_features
+from grpo.sampler import inverse_cdf, naive_inverse_cdf
+from model import Qwen2VL
+from model.attention import merged_attention, two_part_attention
+from model.linear import Linear, arranged, linear
+from model.rope import batch_positions
 
 SHAPES = {"1:1-tied": (4, 4, True), "4:2-untied": (4, 2, False), "6:1-tied": (6, 1, True)}
 LENGTHS = {
@@ -38,12 +40,16 @@ def mask_of(lengths: list[list[int]]) -> Tensor:
 def packed_hidden(model: Qwen2VL, batch, completions: Tensor, mask: Tensor) -> Tensor:
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
     images = None if batch.patches is None else batch.patches.to(model.embed.weight.dtype)
-    return model.completion_hidden(batch.tokens, positions, batch.lengths, images, batch.grids, completions, mask)
+    return model.completion_hidden(
+        batch.tokens, positions, batch.lengths, images, batch.grids, completions, mask
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_packed_completions_equal_replicated_sequences_in_values_and_gradients(shape, lengths) -> None:
+def test_packed_completions_equal_replicated_sequences_in_values_and_gradients(
+    shape, lengths
+) -> None:
     """Prompts without an image, with one and with three; a vocabulary of 307."""
     model, batch, mask = bare_model(tiny_config(*shape)), make_batch(MIXED), mask_of(lengths)
     completions = random_tokens(*mask.shape)
@@ -70,7 +76,9 @@ def test_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengt
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_gradients_of_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengths) -> None:
+def test_gradients_of_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(
+    lengths,
+) -> None:
     batch, mask = make_batch(MIXED), mask_of(lengths)
     completions = random_tokens(*mask.shape)
     weights = torch.randn(int(mask.sum()), VOCABULARY, generator=torch.Generator().manual_seed(2))
@@ -93,17 +101,26 @@ def test_decoding_in_bf16_agrees_with_the_update_about_its_log_probabilities(pro
     model = tiny_model().bfloat16()
     rollout, allowed = sampled(model, prompts, max_new_tokens=20)
     with torch.no_grad():
-        logp, _ = completion_logprobs(model, collate(prompts), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
+        logp, _ = completion_logprobs(
+            model, collate(prompts), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3
+        )
     gap = (logp - rollout.logp_NGT)[rollout.mask_NGT].abs()
     assert 0 < gap.mean() < 0.03
 
 
 def test_scores_of_bf16_keys_are_fp32() -> None:
-    """Where the scores near 30 the steps of bf16 are an eighth: a sampler that rounded them would be another policy."""
+    """Where the scores near 30 the steps of bf16 are an eighth: a sampler that rounded them would
+    be another policy.
+    """
     generator = torch.Generator().manual_seed(0)
     q = (6 * torch.randn(1, 2, 4, 1, 64, generator=generator)).bfloat16()
     keys = [torch.randn(1, 2, 300, 64, generator=generator).bfloat16() for _ in range(4)]
-    parts = [keys[0], keys[1], keys[2][:, None].expand(1, 2, 2, 300, 64), keys[3][:, None].expand(1, 2, 2, 300, 64)]
+    parts = [
+        keys[0],
+        keys[1],
+        keys[2][:, None].expand(1, 2, 2, 300, 64),
+        keys[3][:, None].expand(1, 2, 2, 300, 64),
+    ]
     narrow = two_part_attention(q, *parts, None, None)
     exact = two_part_attention(q.double(), *(part.double() for part in parts), None, None)
     assert (narrow.double() - exact).norm() < 0.004 * exact.norm()
@@ -113,7 +130,9 @@ def test_what_is_masked_out_is_never_looked_at() -> None:
     model, batch, mask = bare_model(), make_batch(MIXED), mask_of(LENGTHS["ragged"])
     completions = random_tokens(*mask.shape)
     other = torch.where(mask, completions, 7)
-    assert torch.equal(*(packed_hidden(model, batch, tokens, mask) for tokens in (completions, other)))
+    assert torch.equal(
+        *(packed_hidden(model, batch, tokens, mask) for tokens in (completions, other))
+    )
 
 
 def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) -> None:
@@ -125,33 +144,48 @@ def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) ->
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             logp, _ = completion_logprobs(
-                model, collate(prompts), rollout.tokens_NGT, rollout.mask_NGT, allowed, temperature=1.3
+                model,
+                collate(prompts),
+                rollout.tokens_NGT,
+                rollout.mask_NGT,
+                allowed,
+                temperature=1.3,
             )
         found.append((len(kept), gradients(model, logp.sum())))
     assert found[1][0] < 0.4 * found[0][0]
     assert all(torch.equal(found[1][1][name], gradient) for name, gradient in found[0][1].items())
 
 
-def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_the_tower(prompts) -> None:
+def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_the_tower(
+    prompts,
+) -> None:
     rollout, allowed = sampled(tiny_model(), prompts)
     model, found = tiny_model(), []
     model.visual.requires_grad_(False)
     for shown in (prompts, with_image_features(model, prompts)):
-        logp, _ = completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
+        logp, _ = completion_logprobs(
+            model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3
+        )
         found.append((logp.detach(), gradients(model, logp.sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
     assert not any(name.startswith("visual.") for name in found[1][1])
     assert_close_gradients(found[1][1], found[0][1])
     model.visual.forward = None  # whoever would run it again fails
     completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
-    assert with_image_features(model, prompts[:1]) == list(prompts[:1])  # a prompt without an image needs no tower
+    assert with_image_features(model, prompts[:1]) == list(
+        prompts[:1]
+    )  # a prompt without an image needs no tower
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others(prompts, monkeypatch, greedy) -> None:
+def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others(
+    prompts, monkeypatch, greedy
+) -> None:
     model, ends, sizes = tiny_model(), tuple(range(0, 300, 12)), []
     decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda tokens, *rest: sizes.append(len(tokens)) or decode(tokens, *rest))
+    monkeypatch.setattr(
+        model, "decode", lambda tokens, *rest: sizes.append(len(tokens)) or decode(tokens, *rest)
+    )
     options = dict(group_size=6, max_new_tokens=70, ends=ends, greedy=greedy)
     monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 0.0)
     slow, _ = sampled(model, prompts, **options)
@@ -162,7 +196,9 @@ def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others
         monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
         fast, _ = sampled(model, prompts, **options)
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > (1 if greedy else 3)
-        assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(fast.mask_NGT, slow.mask_NGT)
+        assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(
+            fast.mask_NGT, slow.mask_NGT
+        )
         assert torch.equal(fast.ended_NG, slow.ended_NG) and fast.texts == slow.texts
         torch.testing.assert_close(fast.logp_NGT, slow.logp_NGT, rtol=0, atol=1e-5)
 
@@ -181,13 +217,17 @@ def test_two_level_sampling_chooses_the_tokens_of_one_long_sum(V: int) -> None:
     agree = chosen == naive_inverse_cdf(logp, noise)
     assert agree.float().mean() > 0.999  # a threshold may fall within rounding of a boundary
     assert (logp.gather(1, chosen[:, None]) > -1e20).all()
-    torch.testing.assert_close(chosen_logp, logp.gather(1, chosen[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        chosen_logp, logp.gather(1, chosen[:, None])[:, 0], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (1,), (3, 0)])
-def test_our_matrix_product_equals_torchs_in_values_and_gradients(shape, bias: bool, dtype: torch.dtype) -> None:
+def test_our_matrix_product_equals_torchs_in_values_and_gradients(
+    shape, bias: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     layer, twin = Linear(24, 37, bias=bias).to(dtype), torch.nn.Linear(24, 37, bias=bias).to(dtype)
     twin.load_state_dict(layer.state_dict())
@@ -205,27 +245,37 @@ def test_our_matrix_product_takes_any_strides() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(24, 10), torch.randn(24, 37)
     torch.testing.assert_close(linear(x.T, weight.T), x.T @ weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(linear(x.T[::2], weight.T[3:9]), (x.T @ weight)[::2, 3:9], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        linear(x.T[::2], weight.T[3:9]), (x.T @ weight)[::2, 3:9], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_parts_merged_by_their_sums_equal_one_softmax_over_both(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+def test_parts_merged_by_their_sums_equal_one_softmax_over_both(
+    heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
     N, G, P, S, d, generator = 2, 3, 7, 5, 8, torch.Generator().manual_seed(0)
     sizes = [(N, G, heads, 1, d), (N, kv_heads, P, d), (N, kv_heads, P, d), (N, G, kv_heads, S, d)]
-    q, prompt_k, prompt_v, own_k, own_v = (torch.randn(s, generator=generator).to(dtype) for s in [*sizes, sizes[-1]])
+    q, prompt_k, prompt_v, own_k, own_v = (
+        torch.randn(s, generator=generator).to(dtype) for s in [*sizes, sizes[-1]]
+    )
     seen = torch.arange(P) < torch.tensor([[7], [4]])
     bias = torch.zeros(N, 1, 1, P, dtype=dtype).masked_fill_(~seen[:, None, None], float("-inf"))
     fast = merged_attention(q, prompt_k, prompt_v, own_k.flatten(0, 1), own_v.flatten(0, 1), bias)
     slow = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, seen, None)
     torch.testing.assert_close(
-        fast, slow, **(dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.02, atol=0.02))
+        fast,
+        slow,
+        **(dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.02, atol=0.02)),
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
-    """torch's meta device stands for the GPU: it has no values, and whatever needs one on the host is an error."""
+    """torch's meta device stands for the GPU: it has no values, and whatever needs one on the host
+    is an error.
+    """
     with torch.device("meta"), torch.no_grad():
         growing = fake_growing(Qwen2VL(tiny_config(4, 2)).to(dtype))
         growing.decode_and_choose(span=64, padded=True)
@@ -238,7 +288,9 @@ def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
 def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70):
     """A rollout after its prefill, made by hand: reading real prompts would need values."""
     vocabulary = Vocabulary(tiny_tokenizer(), (3, 4), torch.ones(VOCABULARY, dtype=torch.bool))
-    growing = grpo.sampler.Growing(model, vocabulary, grpo.sampler.RolloutKind((N, G, T), 0.7, False), P)
+    growing = grpo.sampler.Growing(
+        model, vocabulary, grpo.sampler.RolloutKind((N, G, T), 0.7, False), P
+    )
     growing.rows = N * G
     tokens = torch.zeros(N, P, dtype=torch.int64)
     growing.cache.begin(torch.full((N,), P))
@@ -246,23 +298,33 @@ def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70
     return growing
 
 
-def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_no_trace(prompts, monkeypatch) -> None:
-    """What a captured graph relies on: every tensor that a step reads or writes lies where it lay."""
+def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_no_trace(
+    prompts, monkeypatch
+) -> None:
+    """What a captured graph relies on: every tensor that a step reads or writes lies where it
+    lay.
+    """
     monkeypatch.setattr(grpo.sampler, "ASK_EVERY", 2)
     monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
     options = dict(group_size=6, max_new_tokens=40, ends=tuple(range(0, 300, 12)))
     model = tiny_model()
     shown = [prompts, prompts[::-1], [prompts[0]] * 3]  # the last ones are shorter than the buffers
     expected = [sampled(model, part, **options)[0] for part in shown]
-    vocabulary = Vocabulary(tiny_tokenizer(), options["ends"], sampled(model, prompts, **options)[1])
+    vocabulary = Vocabulary(
+        tiny_tokenizer(), options["ends"], sampled(model, prompts, **options)[1]
+    )
     size = max(len(prompt.tokens_P) for prompt in prompts)
-    growing = grpo.sampler.Growing(model, vocabulary, grpo.sampler.RolloutKind((3, 6, 40), 1.3, False), size)
+    growing = grpo.sampler.Growing(
+        model, vocabulary, grpo.sampler.RolloutKind((3, 6, 40), 1.3, False), size
+    )
     monkeypatch.setattr(grpo.sampler, "growing_rows", lambda *_, **__: growing)
     places = []
     for part, slow in zip(shown, expected):
         fast, _ = sampled(model, part, **options)
         assert growing.rows < 18  # some have left
-        assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(fast.mask_NGT, slow.mask_NGT)
+        assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(
+            fast.mask_NGT, slow.mask_NGT
+        )
         torch.testing.assert_close(fast.logp_NGT, slow.logp_NGT, rtol=0, atol=1e-5)
         state = tree_leaves([vars(growing), vars(growing.cache)])
         places.append([x.data_ptr() for x in state if isinstance(x, torch.Tensor)])
@@ -275,8 +337,14 @@ def test_replayed_graphs_sample_the_tokens_of_eager_steps(prompts, monkeypatch) 
     for graphs in (True, False):
         model = tiny_model().cuda()
         if not graphs:
-            monkeypatch.setattr(grpo.sampler.Growing, "advance", lambda self, t: self.decode_and_choose(span=t + 1))
-        rollouts.append(sampled(model, prompts, group_size=6, max_new_tokens=200, ends=tuple(range(0, 300, 12)))[0])
+            monkeypatch.setattr(
+                grpo.sampler.Growing, "advance", lambda self, t: self.decode_and_choose(span=t + 1)
+            )
+        rollouts.append(
+            sampled(
+                model, prompts, group_size=6, max_new_tokens=200, ends=tuple(range(0, 300, 12))
+            )[0]
+        )
     assert torch.equal(rollouts[0].tokens_NGT, rollouts[1].tokens_NGT)
     torch.testing.assert_close(rollouts[0].logp_NGT, rollouts[1].logp_NGT, rtol=0, atol=1e-4)
 
@@ -291,7 +359,9 @@ def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> No
             assert hasattr(layer.weight, "arranged")
             for rows in (6, 3, 1):
                 torch.testing.assert_close(layer(x[:rows]), expected[:rows], rtol=1e-5, atol=1e-6)
-            layer.weight.arranged = torch.ops.mkldnn._reorder_linear_weight(2 * layer.weight.detach(), 6)
+            layer.weight.arranged = torch.ops.mkldnn._reorder_linear_weight(
+                2 * layer.weight.detach(), 6
+            )
             assert not torch.allclose(layer(x), expected)  # it is what is multiplied by
             raise KeyError
         assert not hasattr(layer.weight, "arranged")
@@ -313,7 +383,8 @@ def test_all_that_decoding_multiplies_by_is_arranged_for_it(prompts, monkeypatch
         model.linear,
         "_product",
         lambda x, weight, bias=None: (
-            plain.append(bool(decoding) and weight.layout == torch.strided) or product(x, weight, bias)
+            plain.append(bool(decoding) and weight.layout == torch.strided)
+            or product(x, weight, bias)
         ),
     )
     sampled(network, prompts)

@@ -1,4 +1,6 @@
-"""Files made to break a reader: each is one printable line of bounded length, in bounded time and memory."""
+"""Files made to break a reader: each is one printable line of bounded length, in bounded time and
+memory.
+"""
 
 import json
 import os
@@ -12,18 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from common.config import load_config
+from common.errors import LONGEST_MESSAGE, InputError, printable
+from common.files import MOST_BYTES
 from data import load_image, read_questions
 from data.images import image_size
 from data.readers import LONGEST_ROW
 from data.rows import LONGEST_TEXT
-from evaluation.completions import read_completions
-from grpo.config import load_config
-from model import InputError, printable, read_config
-from model.errors import LONGEST_MESSAGE
-from model.files import MOST_BYTES
+from evaluation.audits.completions import read_completions
+from model import read_config
 from rewards import read_letter, score
 
-ROW = {"image": ["scan.png"], "question": "What is seen?", "options": ["Cyst", "Mass"], "answer": "Mass"}
+ROW = {
+    "image": ["scan.png"],
+    "question": "What is seen?",
+    "options": ["Cyst", "Mass"],
+    "answer": "Mass",
+}
 
 
 @contextmanager
@@ -63,7 +70,13 @@ READERS = {
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_a_pipe_is_not_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    refused(read, tmp_path / "config.json", "config.json", "a pipe or a device", "save its contents as a file")
+    refused(
+        read,
+        tmp_path / "config.json",
+        "config.json",
+        "a pipe or a device",
+        "save its contents as a file",
+    )
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
@@ -77,7 +90,9 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(read, tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MOST_BYTES + 1)  # a hole: it takes no room on the disk, and would in memory
     tracemalloc.start()
-    refused(read, tmp_path / "config.json", "config.json", "larger than 256 MB", "split or shrink it")
+    refused(
+        read, tmp_path / "config.json", "config.json", "larger than 256 MB", "split or shrink it"
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000
@@ -90,7 +105,9 @@ def test_a_name_that_no_file_can_have_is_no_traceback(read):
 
 def question_file(tmp_path, content):
     (tmp_path / "scan.png").touch()
-    (tmp_path / "test.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "test.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     return tmp_path / "test.json"
 
 
@@ -120,10 +137,16 @@ def test_a_row_just_within_the_limit_is_read(tmp_path):
         (json.dumps([ROW]).encode("utf-16"), "not UTF-8"),
         (b"\xff\xfe[1]", "not UTF-8"),
         ('{"question": "' + "x" * 10_000_000 + '"}', "line 1: not JSON"),
-        ("[" + json.dumps(ROW | {"question": "x" * (LONGEST_TEXT + 1)}) + "]", "`question` holds 20,001 characters"),
+        (
+            "[" + json.dumps(ROW | {"question": "x" * (LONGEST_TEXT + 1)}) + "]",
+            "`question` holds 20,001 characters",
+        ),
         (json.dumps([ROW | {"options": ["x"] * 10_000}]), "`options` makes 10000 options"),
         (json.dumps([ROW | {"question": "\udc80"}]), "`question` holds half of a surrogate"),
-        (json.dumps([ROW | {"\x1b[2J\u202e\ud800" * 1000: 1, "question": None}]), "`question` holds null"),
+        (
+            json.dumps([ROW | {"\x1b[2J\u202e\ud800" * 1000: 1, "question": None}]),
+            "`question` holds null",
+        ),
         ('[{"a": ' * 100_000, "row 1: not JSON"),
         ('[{"image": "a", "image": "b"}]', "the field 'image' stands there twice"),
         (json.dumps([ROW])[:-2] + ', "big": ' + "9" * 5000 + "}]", "row 1: not JSON"),
@@ -143,13 +166,19 @@ def test_a_hostile_question_file_is_one_line(tmp_path, content, part):
 @pytest.mark.parametrize("unit", ["\n", ", ", "\n,", ",\n ", " A)", ",B)", "A)x,"])
 def test_splitting_a_problem_takes_linear_time(tmp_path, unit, monkeypatch):
     monkeypatch.setattr("data.rows.LONGEST_TEXT", LONGEST_ROW)
-    row = {"image": "scan.png", "problem": "Q? A)x" + unit * (900_000 // len(json.dumps(unit))), "solution": "K"}
+    row = {
+        "image": "scan.png",
+        "problem": "Q? A)x" + unit * (900_000 // len(json.dumps(unit))),
+        "solution": "K",
+    }
     started = time.process_time()
     refused(read_questions, question_file(tmp_path, json.dumps([row])), "row 1")
     assert time.process_time() - started < 5  # well under a second when idle
 
 
-@pytest.mark.parametrize("char", "\x1b\x9b\r\x7f\u202e\u2066\u200b\u2028\ufeff\ud800\U000e0041\u00ad", ids=ascii)
+@pytest.mark.parametrize(
+    "char", "\x1b\x9b\r\x7f\u202e\u2066\u200b\u2028\ufeff\ud800\U000e0041\u00ad", ids=ascii
+)
 def test_a_character_that_steers_a_terminal_or_hides_is_escaped(char):
     assert printable(f"a{char}b").isascii() and printable(f"a{char}b").isprintable()
     assert str(InputError(f"a{char}b")) == printable(f"a{char}b")
@@ -169,7 +198,9 @@ def test_a_long_message_keeps_the_thing_and_the_remedy_and_loses_its_middle():
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000"])
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000"]
+)
 def test_the_usual_formats_are_read_whatever_the_file_is_called(tmp_path, kind):
     Image.fromarray(PIXELS).save(tmp_path / "scan.jpg", format=kind)
     assert load_image(tmp_path / "scan.jpg").size == image_size(tmp_path / "scan.jpg") == (50, 40)
@@ -179,7 +210,9 @@ def test_the_usual_formats_are_read_whatever_the_file_is_called(tmp_path, kind):
 def test_a_format_for_which_pillow_runs_a_program_or_a_rare_decoder_is_refused(tmp_path, kind):
     Image.fromarray(PIXELS).save(tmp_path / "scan.png", format=kind)
     for read in (load_image, image_size):
-        refused(read, tmp_path / "scan.png", "scan.png: not a readable image (UnidentifiedImageError")
+        refused(
+            read, tmp_path / "scan.png", "scan.png: not a readable image (UnidentifiedImageError"
+        )
 
 
 def test_a_text_that_unpacks_to_much_more_is_refused(tmp_path):
@@ -206,8 +239,14 @@ UNITS = ("B)", "a ", "no mass, ", "(", "*", "not ", "option ", "</answer>", "<th
 def test_ten_thousand_hostile_characters_are_scored_at_once(unit):
     text = (unit * 10_000)[:10_000]
     started = time.process_time()
-    for completion in (text, f"<think>{text}</think><answer>{text[:900]}</answer>", f"<answer>{text}"):
+    for completion in (
+        text,
+        f"<think>{text}</think><answer>{text[:900]}</answer>",
+        f"<answer>{text}",
+    ):
         verdicts = score(completion, "B", ("no mass", "Mass (MRI), large.", "the left lung", "Yes"))
         assert all(verdict.why.isprintable() for verdict in verdicts)
         assert read_letter(completion) in (None, *"ABCDEFGHIJ")
-    assert time.process_time() - started < 10  # at most 2 s when idle; a quadratic pattern takes minutes
+    assert (
+        time.process_time() - started < 10
+    )  # at most 2 s when idle; a quadratic pattern takes minutes

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from data import load_vocabulary
-from evaluation import compare
-from evaluation.curves import read_metrics
-from grpo.checkpoint import damage_of, load_progress
-from grpo.saving import Checkpoints
-from grpo.config import config_toml, load_config
-from grpo.optimizer import MasterAdamW
-from grpo.run import prompt_encoder
-from model import InputError, load_model, save_model
-from model.errors import LONGEST_MESSAGE
 from tiny import tiny_tokenizer
 from tiny_run import tiny_model, write_run
+
+from common.config import config_toml, load_config
+from common.errors import LONGEST_MESSAGE, InputError
+from data import load_vocabulary
+from data.choice import prompt_encoder
+from evaluation import compare
+from evaluation.report.curves import read_metrics
+from grpo.optimizer import MasterAdamW
+from model import load_model, save_model
+from training.checkpoint import damage_of, load_progress
+from training.saving import Checkpoints
 
 DEEP = "[" * 100_000
 
@@ -68,10 +68,21 @@ def test_the_folder_that_the_cases_below_damage_is_whole(folder):
 def test_code_that_lies_in_a_checkpoint_is_not_run(folder, tmp_path):
     body = f"open({str(tmp_path / 'run_by_us')!r}, 'w')\nclass Evil:\n    pass\n"
     (folder / "evil.py").write_text(body)
-    mapped = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    mapped = {
+        "AutoConfig": "evil.Evil",
+        "AutoModel": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+    }
     change(folder / "config.json", auto_map=mapped)
-    change(folder / "tokenizer_config.json", auto_map=mapped, tokenizer_class="Evil", trust_remote_code=True)
-    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "run_by_us") + "') }}"
+    change(
+        folder / "tokenizer_config.json",
+        auto_map=mapped,
+        tokenizer_class="Evil",
+        trust_remote_code=True,
+    )
+    template = (
+        "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "run_by_us") + "') }}"
+    )
     (folder / "chat_template.jinja").write_text(template)
     refused(lambda: loaded(folder), "chat template can't be rendered or tokenised", "SecurityError")
     assert not (tmp_path / "run_by_us").exists()
@@ -85,17 +96,27 @@ def test_code_that_lies_in_a_checkpoint_is_not_run(folder, tmp_path):
 def test_a_chat_template_that_fails_in_any_way_is_one_line(folder, template):
     (folder / "chat_template.jinja").unlink()
     change(folder / "tokenizer_config.json", chat_template=template)
-    refused(lambda: loaded(folder), "chat template can't be rendered or tokenised", "use the template of Qwen2-VL")
+    refused(
+        lambda: loaded(folder),
+        "chat template can't be rendered or tokenised",
+        "use the template of Qwen2-VL",
+    )
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", DEEP, b"\xff\xfe"], ids=lambda text: ascii(text[:9]))
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "5", "null", DEEP, b"\xff\xfe"], ids=lambda text: ascii(text[:9])
+)
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
+)
 def test_a_torn_or_nonsensical_file_is_one_line(folder, name, content):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(lambda: loaded(folder), str(folder))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+)
 def test_a_pipe_among_the_tokenizers_files_is_not_waited_for(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -143,10 +164,18 @@ HEADERS = {
     "deep": header(DEEP.encode()),
     "list": header(b"[]"),
     "beyond the end": header({NORM: {"dtype": "F32", "shape": [32], "data_offsets": [0, 10**18]}}),
-    "negative": header({NORM: {"dtype": "F32", "shape": [-32], "data_offsets": [0, 128]}}, bytes(128)),
-    "overflow": header({NORM: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 128]}}, bytes(128)),
-    "unknown type": header({NORM: {"dtype": "\x1b[2J", "shape": [32], "data_offsets": [0, 128]}}, bytes(128)),
-    "escapes": header({"\x1b[2J": {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]}}, bytes(128)),
+    "negative": header(
+        {NORM: {"dtype": "F32", "shape": [-32], "data_offsets": [0, 128]}}, bytes(128)
+    ),
+    "overflow": header(
+        {NORM: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 128]}}, bytes(128)
+    ),
+    "unknown type": header(
+        {NORM: {"dtype": "\x1b[2J", "shape": [32], "data_offsets": [0, 128]}}, bytes(128)
+    ),
+    "escapes": header(
+        {"\x1b[2J": {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]}}, bytes(128)
+    ),
 }
 
 
@@ -156,14 +185,18 @@ def test_weights_with_a_hostile_header_are_one_line(folder, content):
     refused(lambda: load_model(folder), "model.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint16, torch.complex64], ids=str
+)
 def test_weights_that_mean_nothing_by_themselves_are_refused(folder, dtype):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {NORM: torch.zeros(32, dtype=dtype)}, folder / "model.safetensors")
     refused(lambda: load_model(folder), NORM, "quantised")
 
 
-@pytest.mark.parametrize("name", ["a" * 5000, "a\0", "\ud800", DEEP], ids=lambda name: ascii(name[:8]))
+@pytest.mark.parametrize(
+    "name", ["a" * 5000, "a\0", "\ud800", DEEP], ids=lambda name: ascii(name[:8])
+)
 def test_an_index_of_impossible_names_is_one_line(folder, name):
     index = name if name == DEEP else json.dumps({"weight_map": {"model.norm.weight": name}})
     (folder / "model.safetensors.index.json").write_text(index)
@@ -180,7 +213,11 @@ def test_an_index_of_impossible_names_is_one_line(folder, name):
 ], ids=lambda text: ascii(text[:20]))  # fmt: skip
 def test_a_hostile_config_is_one_line(tmp_path, text):
     lines = {"model": '"m"', "train_questions": '"q"', "run_dir": '"r"'}
-    needed = "".join(f"{key} = {value}\n" for key, value in lines.items() if not text.startswith((key, "[" + key)))
+    needed = "".join(
+        f"{key} = {value}\n"
+        for key, value in lines.items()
+        if not text.startswith((key, "[" + key))
+    )
     (tmp_path / "c.toml").write_text(text + "\n" + needed)
     refused(lambda: load_config(tmp_path / "c.toml"))
 
@@ -189,7 +226,10 @@ def test_every_config_that_is_read_can_be_written_and_read_again(tmp_path):
     file = write_run(tmp_path)
     config = replace(load_config(file), image_dir='a\x7f\x01\n"\\\u2028\U0001f600')
     file.write_text(config_toml(config))
-    assert load_config(file) == config and tomllib.loads(config_toml(config))["image_dir"] == config.image_dir
+    assert (
+        load_config(file) == config
+        and tomllib.loads(config_toml(config))["image_dir"] == config.image_dir
+    )
     refused(lambda: replace(config, run_dir="\udcff"), "run_dir", "UTF-8")  # as a shell may pass it
 
 
@@ -197,7 +237,9 @@ def test_every_config_that_is_read_can_be_written_and_read_again(tmp_path):
                                   '{"loss": 1}'], ids=lambda text: ascii(text[:12]))  # fmt: skip
 def test_metrics_of_nonsense_are_one_line(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
-    refused(lambda: read_metrics(tmp_path / "metrics.jsonl"), "metrics.jsonl line 2", "mend the line")
+    refused(
+        lambda: read_metrics(tmp_path / "metrics.jsonl"), "metrics.jsonl line 2", "mend the line"
+    )
 
 
 @pytest.mark.parametrize("progress", [
@@ -218,14 +260,31 @@ def test_progress_of_nonsense_is_one_line(tmp_path, progress):
     assert damage_of(checkpoint)
 
 
-@pytest.mark.parametrize("terms", [DEEP, "{}", "[]", "5", '{"number of questions": "x"}'], ids=lambda text: text[:12])
+@pytest.mark.parametrize(
+    "terms", [DEEP, "{}", "[]", "5", '{"number of questions": "x"}'], ids=lambda text: text[:12]
+)
 def test_a_contract_of_nonsense_is_one_line(tmp_path, terms):
     (tmp_path / "contract.json").write_text(terms)
-    refused(lambda: compare.compare((tmp_path, tmp_path), ("grpo", "grpo")), "contract.json: not readable")
+    refused(
+        lambda: compare.compare((tmp_path, tmp_path), ("grpo", "grpo")),
+        "contract.json: not readable",
+    )
 
 
 def test_answers_without_what_is_compared_are_one_line(tmp_path):
     (tmp_path / "contract.json").write_text('{"number of questions": 1}')
-    row = {"model": "grpo", "probe": "", "place": 0, "contract": "", "digest": "", "letter": "A", "modality": [1]}
+    row = {
+        "model": "grpo",
+        "probe": "",
+        "place": 0,
+        "contract": "",
+        "digest": "",
+        "letter": "A",
+        "modality": [1],
+    }
     (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n")
-    refused(lambda: compare.compare((tmp_path, tmp_path), ("grpo", "grpo")), "predictions.jsonl", "modality")
+    refused(
+        lambda: compare.compare((tmp_path, tmp_path), ("grpo", "grpo")),
+        "predictions.jsonl",
+        "modality",
+    )

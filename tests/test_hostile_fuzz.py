@@ -1,4 +1,6 @@
-"""Seeded fuzzing of every reader: whatever it is given, it gives a result or one InputError of one printable line."""
+"""Seeded fuzzing of every reader: whatever it is given, it gives a result or one InputError of one
+printable line.
+"""
 
 import io
 import json
@@ -11,18 +13,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import flat_config, tiny_config
 
+from common.config import config_toml, load_config
+from common.errors import LONGEST_MESSAGE, InputError
 from data import load_image, read_questions
 from data.images import image_size
-from evaluation.completions import read_completions
-from evaluation.curves import read_metrics
+from evaluation.audits.completions import read_completions
 from evaluation.records import read_rows
-from grpo.config import config_toml, load_config
-from model import InputError, Qwen2VLConfig, read_config
+from evaluation.report.curves import read_metrics
+from model import Qwen2VLConfig, read_config
 from model.config import parse_config
-from model.errors import LONGEST_MESSAGE
 from rewards import LETTERS, RULES, read_letter, score
-from tiny_models import flat_config, tiny_config
 
 fuzzed = settings(
     max_examples=200, derandomize=True, deadline=None, database=None,
@@ -72,7 +74,9 @@ def changed_rows(draw) -> list[Any]:
     """Rows of the layouts, with some fields taken out, exchanged or filled with anything."""
     rows = []
     for layout in draw(st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3)):
-        changes = draw(st.dictionaries(st.sampled_from(FIELDS), JSON | TEXT | st.just(...), max_size=2))
+        changes = draw(
+            st.dictionaries(st.sampled_from(FIELDS), JSON | TEXT | st.just(...), max_size=2)
+        )
         rows.append({name: value for name, value in (layout | changes).items() if value is not ...})
     return rows
 
@@ -97,7 +101,11 @@ def question_files(draw) -> bytes:
 def read_all(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     for question in result_or_line(read_questions, file) or ():
-        assert question.question.strip() and 2 <= len(question.options) <= len(LETTERS) and question.answer in LETTERS
+        assert (
+            question.question.strip()
+            and 2 <= len(question.options) <= len(LETTERS)
+            and question.answer in LETTERS
+        )
         assert all(path.is_relative_to(file.parent) for path in question.images)
         json.dumps([question.question, *question.options]).encode()
     for read in (read_completions, read_rows, read_metrics):
@@ -152,7 +160,11 @@ def test_a_damaged_image_is_an_image_or_one_line(scratch, content):
 
 
 CONFIG = flat_config(tiny_config())
-VALUES = JSON | st.integers(-2, 10**7) | st.sampled_from(["mrope", "qwen2_vl", [2, 3, 3], 10**30, 1e-300])
+VALUES = (
+    JSON
+    | st.integers(-2, 10**7)
+    | st.sampled_from(["mrope", "qwen2_vl", [2, 3, 3], 10**30, 1e-300])
+)
 
 
 @fuzzed
@@ -160,9 +172,15 @@ VALUES = JSON | st.integers(-2, 10**7) | st.sampled_from(["mrope", "qwen2_vl", [
        st.dictionaries(st.sampled_from(sorted(CONFIG["vision_config"])), VALUES, max_size=2))  # fmt: skip
 @example({"rope_scaling": {"mrope_section": "abc"}}, {})
 def test_a_changed_model_config_is_a_config_or_one_line(changes, vision):
-    raw = json.loads(json.dumps({**CONFIG, "vision_config": CONFIG["vision_config"] | vision} | changes))
+    raw = json.loads(
+        json.dumps({**CONFIG, "vision_config": CONFIG["vision_config"] | vision} | changes)
+    )
     config = result_or_line(parse_config, raw)
-    assert config is None or isinstance(config, Qwen2VLConfig) and config.head_dim == 2 * sum(config.mrope_section)
+    assert (
+        config is None
+        or isinstance(config, Qwen2VLConfig)
+        and config.head_dim == 2 * sum(config.mrope_section)
+    )
 
 
 @fuzzed
@@ -178,7 +196,17 @@ TOML_VALUES = st.sampled_from([
     '"\\u0000"', "1979-05-27", '"\\u007f"', '"cuda:9"', "''",
 ])  # fmt: skip
 TOML_KEYS = st.sampled_from(
-    ["steps", "beta", "seed", "device", "image_dir", "test_questions", "model", "freeze_vision", "x"]
+    [
+        "steps",
+        "beta",
+        "seed",
+        "device",
+        "image_dir",
+        "test_questions",
+        "model",
+        "freeze_vision",
+        "x",
+    ]
 )
 
 
@@ -203,7 +231,9 @@ PIECES = [
     "<think>", "</think>", "<answer>", "</answer>", "B", "A)", "(b)", "**C**", "not ", "option ", "answer is ", "mass",
     "no mass", "kidneys", "therefore ", ". ", "\n", "or ", "是", "\u202e", "\ud800", "'", "  ",
 ]  # fmt: skip
-COMPLETIONS = st.text(max_size=60) | st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join)
+COMPLETIONS = st.text(max_size=60) | st.lists(
+    st.sampled_from(PIECES) | st.text(max_size=3), max_size=25
+).map("".join)
 
 
 @fuzzed

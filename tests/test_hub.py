@@ -1,4 +1,6 @@
-"""A model by its hub id: against a real server on this machine that speaks as much of the hub's API as is asked for."""
+"""A model by its hub id: against a real server on this machine that speaks as much of the hub's API
+as is asked for.
+"""
 
 import json
 import os
@@ -14,13 +16,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-
-from grpo.hub import fetch_order, is_complete, model_folder
-from model import InputError, load_model, save_model
-from model.weights import INDEX
 from tiny import tiny_tokenizer
 from tiny_hub import COMMITS, NAME, Hub
 from tiny_run import tiny_model
+
+from common.errors import InputError
+from common.hub import fetch_order, is_complete, model_folder
+from model import load_model, save_model
+from model.weights import INDEX
 
 EVIL = ("pytorch_model.bin", "modeling_evil.py", "older/model.safetensors")
 """What stands beside the checkpoint and must not be fetched."""
@@ -48,7 +51,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The server, and this process's hub library pointed at it with an empty cache, from an empty current folder."""
+    """The server, and this process's hub library pointed at it with an empty cache, from an empty
+    current folder.
+    """
     server = Hub(repository)
     point_at(server.url, tmp_path / "cache", monkeypatch)
     (tmp_path / "here").mkdir()
@@ -60,7 +65,9 @@ def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -80,7 +87,9 @@ def test_a_hub_id_is_fetched_whole_and_loads_and_nothing_that_could_run_comes_wi
     data = {file.name for file in repository.iterdir() if file.is_file()} - set(EVIL)
     assert {file.name for file in folder.rglob("*")} == data == set(hub.fetched())
     assert folder.name == COMMITS[0]
-    for mine, theirs in zip(load_model(folder).parameters(), load_model(repository).parameters(), strict=True):
+    for mine, theirs in zip(
+        load_model(folder).parameters(), load_model(repository).parameters(), strict=True
+    ):
         assert torch.equal(mine, theirs)
 
 
@@ -105,7 +114,9 @@ def test_without_weights_no_weights_are_fetched_and_later_only_they_are(hub: Hub
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "b.safetensors"])
-def test_an_interrupted_download_is_completed_and_not_taken_for_whole(hub: Hub, missing: str) -> None:
+def test_an_interrupted_download_is_completed_and_not_taken_for_whole(
+    hub: Hub, missing: str
+) -> None:
     hub.refuse = lambda path: (503, {}) if path.endswith(missing) else None
     assert "503" in refused()
     hub.refuse, before = lambda path: None, set(hub.fetched())
@@ -120,12 +131,18 @@ def test_an_interrupted_download_is_completed_and_not_taken_for_whole(hub: Hub, 
 def test_at_whatever_file_a_download_breaks_off_the_folder_is_not_taken_for_whole(
     repository: Path, tmp_path: Path, weights: bool, tokenizer: list[str]
 ) -> None:
-    files = [file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file()]
-    order = fetch_order([*set(files) - {"tokenizer.json"}, "generation_config.json", *tokenizer], weights)
+    files = [
+        file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file()
+    ]
+    order = fetch_order(
+        [*set(files) - {"tokenizer.json"}, "generation_config.json", *tokenizer], weights
+    )
     assert {"generation_config.json", *tokenizer} <= set(order) and not set(EVIL) & set(order)
     for file in order:
         assert not is_complete(tmp_path, weights)
-        (tmp_path / file).write_bytes((repository / file).read_bytes() if (repository / file).is_file() else b"{}")
+        (tmp_path / file).write_bytes(
+            (repository / file).read_bytes() if (repository / file).is_file() else b"{}"
+        )
     assert is_complete(tmp_path, weights)
 
 
@@ -137,7 +154,11 @@ def unreachable() -> str:
 
 
 ANSWERS = {
-    "absent, asked without a login": (401, {"X-Error-Code": "RepoNotFound"}, "no such public model"),
+    "absent, asked without a login": (
+        401,
+        {"X-Error-Code": "RepoNotFound"},
+        "no such public model",
+    ),
     "absent, asked with a login": (404, {"X-Error-Code": "RepoNotFound"}, "no such public model"),
     "not a hub at all": (404, {}, "no such public model"),
     "gated, asked without a login": (401, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
@@ -155,7 +176,9 @@ def test_a_refusal_by_the_hub_is_one_line_that_says_which(hub: Hub, case: str, a
     assert said in refused()
 
 
-def test_a_hub_out_of_reach_is_one_line_at_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_one_line_at_once(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     point_at(unreachable(), tmp_path / "cache", monkeypatch)
     start = time.monotonic()
     assert "can't be reached" in (message := refused()) and f"hf download {NAME}" in message
@@ -163,8 +186,10 @@ def test_a_hub_out_of_reach_is_one_line_at_once(hub: Hub, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("at", ["/api/models/", "config.json", "b.safetensors"])
-def test_a_hub_that_does_not_answer_is_given_up(hub: Hub, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo.hub.SECONDS", 0.5)
+def test_a_hub_that_does_not_answer_is_given_up(
+    hub: Hub, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.hub.SECONDS", 0.5)
     hub.refuse = lambda path: time.sleep(60) if at in path else None
     start = time.monotonic()
     assert "can't be reached" in refused()
@@ -202,7 +227,9 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: Hub) -> None:
 def test_a_mistyped_folder_does_not_go_to_the_network(hub: Hub) -> None:
     Path("mine").mkdir()
     assert "mine/ is a folder here" in refused("mine/Qwen2-VL")
-    assert "nor a hub id" in refused("models/Qwen2-VL")  # where configs expect it, before it is there
+    assert "nor a hub id" in refused(
+        "models/Qwen2-VL"
+    )  # where configs expect it, before it is there
     assert hub.asked == []
 
 
@@ -214,18 +241,27 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_said_to_be_neither(hub: Hub, n
     assert hub.asked == []
 
 
-FETCH = f"import sys; from grpo.hub import model_folder; print(model_folder({NAME!r}))"
+FETCH = f"import sys; from common.hub import model_folder; print(model_folder({NAME!r}))"
 SMALL_FILES = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); {FETCH}"
 
 
 def fetch_elsewhere(hub: Hub, tmp_path: Path, program: str) -> subprocess.Popen[str]:
     """A process of its own, that knows of the hub and the cache by the environment only."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": root}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": root,
+    }
     for variable in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         environment.pop(variable, None)
     return subprocess.Popen(
-        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -235,7 +271,9 @@ def test_a_full_disk_is_one_line(hub: Hub, tmp_path: Path) -> None:
     assert NAME in last and "can't be stored" in last and "HF_HOME" in last
 
 
-def test_ctrl_c_ends_a_download_at_once_and_the_next_call_completes_it(hub: Hub, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_download_at_once_and_the_next_call_completes_it(
+    hub: Hub, tmp_path: Path
+) -> None:
     hub.seconds = 60
     process = fetch_elsewhere(hub, tmp_path, FETCH)
     while not any(path.endswith(".safetensors") and method == "GET" for method, path in hub.asked):

@@ -5,17 +5,22 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import train
-from grpo.session import Session
 from test_train import vowel_score
 from tiny_run import write_run
 
+import train
+from training.session import Session
+
 STEPS, SETTLED = 500, 150
-"""By SETTLED steps the libraries are loaded, the allocator has its arenas and a checkpoint was saved."""
+"""By SETTLED steps the libraries are loaded, the allocator has its arenas and a checkpoint was
+saved.
+"""
 
 
 def held() -> tuple[float, int]:
-    """Resident memory in MB, and open files (not what other tests' servers may still hold: sockets and pipes)."""
+    """Resident memory in MB, and open files (not what other tests' servers may still hold: sockets
+    and pipes).
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     links = []
     for entry in os.listdir("/proc/self/fd"):
@@ -43,6 +48,10 @@ def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
     quarter = (STEPS - SETTLED) // 4
     memory, files = ([x[i] for x in seen.values()] for i in (0, 1))
     first, last = sorted(memory[:quarter])[quarter // 2], sorted(memory[-quarter:])[quarter // 2]
-    print(f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}; at most {max(files)} files open")
-    assert last - first < 4  # MB; a leak of one completion's text a step would be less, of one tensor of weights 40 times as much
+    print(
+        f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}; at most {max(files)} files open"
+    )
+    assert (
+        last - first < 4
+    )  # MB; a leak of one completion's text a step would be less, of one tensor of weights 40 times as much
     assert max(files) - min(files) <= 3  # those of the checkpoint that is being saved

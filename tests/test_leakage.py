@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from common.errors import InputError
 from data import Question
-from evaluation import leakage as module
-from evaluation.leakage import leakage, nearest_images, summary, thumbnail
-from model import InputError
+from evaluation.audits import leakage as module
+from evaluation.audits.leakage import leakage, nearest_images, summary, thumbnail
 
 
 def picture(seed, size=96):
@@ -19,10 +19,13 @@ def picture(seed, size=96):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
     blobs = [
-        rng.uniform(40, 110) * np.exp(-((x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.8)) ** 2) / width)
+        rng.uniform(40, 110)
+        * np.exp(-((x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.8)) ** 2) / width)
         for width in rng.uniform(0.002, 0.02, 8)
     ]
-    return Image.fromarray(np.clip(sum(blobs) + rng.normal(0, 2, (size, size)), 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(sum(blobs) + rng.normal(0, 2, (size, size)), 0, 255).astype(np.uint8)
+    )
 
 
 @pytest.fixture
@@ -37,7 +40,9 @@ def scan(tmp_path):
     return _scan
 
 
-def question(*images, text="What?", options=("cyst", "mass"), answer="A", modality="MRI", source="row"):
+def question(
+    *images, text="What?", options=("cyst", "mass"), answer="A", modality="MRI", source="row"
+):
     return Question(images, text, options, answer, modality, "", source)
 
 
@@ -54,7 +59,9 @@ def found(train, test):
 KEPT = {
     "JPEG of quality 60": lambda image, file: image.save(file, "JPEG", quality=60),
     "half the size": lambda image, file: image.resize((48, 48)).save(file, "PNG"),
-    "10 % brighter": lambda image, file: ImageEnhance.Brightness(image).enhance(1.1).save(file, "PNG"),
+    "10 % brighter": lambda image, file: (
+        ImageEnhance.Brightness(image).enhance(1.1).save(file, "PNG")
+    ),
     "in colour": lambda image, file: image.convert("RGB").save(file, "PNG"),
 }
 
@@ -73,8 +80,12 @@ def test_a_copy_that_was_saved_anew_is_found_among_others(scan, tmp_path, name):
 def test_a_copy_turned_by_its_exif_is_found(scan, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter, clockwise
-    picture(1).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert found([alone(scan(1), 1)], [alone(tmp_path / "turned.jpg", 2)])[0]["near_duplicates"] == 1
+    picture(1).transpose(Image.Transpose.ROTATE_90).save(
+        tmp_path / "turned.jpg", exif=exif, quality=95
+    )
+    assert (
+        found([alone(scan(1), 1)], [alone(tmp_path / "turned.jpg", 2)])[0]["near_duplicates"] == 1
+    )
 
 
 def test_images_of_different_scenes_are_not_near(scan):
@@ -90,7 +101,9 @@ def test_an_image_counts_once_as_the_strongest_kind(scan, tmp_path):
     again = tmp_path / "again.png"
     shutil.copy(known, again)
     train = [alone(scan(0), 0), alone(known, 1), alone(known, 2), alone(again, 3)]
-    result, pairs = found(train, [alone(copy, 11), alone(known, 12), alone(known, 13), alone(scan(9), 14)])
+    result, pairs = found(
+        train, [alone(copy, 11), alone(known, 12), alone(known, 13), alone(scan(9), 14)]
+    )
     assert pairs == [("same_path", "row 1", "row 12"), ("same_bytes", "row 1", "row 11")]
     assert (result["same_path"], result["same_bytes"], result["near_duplicates"]) == (2, 1, 0)
     assert [(pair["train_image"], pair["test_image"]) for pair in result["pairs"]] == [
@@ -101,7 +114,11 @@ def test_an_image_counts_once_as_the_strongest_kind(scan, tmp_path):
 
 def test_any_image_of_a_question_touches_it_and_two_touch_it_once(scan):
     train = [alone(scan(0), 0), question(scan(1), scan(2), text="Which?")]
-    test = [question(scan(7), scan(2)), question(scan(0), scan(1), text="Where?"), question(scan(8), text="Who?")]
+    test = [
+        question(scan(7), scan(2)),
+        question(scan(0), scan(1), text="Where?"),
+        question(scan(8), text="Who?"),
+    ]
     assert found(train, test)[0]["same_path"] == 2
 
 
@@ -119,7 +136,9 @@ def test_images_without_contrast_resemble_none_and_hide_none(scan, tmp_path):
     train = [alone(tmp_path / "black.png", 1), alone(scan(1), 2)]
     copy = tmp_path / "copy.jpg"
     picture(1).save(copy)
-    assert found(train, [alone(tmp_path / "grey.png", 3), alone(copy, 4)])[1] == [("near_duplicate", "row 2", "row 4")]
+    assert found(train, [alone(tmp_path / "grey.png", 3), alone(copy, 4)])[1] == [
+        ("near_duplicate", "row 2", "row 4")
+    ]
 
 
 def test_each_image_is_decoded_once(scan, monkeypatch):
@@ -133,7 +152,11 @@ def test_each_image_is_decoded_once(scan, monkeypatch):
 
 def test_a_question_is_the_same_in_any_order_of_options_and_with_another_answer():
     same = {"text": "What is it?", "options": ("Cyst", "Mass.", "rib")}
-    train = [question(**same, source="first"), question(source="other"), question(**same, source="second")]
+    train = [
+        question(**same, source="first"),
+        question(source="other"),
+        question(**same, source="second"),
+    ]
     test = [
         question(text="what is  it?", options=("rib", "cyst", "mass"), answer="C", source="a"),
         question(text="What is it?", options=("cyst", "mass"), source="b"),
@@ -145,7 +168,10 @@ def test_a_question_is_the_same_in_any_order_of_options_and_with_another_answer(
 
 
 def test_answers_are_seen_only_where_they_were_right():
-    train = [question(options=("cyst", "mass"), answer="B"), question(options=("rib", "lung"), answer="A")]
+    train = [
+        question(options=("cyst", "mass"), answer="B"),
+        question(options=("rib", "lung"), answer="A"),
+    ]
     test = [
         question(options=("spine", "Mass."), answer="B"),
         question(options=("rib", "cyst"), answer="B"),
@@ -160,7 +186,9 @@ def test_missing_images_are_told_and_not_taken_for_a_clean_set(scan, tmp_path):
     assert pairs == [("same_path", "row 1", "row 3")]
     assert result["missing_images"] == 1 and result["same_path"] == 1
     assert result["same_bytes"] is None and result["near_duplicates"] is None
-    assert "1 image file is missing: only paths and text were compared" in summary(result).splitlines()
+    assert (
+        "1 image file is missing: only paths and text were compared" in summary(result).splitlines()
+    )
 
 
 def test_a_broken_image_is_one_line(scan, tmp_path):
@@ -175,7 +203,10 @@ def test_long_lists_are_cut_and_say_so():
     result, pairs = found(train, train)
     assert len(pairs) == 1000 and result["pairs_total"] == result["same_question"] == 1200
     lines = summary(result).splitlines()
-    assert lines[-1] == "and 1,180 more" and sum(line.startswith("same question: ") for line in lines) == 20
+    assert (
+        lines[-1] == "and 1,180 more"
+        and sum(line.startswith("same question: ") for line in lines) == 20
+    )
     json.dumps(result)
 
 
@@ -186,15 +217,31 @@ def run(monkeypatch, *arguments):
 
 def test_command_reads_two_files_and_escapes_what_they_say(scan, tmp_path, monkeypatch, capsys):
     scan(1), scan(1, "\x1b[2J.png")
-    row = {"question": "What?", "options": ["cyst", "mass"], "answer": "mass", "modality": "CT\n\x1b"}
+    row = {
+        "question": "What?",
+        "options": ["cyst", "mass"],
+        "answer": "mass",
+        "modality": "CT\n\x1b",
+    }
     for name, image in (("train", "1.png"), ("test", "\x1b[2J.png")):
         (tmp_path / f"{name}.json").write_text(json.dumps([row | {"image": [image]}]))
     assert run(monkeypatch, tmp_path / "train.json", tmp_path / "test.json") == 0
     text = capsys.readouterr().out
     assert all(line.isprintable() for line in text.splitlines())
-    assert "same bytes: test.json row 1 (\\x1b[2J.png) - train.json row 1 (1.png)" in text.splitlines()
+    assert (
+        "same bytes: test.json row 1 (\\x1b[2J.png) - train.json row 1 (1.png)" in text.splitlines()
+    )
     assert "only paths and text" not in text
-    assert run(monkeypatch, tmp_path / "train.json", tmp_path / "test.json", "--image_dir", tmp_path / "none") == 0
+    assert (
+        run(
+            monkeypatch,
+            tmp_path / "train.json",
+            tmp_path / "test.json",
+            "--image_dir",
+            tmp_path / "none",
+        )
+        == 0
+    )
     assert "2 image files are missing" in capsys.readouterr().out
     assert run(monkeypatch, tmp_path / "train.json", tmp_path / "gone.json") == 2
     errors = capsys.readouterr().err

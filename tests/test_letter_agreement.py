@@ -21,7 +21,9 @@ def plainly_read(completion: str) -> str | None:
 
 
 def agreement(pairs):
-    """(ground truth, completion) pairs -> counts of (plain right, ours right, reward) and of (plain, our letter)."""
+    """(ground truth, completion) pairs -> counts of (plain right, ours right, reward) and of
+    (plain, our letter).
+    """
     scores, letters = Counter(), Counter()
     for right, completion in pairs:
         plain, ours = plainly_read(completion), read_letter(completion)
@@ -31,7 +33,9 @@ def agreement(pairs):
 
 
 def test_the_tables_show_where_the_two_readers_differ():
-    scores, letters = agreement([("B", "<answer>B</answer>"), ("B", "<answer>B) mass</answer>"), ("A", "B"), ("A", "")])
+    scores, letters = agreement(
+        [("B", "<answer>B</answer>"), ("B", "<answer>B) mass</answer>"), ("A", "B"), ("A", "")]
+    )
     assert scores == {(True, True, 1.0): 1, (False, True, 0.5): 1, (False, False, 0.0): 2}
     assert letters == {("B", "B"): 1, (None, "B"): 2, (None, None): 1}
 
@@ -44,7 +48,9 @@ def test_the_parser_scores_real_completions_as_the_obvious_pattern_does():
     pairs = [
         (row["ground_truth"], row["completion"])
         for row in rows
-        if row["model"].startswith(MODEL) and isinstance(row["ground_truth"], str) and row["ground_truth"] in LETTERS
+        if row["model"].startswith(MODEL)
+        and isinstance(row["ground_truth"], str)
+        and row["ground_truth"] in LETTERS
     ]
     scores, letters = agreement(pairs)
     print(f"(plain right, ours right, reward): {dict(scores)}; (plain, ours): {dict(letters)}")

@@ -1,4 +1,6 @@
-"""The clipped loss with KL: hand-computed values, gradients by finite differences, invariance to splitting."""
+"""The clipped loss with KL: hand-computed values, gradients by finite differences, invariance to
+splitting.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ def one(x: float) -> torch.Tensor:
 
 
 def loss_of_one_token(ratio: float, advantage: float, ref_ratio: float = 1.0, beta: float = 0.0):
-    """Loss of a single token whose pi_theta / pi_old is `ratio` and whose pi_ref / pi_theta is `ref_ratio`."""
+    """Loss of a single token whose pi_theta / pi_old is `ratio` and whose pi_ref / pi_theta is
+    `ref_ratio`.
+    """
     logp = one(math.log(ratio) - 1.0)
     return grpo_loss(
         logp,
@@ -64,7 +68,9 @@ def test_k3_is_an_unbiased_and_non_negative_estimate_of_the_divergence():
 
 
 def batch(dtype=torch.float64):
-    """Three groups of two, completions of 1 to 5 tokens, padding filled with numbers that must not matter."""
+    """Three groups of two, completions of 1 to 5 tokens, padding filled with numbers that must not
+    matter.
+    """
     torch.manual_seed(1)
     lengths = torch.tensor([[5, 1], [3, 4], [2, 2]])
     mask = torch.arange(5) < lengths[..., None]
@@ -91,25 +97,33 @@ def test_sequence_average_is_equation_3_summed_by_hand():
 
 def test_weights_of_the_three_averages_by_hand():
     mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]], dtype=torch.bool)
-    assert token_weights(mask[..., :2], average="constant", max_new_tokens=3)[0, 0, 0] == pytest.approx(1 / 6)
+    assert token_weights(mask[..., :2], average="constant", max_new_tokens=3)[
+        0, 0, 0
+    ] == pytest.approx(1 / 6)
     for average, expected in {
         "sequence": [[0.25, 0.25, 0.0], [0.5, 0.0, 0.0]],
         "token": [[1 / 3, 1 / 3, 0.0], [1 / 3, 0.0, 0.0]],
         "constant": [[1 / 6, 1 / 6, 0.0], [1 / 6, 0.0, 0.0]],
     }.items():
-        torch.testing.assert_close(token_weights(mask, average=average, max_new_tokens=3), torch.tensor([expected]))
+        torch.testing.assert_close(
+            token_weights(mask, average=average, max_new_tokens=3), torch.tensor([expected])
+        )
     with pytest.raises(ValueError, match="'sequence', 'token' or"):
         token_weights(mask, average="mean")
 
 
 def test_gradient_agrees_with_finite_differences_in_float64():
     logp, old, ref, advantages, mask = batch()
-    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, ref, advantages, mask, **SETTINGS)[0], (logp,))
+    assert torch.autograd.gradcheck(
+        lambda x: grpo_loss(x, old, ref, advantages, mask, **SETTINGS)[0], (logp,)
+    )
 
 
 def test_at_the_sampling_policy_the_gradient_is_that_of_the_plain_policy_gradient():
     logp, _, _, advantages, mask = batch()
-    loss, stats = grpo_loss(logp, logp.detach(), None, advantages, mask, clip_low=0.2, clip_high=0.2, beta=0.0)
+    loss, stats = grpo_loss(
+        logp, logp.detach(), None, advantages, mask, clip_low=0.2, clip_high=0.2, beta=0.0
+    )
     (gradient,) = torch.autograd.grad(loss, logp)
     torch.testing.assert_close(gradient, (-token_weights(mask) * advantages[..., None]).double())
     assert stats["clip_fraction"] == 0
@@ -125,7 +139,13 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_stat
     for n in range(3):
         cut = slice(n, n + 1)
         part, part_stats = grpo_loss(
-            logp[cut], old[cut], ref[cut], advantages[cut], mask[cut], weights=weights[cut], **SETTINGS
+            logp[cut],
+            old[cut],
+            ref[cut],
+            advantages[cut],
+            mask[cut],
+            weights=weights[cut],
+            **SETTINGS,
         )
         part.backward()
         parts += part.item()

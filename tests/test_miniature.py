@@ -23,7 +23,11 @@ from model import load_model
 from rewards import accuracy_reward, format_reward
 
 BASE = Path(__file__).resolve().parent.parent / "miniature" / "base"
-SPLITS = {"train": (("MRI", 12),), "validation": (("MRI", 6),), "test": (("MRI", 5), ("CT", 5), ("radiograph", 5))}
+SPLITS = {
+    "train": (("MRI", 12),),
+    "validation": (("MRI", 6),),
+    "test": (("MRI", 5), ("CT", 5), ("radiograph", 5)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,9 @@ def test_question_files_are_read_by_the_data_package_with_valid_letters(folder: 
         questions = read_questions(folder / f"{split}.json")
         assert len(questions) == sum(count for _, count in parts)
         for question in questions:
-            assert 2 <= len(question.options) <= 4 and len(set(question.options)) == len(question.options)
+            assert 2 <= len(question.options) <= 4 and len(set(question.options)) == len(
+                question.options
+            )
             assert question.answer in LETTERS[: len(question.options)]
             assert question.question_type
     assert Counter(q.modality for q in questions) == {"MRI": 5, "CT": 5, "X-ray": 5}
@@ -101,10 +107,15 @@ def test_no_image_is_in_two_splits_or_twice_in_one(folder: Path) -> None:
     assert len(set(STREAMS.values())) == len(STREAMS)
 
 
-def test_the_same_seed_writes_the_same_bytes_and_a_second_call_writes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_bytes_and_a_second_call_writes_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
     def digest(path: Path) -> dict[str, str]:
         files = (file for file in path.rglob("*") if file.is_file())
-        return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return {
+            str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files
+        }
 
     write_questions(tmp_path, SPLITS)
     assert digest(tmp_path) == digest(folder)
@@ -114,13 +125,18 @@ def test_the_same_seed_writes_the_same_bytes_and_a_second_call_writes_nothing(fo
 
 
 def test_options_and_letter_tell_nothing_about_the_answer() -> None:
-    """A reader who knows, for each question, which value is most often right must not beat chance by much."""
+    """A reader who knows, for each question, which value is most often right must not beat chance
+    by much.
+    """
     rng, cases = random.Random(0), np.random.default_rng(0)
     asked = [ask(sample_case(cases), rng) for _ in range(6000)]
     chance = np.mean([1 / len(one.options) for one in asked])
     half = len(asked) // 2
     seen = Counter((one.attribute, one.answer) for one in asked[:half])
-    guesses = [max(one.options, key=lambda v, a=one.attribute: seen[a, v]) == one.answer for one in asked[half:]]
+    guesses = [
+        max(one.options, key=lambda v, a=one.attribute: seen[a, v]) == one.answer
+        for one in asked[half:]
+    ]
     assert abs(np.mean(guesses) - chance) < 0.04
     for count in (2, 3, 4):
         letters = Counter(one.letter for one in asked if len(one.options) == count)
@@ -144,7 +160,9 @@ def test_all_words_of_the_questions_are_whole_tokens(tokenizer) -> None:
             assert len(tokenizer.encode(question)) <= len(question.split()) + 2, question
 
 
-def test_habits_follow_the_format_in_about_half_of_the_answers_and_are_right_when_on_topic(tokenizer) -> None:
+def test_habits_follow_the_format_in_about_half_of_the_answers_and_are_right_when_on_topic(
+    tokenizer,
+) -> None:
     teacher, cases = Teacher(tokenizer, 0), np.random.default_rng(0)
     formatted, right = [], []
     for _ in range(2000):
@@ -179,7 +197,9 @@ def test_padding_and_sharing_the_prompt_do_not_change_the_loss(tokenizer) -> Non
     with torch.no_grad():
         together = lesson_loss(model, examples, groups, pool)
         losses = [lesson_loss(model, [one], (), pool) * sum(one.weights) for one in alone]
-    torch.testing.assert_close(together, sum(losses) / sum(sum(one.weights) for one in alone), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        together, sum(losses) / sum(sum(one.weights) for one in alone), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:
@@ -188,7 +208,9 @@ def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
-    assert load_vocabulary(BASE, model.config).end_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert load_vocabulary(BASE, model.config).end_ids == (
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )
 
 
 def encoder(vocabulary) -> PromptEncoder:

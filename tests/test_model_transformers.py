@@ -1,4 +1,6 @@
-"""Our Qwen2-VL against that of transformers on random checkpoints: logits, positions, greedy continuations, files."""
+"""Our Qwen2-VL against that of transformers on random checkpoints: logits, positions, greedy
+continuations, files.
+"""
 
 import json
 import logging
@@ -6,6 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import (
+    FORBIDDEN,
+    IMAGE,
+    MIXED,
+    Batch,
+    flat_config,
+    hf_model,
+    make_batch,
+    tiny_config,
+    write_weights,
+)
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -13,10 +26,14 @@ from model import Qwen2VL, Qwen2VLConfig, load_model, read_config, save_model
 from model.cache import GroupCache
 from model.rope import batch_positions
 from model.weights import INDEX
-from tiny_models import FORBIDDEN, IMAGE, MIXED, Batch, flat_config, hf_model, make_batch, tiny_config, write_weights
 
 NEW_TOKENS = 32
-SHAPES = {"1:1-tied": (4, 4, True), "4:2-untied": (4, 2, False), "6:1-tied": (6, 1, True), "6:1-untied": (6, 1, False)}
+SHAPES = {
+    "1:1-tied": (4, 4, True),
+    "4:2-untied": (4, 2, False),
+    "6:1-tied": (6, 1, True),
+    "6:1-untied": (6, 1, False),
+}
 BATCHES = {"text": MIXED[1:2], "one-image": MIXED[:1], "several-images": MIXED[2:3], "mixed": MIXED}
 
 
@@ -40,7 +57,9 @@ def test_logits_and_positions_equal_those_of_transformers(pair, prompts) -> None
     assert expected[batch.mask].std() > 0.5  # a model that says nothing would agree with anything
 
     kinds = (batch.tokens == IMAGE).int()
-    index, _ = theirs.model.get_rope_index(batch.tokens, kinds, batch.grids, attention_mask=batch.mask.long())
+    index, _ = theirs.model.get_rope_index(
+        batch.tokens, kinds, batch.grids, attention_mask=batch.mask.long()
+    )
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
     assert torch.equal(positions[:, batch.mask], index[:, batch.mask])
 
@@ -50,7 +69,9 @@ def test_greedy_continuations_equal_those_of_transformers(pair) -> None:
     theirs, ours = pair
     batch = make_batch(MIXED)
     expected = hf_greedy(theirs, batch)
-    assert all(len(set(row.tolist())) > 3 for row in expected)  # no continuation is one token over and over
+    assert all(
+        len(set(row.tolist())) > 3 for row in expected
+    )  # no continuation is one token over and over
     assert torch.equal(greedy_by_cache(ours, batch), expected)
     assert torch.equal(greedy_by_forward(ours, batch), expected)
 
@@ -59,11 +80,18 @@ def test_greedy_continuations_equal_those_of_transformers(pair) -> None:
 @pytest.mark.parametrize("shards", [1, 3], ids=["one-file", "index"])
 @pytest.mark.parametrize("keys", ["published", "transformers"])
 @pytest.mark.parametrize("layout", ["flat", "nested"])
-def test_every_checkpoint_layout_loads_into_the_same_model(tmp_path: Path, layout, keys, shards, tied) -> None:
+def test_every_checkpoint_layout_loads_into_the_same_model(
+    tmp_path: Path, layout, keys, shards, tied
+) -> None:
     config = tiny_config(tied=tied)
     theirs = hf_model(config)
-    names = {name: name if keys == "transformers" else published(name) for name, _ in theirs.named_parameters()}
-    write_weights({names[name]: p.detach().clone() for name, p in theirs.named_parameters()}, tmp_path, shards)
+    names = {
+        name: name if keys == "transformers" else published(name)
+        for name, _ in theirs.named_parameters()
+    }
+    write_weights(
+        {names[name]: p.detach().clone() for name, p in theirs.named_parameters()}, tmp_path, shards
+    )
     theirs.config.save_pretrained(tmp_path)
     if layout == "flat":
         write_flat_config(tmp_path, config)
@@ -80,7 +108,12 @@ def test_shards_written_by_transformers_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "tied", "shard_bytes"),
-    [("flat", True, None), ("flat", False, 100_000), ("nested", True, 100_000), ("nested", False, None)],
+    [
+        ("flat", True, None),
+        ("flat", False, 100_000),
+        ("nested", True, 100_000),
+        ("nested", False, None),
+    ],
 )
 def test_a_saved_model_loads_in_transformers_without_a_warning_and_speaks_the_same(
     tmp_path: Path, monkeypatch, layout, tied, shard_bytes
@@ -104,7 +137,9 @@ def test_a_saved_model_loads_in_transformers_without_a_warning_and_speaks_the_sa
 
 @pytest.mark.parametrize("layout", ["flat", "nested"])
 @torch.no_grad()
-def test_a_model_saved_in_bf16_is_the_same_bf16_model_in_transformers(tmp_path: Path, layout) -> None:
+def test_a_model_saved_in_bf16_is_the_same_bf16_model_in_transformers(
+    tmp_path: Path, layout
+) -> None:
     config = tiny_config(tied=False)
     source, saved = tmp_path / "source", tmp_path / "saved"
     hf_model(config).save_pretrained(source)
@@ -128,14 +163,18 @@ def test_bf16_logits_stay_as_near_to_fp32_as_those_of_transformers(pair) -> None
     exact = ours(*inputs)[batch.mask]
     try:
         error = (ours.bfloat16()(*inputs).float()[batch.mask] - exact).abs()
-        their_error = (theirs.bfloat16()(**hf_inputs(batch)).logits.float()[batch.mask] - exact).abs()
+        their_error = (
+            theirs.bfloat16()(**hf_inputs(batch)).logits.float()[batch.mask] - exact
+        ).abs()
     finally:
         ours.float(), theirs.float()
     assert error.max() < 0.4 and error.mean() < 0.05 and error.mean() < 1.2 * their_error.mean()
 
 
 def hf_inputs(batch: Batch, left: bool = False) -> dict[str, Tensor | None]:
-    """Arguments of transformers' forward; padded on the left for generate, which continues from the last column."""
+    """Arguments of transformers' forward; padded on the left for generate, which continues from the
+    last column.
+    """
     tokens, mask = batch.tokens, batch.mask
     if left:
         order = torch.argsort(mask.int(), dim=1, stable=True)
@@ -153,7 +192,11 @@ def hf_greedy(theirs: nn.Module, batch: Batch) -> Tensor:
     """(N, NEW_TOKENS) by transformers' own generate."""
     inputs = hf_inputs(batch, left=True)
     out = theirs.generate(
-        **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, suppress_tokens=FORBIDDEN, pad_token_id=0
+        **inputs,
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        suppress_tokens=FORBIDDEN,
+        pad_token_id=0,
     )
     return out[:, batch.tokens.shape[1] :]
 
@@ -173,14 +216,18 @@ def greedy_by_cache(ours: Qwen2VL, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def greedy_by_forward(ours: Qwen2VL, batch: Batch) -> Tensor:
-    """(N, NEW_TOKENS) by running the growing, right-padded sequences from their start for every token."""
+    """(N, NEW_TOKENS) by running the growing, right-padded sequences from their start for every
+    token.
+    """
     lengths, rows = batch.lengths.clone(), torch.arange(len(batch.tokens))
     tokens = torch.cat((batch.tokens, batch.tokens.new_zeros(len(rows), NEW_TOKENS)), dim=1)
     for _ in range(NEW_TOKENS):
         logits = ours(tokens, batch.patches, batch.grids, lengths)
         tokens[rows, lengths] = best_allowed(logits[rows, lengths - 1])
         lengths += 1
-    return torch.stack([row[start : start + NEW_TOKENS] for row, start in zip(tokens, batch.lengths.tolist())])
+    return torch.stack(
+        [row[start : start + NEW_TOKENS] for row, start in zip(tokens, batch.lengths.tolist())]
+    )
 
 
 def best_allowed(logits: Tensor) -> Tensor:
@@ -190,7 +237,9 @@ def best_allowed(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def train(model: Qwen2VL) -> None:
-    """Move every weight, as training does: a saver that wrote the loaded file again would be found out."""
+    """Move every weight, as training does: a saver that wrote the loaded file again would be found
+    out.
+    """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -199,7 +248,9 @@ def train(model: Qwen2VL) -> None:
 def load_in_transformers(folder: Path, dtype: torch.dtype | str) -> nn.Module:
     """from_pretrained; fails on any warning and on any missing, unexpected or misshapen weight."""
     with warnings_of_transformers() as records:
-        theirs, info = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        theirs, info = Qwen2VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
     assert not [record.getMessage() for record in records]
     assert not any(info.values()), info
     return theirs.eval()
@@ -225,7 +276,9 @@ class warnings_of_transformers(logging.Handler):
 def assert_same_function(ours: Qwen2VL, theirs: nn.Module) -> None:
     batch = make_batch(MIXED)
     expected = theirs(**hf_inputs(batch)).logits
-    assert (ours(batch.tokens, batch.patches, batch.grids, batch.lengths) - expected)[batch.mask].abs().max() < 1e-4
+    assert (ours(batch.tokens, batch.patches, batch.grids, batch.lengths) - expected)[
+        batch.mask
+    ].abs().max() < 1e-4
 
 
 def published(name: str) -> str:

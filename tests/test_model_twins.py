@@ -5,6 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import (
+    FORBIDDEN,
+    IMAGE,
+    MIXED,
+    VOCABULARY,
+    Batch,
+    make_batch,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,7 +24,6 @@ from model.attention import two_part_attention
 from model.cache import GroupCache
 from model.logprobs import naive_logprobs
 from model.rope import batch_positions
-from tiny_models import FORBIDDEN, IMAGE, MIXED, VOCABULARY, Batch, make_batch, tiny_config, tiny_model
 
 BATCHES = {"text": MIXED[1::2], "one-prompt": MIXED[:1], "mixed": MIXED}
 SIZES = {"G1-T1": (1, 1), "G1-T6": (1, 6), "G3-T1": (3, 1), "G3-T6": (3, 6)}
@@ -24,10 +33,14 @@ SHAPES = {"1:1-tied": (4, 4, True), "4:2-untied": (4, 2, False), "6:1-tied": (6,
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(("G", "T"), SIZES.values(), ids=SIZES)
-def test_shared_prefix_equals_replicated_sequences_in_values_and_gradients(shape, prompts, G: int, T: int) -> None:
+def test_shared_prefix_equals_replicated_sequences_in_values_and_gradients(
+    shape, prompts, G: int, T: int
+) -> None:
     model, batch = tiny_model(tiny_config(*shape)), make_batch(prompts)
     completions = random_tokens(len(prompts), G, T)
-    weights = torch.randn(len(prompts), G, T, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(
+        len(prompts), G, T, VOCABULARY, generator=torch.Generator().manual_seed(2)
+    )
 
     slow = replicated_logits(model, batch, completions)
     slow_gradients = gradients(model, (slow * weights).sum())
@@ -55,12 +68,16 @@ def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int, padde
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), G, T)
     positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
-    cache = GroupCache(len(MIXED), batch.tokens.shape[1] + 3 * padded, G, T, torch.float32, batch.tokens.device)
+    cache = GroupCache(
+        len(MIXED), batch.tokens.shape[1] + 3 * padded, G, T, torch.float32, batch.tokens.device
+    )
     last = model.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, cache)
     states = [last[:, None].expand(-1, G, -1)]
     for step in range(T - 1):
         after = (positions.amax(dim=(0, 2)) + 1 + step).repeat_interleave(G)
-        hidden = model.decode(completions[:, :, step].flatten(), after, cache, *((T, True) if padded else (step + 1,)))
+        hidden = model.decode(
+            completions[:, :, step].flatten(), after, cache, *((T, True) if padded else (step + 1,))
+        )
         states.append(hidden.view(len(MIXED), G, -1))
     logits = torch.stack(states, dim=2) @ model.head_weight.T
     assert (logits - replicated_logits(model, batch, completions)).abs().max() < 1e-4
@@ -72,7 +89,9 @@ def test_what_stands_in_the_padding_changes_nothing(shape) -> None:
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), 2, 4)
     padded = batch._replace(tokens=batch.tokens.masked_fill(~batch.mask, 99))
-    assert torch.equal(completion_hidden(model, padded, completions), completion_hidden(model, batch, completions))
+    assert torch.equal(
+        completion_hidden(model, padded, completions), completion_hidden(model, batch, completions)
+    )
     logits = [model(b.tokens, b.patches, b.grids, b.lengths)[batch.mask] for b in (padded, batch)]
     assert torch.equal(*logits)
 
@@ -81,7 +100,13 @@ def test_what_stands_in_the_padding_changes_nothing(shape) -> None:
 @pytest.mark.parametrize("T", [1, 5])
 def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int, T: int) -> None:
     N, G, H, P, d, generator = 2, 3, 4, 7, 8, torch.Generator().manual_seed(0)
-    shapes = [(N, G, H, T, d), (N, kv_heads, P, d), (N, kv_heads, P, d), (N, G, kv_heads, T, d), (N, G, kv_heads, T, d)]
+    shapes = [
+        (N, G, H, T, d),
+        (N, kv_heads, P, d),
+        (N, kv_heads, P, d),
+        (N, G, kv_heads, T, d),
+        (N, G, kv_heads, T, d),
+    ]
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     seen = torch.arange(P) < torch.tensor([[7], [4]])
     own_seen = torch.ones(T, T, dtype=torch.bool).tril()
@@ -89,10 +114,14 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
 
     q, prompt_k, prompt_v, own_k, own_v = inputs
     k, v = (
-        torch.cat((prompt[:, None].expand(-1, G, -1, -1, -1), own), dim=3).repeat_interleave(H // kv_heads, dim=2)
+        torch.cat((prompt[:, None].expand(-1, G, -1, -1, -1), own), dim=3).repeat_interleave(
+            H // kv_heads, dim=2
+        )
         for prompt, own in ((prompt_k, own_k), (prompt_v, own_v))
     )
-    mask = torch.cat((seen[:, None, None, None, :].expand(N, G, H, T, P), own_seen.expand(N, G, H, T, T)), dim=-1)
+    mask = torch.cat(
+        (seen[:, None, None, None, :].expand(N, G, H, T, P), own_seen.expand(N, G, H, T, T)), dim=-1
+    )
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     slow_gradients = torch.autograd.grad((slow * weight).sum(), inputs)
     fast = two_part_attention(*inputs, seen, own_seen)
@@ -101,16 +130,22 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-5, atol=1e-5)
     full = two_part_attention(*inputs, None, own_seen)
-    torch.testing.assert_close(full, two_part_attention(*inputs, torch.ones(N, P, dtype=torch.bool), own_seen))
+    torch.testing.assert_close(
+        full, two_part_attention(*inputs, torch.ones(N, P, dtype=torch.bool), own_seen)
+    )
     assert not torch.allclose(full[1], fast[1])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("M", "ids"), [(13, 512), (13, 64), (13, 10), (13, 1), (1, 4), (0, 4)])
-def test_blocked_logprobs_equal_the_naive_ones_in_values_and_gradients(M: int, ids: int, temperature: float) -> None:
+def test_blocked_logprobs_equal_the_naive_ones_in_values_and_gradients(
+    M: int, ids: int, temperature: float
+) -> None:
     hidden, head, tokens, allowed, weight = logprob_inputs(M)
     slow, slow_entropy = naive_logprobs(hidden, head, tokens, allowed, temperature)
-    fast, fast_entropy = token_logprobs(hidden, head, tokens, allowed, temperature, 4 * max(M, 1) * ids)
+    fast, fast_entropy = token_logprobs(
+        hidden, head, tokens, allowed, temperature, 4 * max(M, 1) * ids
+    )
     assert fast.shape == fast_entropy.shape == (M,) and not fast_entropy.requires_grad
     torch.testing.assert_close((fast, fast_entropy), (slow, slow_entropy), rtol=0, atol=1e-4)
     slow_gradients = torch.autograd.grad((slow * weight).sum(), (hidden, head))
@@ -120,7 +155,9 @@ def test_blocked_logprobs_equal_the_naive_ones_in_values_and_gradients(M: int, i
 
 
 @pytest.mark.parametrize("logprobs", [naive_logprobs, token_logprobs])
-def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_ids(logprobs: Callable) -> None:
+def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_ids(
+    logprobs: Callable,
+) -> None:
     hidden, head, tokens, allowed, weight = logprob_inputs(5)
 
     def exact(hidden64: Tensor, head64: Tensor) -> Tensor:
@@ -130,12 +167,16 @@ def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_i
         return (scores.gather(1, column[:, None]).squeeze(1) / scores.sum(dim=1)).log()
 
     wide = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
-    assert torch.autograd.gradcheck(exact, wide, fast_mode=True)  # the yardstick itself, against finite differences
+    assert torch.autograd.gradcheck(
+        exact, wide, fast_mode=True
+    )  # the yardstick itself, against finite differences
     logp, entropy = logprobs(hidden, head, tokens, allowed, 0.7)
     expected = exact(*wide)
     torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-5)
     probabilities = (wide[0] @ wide[1][allowed].T / 0.7).softmax(dim=-1)
-    torch.testing.assert_close(entropy.double(), -(probabilities * probabilities.log()).sum(dim=-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        entropy.double(), -(probabilities * probabilities.log()).sum(dim=-1), rtol=0, atol=1e-4
+    )
     ours = torch.autograd.grad((logp * weight).sum(), (hidden, head))
     theirs = torch.autograd.grad((expected * weight).sum(), wide)
     torch.testing.assert_close([g.double() for g in ours], list(theirs), rtol=1e-4, atol=1e-5)
@@ -151,7 +192,9 @@ def test_blocked_logprobs_in_bf16_stay_as_near_to_fp32_as_the_naive_ones() -> No
     assert fast.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-4)
     torch.testing.assert_close(fast, exact, rtol=0, atol=0.2)
-    for gradient, expected in zip(torch.autograd.grad((fast * weight).sum(), narrow), exact_gradients):
+    for gradient, expected in zip(
+        torch.autograd.grad((fast * weight).sum(), narrow), exact_gradients
+    ):
         assert gradient.dtype == torch.bfloat16
         assert (gradient.float() - expected).norm() < 0.02 * expected.norm()
 
@@ -197,15 +240,26 @@ def random_tokens(*shape: int) -> Tensor:
 
 
 def logprob_inputs(M: int, D: int = 24) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden (M, D), head (V, D), tokens (M,), allowed (V,), and a weight (M,) for each log-probability."""
+    """hidden (M, D), head (V, D), tokens (M,), allowed (V,), and a weight (M,) for each
+    log-probability.
+    """
     generator = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(M, D, generator=generator), torch.randn(VOCABULARY, D, generator=generator)
+    hidden, head = (
+        torch.randn(M, D, generator=generator),
+        torch.randn(VOCABULARY, D, generator=generator),
+    )
     allowed = torch.ones(VOCABULARY, dtype=torch.bool)
     allowed[FORBIDDEN] = False
     tokens = torch.randint(0, 280, (M,), generator=generator)
     if M > 1:
         tokens[0], tokens[1] = 0, VOCABULARY - 1
-    return hidden.requires_grad_(), head.requires_grad_(), tokens, allowed, torch.randn(M, generator=generator)
+    return (
+        hidden.requires_grad_(),
+        head.requires_grad_(),
+        tokens,
+        allowed,
+        torch.randn(M, generator=generator),
+    )
 
 
 def completion_hidden(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tensor:
@@ -218,12 +272,18 @@ def completion_hidden(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tens
 
 
 def replicated_logits(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tensor:
-    """Logits (N, G, T, V) that predict each completion token: every sequence with its own prompt and images, alone."""
+    """Logits (N, G, T, V) that predict each completion token: every sequence with its own prompt
+    and images, alone.
+    """
     rows = []
     for n, group in enumerate(completions):
         prompt, patches, grids = batch.row(n)
         for completion in group:
-            rows.append(model(torch.cat((prompt, completion))[None], patches, grids)[0, len(prompt) - 1 : -1])
+            rows.append(
+                model(torch.cat((prompt, completion))[None], patches, grids)[
+                    0, len(prompt) - 1 : -1
+                ]
+            )
     return torch.stack(rows).unflatten(0, completions.shape[:2])
 
 
@@ -238,4 +298,6 @@ def assert_close_gradients(fast: dict[str, Tensor], slow: dict[str, Tensor]) -> 
     assert fast.keys() == slow.keys() and fast
     for name, gradient in slow.items():
         error = (fast[name] - gradient).abs().max()
-        assert error <= 1e-4 * gradient.abs().max() + 1e-5, f"{name}: {error} of {gradient.abs().max()}"
+        assert error <= 1e-4 * gradient.abs().max() + 1e-5, (
+            f"{name}: {error} of {gradient.abs().max()}"
+        )

@@ -1,4 +1,6 @@
-"""Configs and checkpoint files: what loads, what is refused in one line, and how much memory it takes."""
+"""Configs and checkpoint files: what loads, what is refused in one line, and how much memory it
+takes.
+"""
 
 import json
 import subprocess
@@ -10,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import flat_config, tiny_config, tiny_model, write_weights
 from torch import Tensor
 
-from model import InputError, Qwen2VL, Qwen2VLConfig, VisionConfig, load_model, read_config, save_model
+from common.errors import InputError
+from model import Qwen2VL, Qwen2VLConfig, VisionConfig, load_model, read_config, save_model
 from model.config import config_json, parse_config
 from model.weights import COMPANIONS, INDEX, checkpoint_layout
-from tiny_models import flat_config, tiny_config, tiny_model, write_weights
 
 PUBLISHED_2B = """{
   "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -50,13 +53,18 @@ def test_the_published_2b_config_is_read_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "count"), [(CONFIG_2B, 2_208_985_600), (CONFIG_7B, 8_291_375_616), (CONFIG_72B, 73_405_560_320)]
+    ("config", "count"),
+    [(CONFIG_2B, 2_208_985_600), (CONFIG_7B, 8_291_375_616), (CONFIG_72B, 73_405_560_320)],
 )
-def test_the_published_shapes_have_the_published_parameter_counts(config: Qwen2VLConfig, count: int) -> None:
+def test_the_published_shapes_have_the_published_parameter_counts(
+    config: Qwen2VLConfig, count: int
+) -> None:
     with torch.device("meta"):
         model = Qwen2VL(config)
     assert sum(p.numel() for p in model.parameters()) == count
-    assert sum(torch.Size(slot.shape).numel() for slot in checkpoint_layout(config).values()) == count
+    assert (
+        sum(torch.Size(slot.shape).numel() for slot in checkpoint_layout(config).values()) == count
+    )
 
 
 def test_a_config_that_we_write_is_read_as_the_same() -> None:
@@ -64,14 +72,21 @@ def test_a_config_that_we_write_is_read_as_the_same() -> None:
     assert parse_config(json.loads(json.dumps(config_json(tiny_config())))) == tiny_config()
 
 
-@pytest.mark.parametrize("value", [0, -2, 2.5, "64", None, True, [64], 10**30, float("nan")], ids=repr)
+@pytest.mark.parametrize(
+    "value", [0, -2, 2.5, "64", None, True, [64], 10**30, float("nan")], ids=repr
+)
 @pytest.mark.parametrize(
     "field",
     ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    + [f"vision_config.{name}" for name in ("depth", "embed_dim", "num_heads", "patch_size", "spatial_merge_size")],
+    + [
+        f"vision_config.{name}"
+        for name in ("depth", "embed_dim", "num_heads", "patch_size", "spatial_merge_size")
+    ],
 )
 def test_a_size_that_is_no_size_is_one_line_that_names_it(field: str, value: Any) -> None:
-    assert_refused(lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json", field)
+    assert_refused(
+        lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json", field
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +103,9 @@ def test_a_size_that_is_no_size_is_one_line_that_names_it(field: str, value: Any
     ],
 )  # fmt: skip
 def test_a_config_that_describes_no_qwen2_vl_of_ours_is_refused(field: str, value: Any) -> None:
-    assert_refused(lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json")
+    assert_refused(
+        lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json"
+    )
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vision_config.depth"])
@@ -100,7 +117,8 @@ def test_an_absent_field_is_named(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"model_type": "llama"}', "\xff", pytest.param("[" * 100_000, id="deep")]
+    "text",
+    ["", "{", "[]", '{"model_type": "llama"}', "\xff", pytest.param("[" * 100_000, id="deep")],
 )
 def test_a_config_file_that_is_none_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -126,7 +144,9 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 @pytest.mark.parametrize(("fault", "name"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("shards", [1, 2], ids=["one-file", "index"])
-def test_a_wrong_tensor_is_one_line_that_names_it(folder: Path, fault, name: str, shards: int) -> None:
+def test_a_wrong_tensor_is_one_line_that_names_it(
+    folder: Path, fault, name: str, shards: int
+) -> None:
     tensors = load_file(folder / "model.safetensors")
     fault(tensors)
     (folder / "model.safetensors").unlink()
@@ -134,7 +154,9 @@ def test_a_wrong_tensor_is_one_line_that_names_it(folder: Path, fault, name: str
     assert_refused(lambda: load_model(folder), str(folder), name)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 300, -1], ids=["empty", "no-header", "half-a-header", "one-byte-short"])
+@pytest.mark.parametrize(
+    "keep", [0, 5, 300, -1], ids=["empty", "no-header", "half-a-header", "one-byte-short"]
+)
 def test_a_torn_file_is_named(folder: Path, keep: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -160,7 +182,9 @@ def test_a_tied_head_written_out_all_the_same_is_no_error(tmp_path: Path) -> Non
     model = tiny_model(tiny_config(tied=True))
     save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    write_weights(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path)
+    write_weights(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path
+    )
     assert_same_weights(load_model(tmp_path), model)
 
 
@@ -173,7 +197,9 @@ def test_a_head_of_its_own_in_a_checkpoint_that_is_called_tied_is_refused(tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_saving_and_loading_changes_no_bit(tmp_path: Path, monkeypatch, dtype: torch.dtype, tied: bool) -> None:
+def test_saving_and_loading_changes_no_bit(
+    tmp_path: Path, monkeypatch, dtype: torch.dtype, tied: bool
+) -> None:
     model = tiny_model(tiny_config(tied=tied)).to(dtype)
     save_model(model, tmp_path / "one")
     monkeypatch.setattr("model.weights.SHARD_BYTES", 50_000)
@@ -186,20 +212,26 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, monkeypatch, dtype: t
         assert not list((tmp_path / name).glob("*.partial"))
 
 
-def test_a_folder_saved_again_holds_the_new_weights_whatever_their_number_of_files(tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_saved_again_holds_the_new_weights_whatever_their_number_of_files(
+    tmp_path: Path, monkeypatch
+) -> None:
     first, second, third = (tiny_model(seed=seed) for seed in range(3))
     save_model(first, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("model.weights.SHARD_BYTES", 50_000)
         save_model(second, tmp_path)
     assert_same_weights(load_model(tmp_path), second)
-    assert not (tmp_path / "model.safetensors").exists()  # transformers would prefer it to the index
+    assert not (
+        tmp_path / "model.safetensors"
+    ).exists()  # transformers would prefer it to the index
     save_model(third, tmp_path)
     assert_same_weights(load_model(tmp_path), third)
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])  # transformers 4 and 5
-def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_told(folder: Path, key: str) -> None:
+def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_told(
+    folder: Path, key: str
+) -> None:
     for name in COMPANIONS:
         (folder / name).write_text(f"contents of {name}")
     config = {**flat_config(tiny_config(tied=False)), "eos_token_id": 7}
@@ -212,11 +244,23 @@ def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_tol
 
 
 def test_loading_holds_one_copy_of_the_model_and_one_tensor(tmp_path: Path) -> None:
-    """Peak resident memory of a fresh process: 190 MB in tensors of 10 MB, so that a second copy would double it."""
+    """Peak resident memory of a fresh process: 190 MB in tensors of 10 MB, so that a second copy
+    would double it.
+    """
     if not Path("/proc/self/status").exists():
-        pytest.skip("peak memory of a process is read from /proc")  # getrusage counts the parent's peak in
+        pytest.skip(
+            "peak memory of a process is read from /proc"
+        )  # getrusage counts the parent's peak in
     config = Qwen2VLConfig(
-        4096, 640, 3840, 5, 10, 10, VisionConfig(1, 64, 2), mrope_section=(8, 12, 12), tie_word_embeddings=True
+        4096,
+        640,
+        3840,
+        5,
+        10,
+        10,
+        VisionConfig(1, 64, 2),
+        mrope_section=(8, 12, 12),
+        tie_word_embeddings=True,
     )
     with torch.device("meta"):
         model = Qwen2VL(config)
@@ -231,7 +275,9 @@ def test_loading_holds_one_copy_of_the_model_and_one_tensor(tmp_path: Path) -> N
     )
     command = [sys.executable, "-c", script, str(tmp_path / "small"), str(tmp_path / "large")]
     root = Path(__file__).parent.parent
-    grown = int(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
+    grown = int(
+        subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    )
     assert 0.8 * size < grown < 1.3 * size
 
 

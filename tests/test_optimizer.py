@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo.config import Config
+from common.config import Config
 from grpo.optimizer import MasterAdamW, scheduled_rate
 
 SETTINGS = Config("m", "q", "r", adam_beta2=0.95, weight_decay=0.1)
@@ -30,7 +30,8 @@ def test_step_is_adamw_written_out_by_hand():
     gradient = model.weight.grad.clone() / norm.clamp(min=1)
     assert norm > 1
     torch.testing.assert_close(optimizer.step(1e-2)["grad_norm"], norm)
-    # First step: both bias-corrected moments are the gradient and its square, so each weight moves by the rate.
+    # First step: both bias-corrected moments are the gradient and its square, so each weight moves
+    # by the rate.
     expected = before * (1 - 1e-2 * 0.1) - 1e-2 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(model.weight.detach(), expected)
     assert model.weight.grad is None
@@ -38,7 +39,10 @@ def test_step_is_adamw_written_out_by_hand():
 
 def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
     model = linear(torch.bfloat16)
-    optimizer, start = MasterAdamW(model, Config("m", "q", "r", adam_beta2=0.95)), model.weight.detach().clone()
+    optimizer, start = (
+        MasterAdamW(model, Config("m", "q", "r", adam_beta2=0.95)),
+        model.weight.detach().clone(),
+    )
     for _ in range(100):
         backward(model)
         optimizer.accumulate()
@@ -52,7 +56,9 @@ def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rate", "least", "most"), [(1e-6, 0.95, 1.0), (1e-1, 0.0, 0.05), (1e-4, 0.05, 0.95)])
+@pytest.mark.parametrize(
+    ("rate", "least", "most"), [(1e-6, 0.95, 1.0), (1e-1, 0.0, 0.05), (1e-4, 0.05, 0.95)]
+)
 def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16_leaves_as_they_are(
     dtype, rate, least, most
 ):
@@ -64,18 +70,26 @@ def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16
     optimizer.accumulate()
     share = float(optimizer.step(rate)["bf16_lost"])
     pairs = [(a, b.detach()) for a, b in zip(old, optimizer.masters)]
-    lost = [((a.bfloat16() + (b - a).double()).bfloat16() == a.bfloat16()) & (a != b) for a, b in pairs]
+    lost = [
+        ((a.bfloat16() + (b - a).double()).bfloat16() == a.bfloat16()) & (a != b) for a, b in pairs
+    ]
     counted = sum(int(x.sum()) for x in lost) / sum(int((a != b).sum()) for a, b in pairs)
     assert share == pytest.approx(counted, abs=0.05) and least <= share <= most
 
 
 def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
-    """Without a GPU: fp32 masters are then copies all the same, as if the model were on another device."""
+    """Without a GPU: fp32 masters are then copies all the same, as if the model were on another
+    device.
+    """
     found = []
     for apart in (False, True):
         model = linear()
         if apart:
-            monkeypatch.setattr(MasterAdamW, "_master", staticmethod(lambda p, _: p.detach().clone().requires_grad_()))
+            monkeypatch.setattr(
+                MasterAdamW,
+                "_master",
+                staticmethod(lambda p, _: p.detach().clone().requires_grad_()),
+            )
         optimizer = MasterAdamW(model, SETTINGS)
         for _ in range(3):
             backward(model)
@@ -119,7 +133,10 @@ def test_many_small_bf16_gradients_add_up_in_fp32():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm(bad):
     model = linear()
-    optimizer, before = MasterAdamW(model, SETTINGS), [p.detach().clone() for p in model.parameters()]
+    optimizer, before = (
+        MasterAdamW(model, SETTINGS),
+        [p.detach().clone() for p in model.parameters()],
+    )
     backward(model, bad)
     stats = optimizer.step(1e-2)
     assert not torch.isfinite(stats["grad_norm"]) and "bf16_lost" not in stats
@@ -149,12 +166,16 @@ def test_state_restores_a_run_bit_for_bit(dtype):
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
 
 
-def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host_memory(monkeypatch):
+def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host_memory(
+    monkeypatch,
+):
     model = linear()
     optimizer = MasterAdamW(model, SETTINGS)
     backward(model)
     optimizer.step(1e-2)
-    monkeypatch.setattr(MasterAdamW, "_master", staticmethod(lambda p, _: p.detach().clone().requires_grad_()))
+    monkeypatch.setattr(
+        MasterAdamW, "_master", staticmethod(lambda p, _: p.detach().clone().requires_grad_())
+    )
     again = MasterAdamW(model, SETTINGS)
     again.load_state({name: value.clone() for name, value in optimizer.state().items()})
     for one in (again, optimizer):
@@ -178,4 +199,6 @@ def test_learning_rate_rises_over_the_warm_up_then_falls_to_the_final_ratio():
     config = Config("m", "q", "r", learning_rate=1.0, warmup_steps=4, steps=9, final_lr_ratio=0.0)
     rates = [scheduled_rate(step, config) for step in range(9)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
-    assert {scheduled_rate(step, Config("m", "q", "r", learning_rate=2.0, steps=5)) for step in range(5)} == {2.0}
+    assert {
+        scheduled_rate(step, Config("m", "q", "r", learning_rate=2.0, steps=5)) for step in range(5)
+    } == {2.0}

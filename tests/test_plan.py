@@ -1,4 +1,6 @@
-"""train.py --dry-run: what it says of memory against real runs and real tensors, and that it writes nothing."""
+"""train.py --dry-run: what it says of memory against real runs and real tensors, and that it writes
+nothing.
+"""
 
 import json
 import os
@@ -11,24 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import write_run
 
 from benchmarks.shapes import TOKENIZER, make_checkpoint, make_questions, shape
+from common.config import load_config
 from data import load_vocabulary
-from grpo.batch import collate, completion_logprobs
-from grpo.config import load_config
-from planning.footprint import IMAGES, MASTERS, MOMENTS, POLICY, Rehearsal
-from planning.meter import Meter, fused_kernels
-from grpo.run import prompt_encoder
-from planning.workload import Workload, read_workload
+from data.choice import prompt_encoder
+from grpo.rollout import collate, completion_logprobs
 from model import Qwen2VL, read_config
 from model.attention import causal_attention
 from model.config import config_json
-from tiny_run import write_run
+from planning.footprint import IMAGES, MASTERS, MOMENTS, POLICY, Rehearsal
+from planning.meter import Meter, fused_kernels
+from planning.workload import Workload, read_workload
 
 ROOT = Path(__file__).parent.parent
-TOLD_PEAK = (
-    "import resource, sys, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-)
+TOLD_PEAK = "import resource, sys, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 """A program that runs train.py and prints, last, the most memory in bytes that it ever had."""
 
 
@@ -48,7 +48,9 @@ def read(config_file: Path, **fields: object) -> tuple[Rehearsal, Workload]:
 
 
 def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -> Path:
-    """A run of a shape of the benchmarks on `count` images of noise, each tested and trained on once."""
+    """A run of a shape of the benchmarks on `count` images of noise, each tested and trained on
+    once.
+    """
     rows = json.loads(make_questions(count, 224, folder).read_text())
     for name, part in (("train", rows[: count // 2]), ("test", rows[count // 2 :])):
         (folder / f"{name}.json").write_text(json.dumps(part))
@@ -57,7 +59,9 @@ def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -
         "test_questions": [str(folder / "test.json")], "run_dir": str(folder / "run"), "steps": 2,
         "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 12, "save_every": 2, **fields,
     }  # fmt: skip
-    (folder / "config.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    (folder / "config.toml").write_text(
+        "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
+    )
     return folder / "config.toml"
 
 
@@ -65,7 +69,15 @@ def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -
     ("name", "fields"),
     [
         ("46m", {}),
-        ("46m", {"dtype": "bfloat16", "activation_checkpointing": True, "beta": 0.0, "micro_batch_tokens": 300}),
+        (
+            "46m",
+            {
+                "dtype": "bfloat16",
+                "activation_checkpointing": True,
+                "beta": 0.0,
+                "micro_batch_tokens": 300,
+            },
+        ),
     ],
 )
 def test_the_peak_that_is_told_is_that_of_the_run_within_15_percent(tmp_path, name, fields):
@@ -80,9 +92,20 @@ def test_the_peak_that_is_told_is_that_of_the_run_within_15_percent(tmp_path, na
 def test_a_model_of_2b_on_a_gpu_is_planned_without_gpu_and_weights_in_a_minute_and_4_gb(tmp_path):
     (tmp_path / "2b").mkdir()
     (tmp_path / "2b" / "config.json").write_text(json.dumps(config_json(shape("2b"))))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for file in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         shutil.copy(TOKENIZER / file, tmp_path / "2b")
-    fields = {"dtype": "bfloat16", "device": "cuda", "group_size": 4, "max_new_tokens": 512, "min_pixels": 300000}
+    fields = {
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "group_size": 4,
+        "max_new_tokens": 512,
+        "min_pixels": 300000,
+    }
     config = write_config(tmp_path, tmp_path / "2b", 24, **fields)
     started = time.monotonic()
     *lines, peak = launched("--config", str(config), "--dry-run").stdout.splitlines()
@@ -115,7 +138,12 @@ def test_a_rehearsal_holds_what_the_same_update_holds_on_real_tensors(tmp_path, 
     with real, real.phase("update"):
         batch = collate(prompts)
         logp, _ = completion_logprobs(
-            policy, batch, tokens, torch.ones_like(tokens, dtype=torch.bool), rehearsal.vocabulary.allowed_V, 1.0
+            policy,
+            batch,
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
+            rehearsal.vocabulary.allowed_V,
+            1.0,
         )
         logp.sum().backward()
     held = real.phases["update"].here.total()
@@ -151,20 +179,27 @@ def test_attention_does_not_hold_scores_and_is_left_as_it_was():
     q, k = (torch.empty(1, heads, 2000, 8, device="meta", requires_grad=True) for heads in (4, 2))
     with Meter() as meter, fused_kernels(gpu=False), meter.phase("attention"):
         causal_attention(q, k, k).sum().backward()
-    assert meter.phases["attention"].here.total() < 20 * q.nbytes  # the scores of all heads are 1,000 times q
+    assert (
+        meter.phases["attention"].here.total() < 20 * q.nbytes
+    )  # the scores of all heads are 1,000 times q
     real = torch.randn(1, 2, 5, 8)
     assert causal_attention(real, real, real).isfinite().all()
 
 
 def test_the_products_of_a_pass_are_counted():
-    a, b = torch.empty(64, 32, device="meta", requires_grad=True), torch.empty(32, 16, device="meta")
+    a, b = (
+        torch.empty(64, 32, device="meta", requires_grad=True),
+        torch.empty(32, 16, device="meta"),
+    )
     with Meter() as meter, meter.phase("product") as phase:
         (a @ b).sum().backward()
     assert sum(work.flops for work in phase.work) == 2 * 2 * 64 * 32 * 16
 
 
 def test_offloaded_masters_and_moments_lie_in_the_hosts_memory(tmp_path):
-    config = write_run(tmp_path, dtype="bfloat16", device="cuda", offload_optimizer=True, max_new_tokens=10)
+    config = write_run(
+        tmp_path, dtype="bfloat16", device="cuda", offload_optimizer=True, max_new_tokens=10
+    )
     rehearsal, workload = read(config)
     update = rehearsal.run(workload.heaviest).phases["further update"]
     assert update.here[POLICY] and not update.here.keys() & {MASTERS, MOMENTS, "fp32 gradients"}
@@ -204,7 +239,9 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path, monkeypatch, ca
     assert 15 < plan.count("\n") < 40 and max(map(len, plan.split("\n"))) < 160
 
 
-def test_a_dry_run_says_what_would_be_resumed_and_leaves_the_damaged_where_it_is(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_says_what_would_be_resumed_and_leaves_the_damaged_where_it_is(
+    tmp_path, monkeypatch, capsys
+):
     import train
 
     config = write_run(tmp_path, test_questions=[])
@@ -222,7 +259,10 @@ def test_a_dry_run_says_what_would_be_resumed_and_leaves_the_damaged_where_it_is
 
 
 BAD_INPUTS = {
-    "missing config.json": (lambda f: (f / "base" / "config.json").unlink(), "config.json: no such file"),
+    "missing config.json": (
+        lambda f: (f / "base" / "config.json").unlink(),
+        "config.json: no such file",
+    ),
     "missing tokenizer": (
         lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
         "tokenizer",
@@ -236,7 +276,9 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_the_one_line_that_the_run_itself_would_end_with(tmp_path, monkeypatch, capsys, case):
+def test_bad_input_is_the_one_line_that_the_run_itself_would_end_with(
+    tmp_path, monkeypatch, capsys, case
+):
     import train
 
     config = write_run(tmp_path)

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import write_run
 
+from common.config import load_config
 from data import Question, load_image, load_vocabulary
+from data.choice import prompt_encoder
 from evaluation.probes import (
     blank_image,
     letter_logprobs,
@@ -20,21 +23,22 @@ from evaluation.probes import (
     with_other_images,
     with_rotated_options,
 )
-from grpo.config import load_config
-from grpo.run import prompt_encoder
 from model import load_model
-from tiny_run import write_run
 
 
 def question(images: tuple[str, ...] = (), options: int = 3, answer: str = "A") -> Question:
-    return Question(tuple(map(Path, images)), "What?", tuple("wxyz"[:options]), answer, "MRI", "", "row")
+    return Question(
+        tuple(map(Path, images)), "What?", tuple("wxyz"[:options]), answer, "MRI", "", "row"
+    )
 
 
 def test_blank_and_noise_images_keep_the_size_and_nothing_else(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (30, 44, 3), dtype=np.uint8)).save(tmp_path / name)
-    original, blank, noise = (np.asarray(f(tmp_path / "a.png")) for f in (load_image, blank_image, noise_image))
+    original, blank, noise = (
+        np.asarray(f(tmp_path / "a.png")) for f in (load_image, blank_image, noise_image)
+    )
     assert original.shape == blank.shape == noise.shape == (30, 44, 3)
     assert len(np.unique(blank)) == 1 and noise.std() > 60
     assert abs(np.corrcoef(original.ravel(), noise.ravel())[0, 1]) < 0.1
@@ -105,7 +109,9 @@ def test_an_opening_is_the_models_own_text_up_to_its_letter(completion, expected
 
 
 @torch.no_grad()
-def test_forced_letters_have_the_logprobs_of_a_plain_forward_whatever_else_is_in_the_batch(tmp_path):
+def test_forced_letters_have_the_logprobs_of_a_plain_forward_whatever_else_is_in_the_batch(
+    tmp_path,
+):
     config = load_config(write_run(tmp_path))
     model = load_model(config.model)
     vocabulary = load_vocabulary(config.model, model.config)
@@ -121,7 +127,9 @@ def test_forced_letters_have_the_logprobs_of_a_plain_forward_whatever_else_is_in
         common = next(i for i, ids in enumerate(zip(*rows.values())) if len(set(ids)) > 1)
         for letter, ids in rows.items():
             sequence = torch.cat((prompt.tokens_P, torch.tensor(ids)))[None]
-            logits = model(sequence, prompt.patches_SC if len(prompt.grids_I3) else None, prompt.grids_I3)[0]
+            logits = model(
+                sequence, prompt.patches_SC if len(prompt.grids_I3) else None, prompt.grids_I3
+            )[0]
             logp = logits.masked_fill(~vocabulary.allowed_V, float("-inf")).log_softmax(-1)
             start = len(prompt.tokens_P)
             expected = sum(float(logp[start + t - 1, ids[t]]) for t in range(common, len(ids)))

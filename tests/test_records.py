@@ -3,21 +3,29 @@
 from dataclasses import replace
 
 import pytest
+from tiny_run import tiny_model, write_run
 
+from common.config import load_config
+from common.errors import InputError
 from data import load_vocabulary, read_questions
+from data.choice import prompt_encoder
 from evaluation.contract import contract, refuse_unlike
 from evaluation.models import model_digest, model_folders
 from evaluation.records import Records
-from grpo.config import load_config
-from grpo.run import prompt_encoder
-from model import InputError, read_config, save_model
-from tiny_run import tiny_model, write_run
+from model import read_config, save_model
 
 WEIGHTS = {"base": "w0", "grpo": "w1"}
 
 
 def row(model="grpo", place=0, **fields):
-    return {"model": model, "probe": "plain", "id": f"q{place}", "place": place, "letter": "B", **fields}
+    return {
+        "model": model,
+        "probe": "plain",
+        "id": f"q{place}",
+        "place": place,
+        "letter": "B",
+        **fields,
+    }
 
 
 def test_rows_come_back_after_a_kill_and_a_torn_last_row_does_not(tmp_path):
@@ -38,7 +46,9 @@ def test_rows_of_a_model_trained_anew_are_dropped_and_counted_and_others_stay(tm
         records.add([row(), row("base"), row("grpo", 1)])
     with Records(tmp_path / "rows", "c", {"grpo": "w2"}) as records:
         assert records.dropped == 2
-        assert records.missing("grpo", "plain", 1) == [0] and records.missing("base", "plain", 1) == []
+        assert (
+            records.missing("grpo", "plain", 1) == [0] and records.missing("base", "plain", 1) == []
+        )
 
 
 def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
@@ -59,7 +69,10 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
             '{"model": 3, "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w", "letter": null}',
             "wrong type",
         ),
-        ('{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w1"}', "is missing"),
+        (
+            '{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w1"}',
+            "is missing",
+        ),
         ("\udcff", "line 2: not a row"),
         ("[" * 100000, "line 2: not a row"),
         (
@@ -99,7 +112,9 @@ def test_a_contract_is_the_same_for_the_same_and_names_what_differs(made, tmp_pa
         "parser": ours | {"parser": "0"},
     }
     for name, theirs in changed.items():
-        with pytest.raises(InputError, match=f"there: not comparable, because of another {name} ") as caught:
+        with pytest.raises(
+            InputError, match=f"there: not comparable, because of another {name} "
+        ) as caught:
             refuse_unlike(ours, theirs, "there")
         assert "hash" not in str(caught.value)
     with pytest.raises(InputError, match="not comparable"):

@@ -1,4 +1,6 @@
-"""The report: what it says, that it loads nothing and runs nothing of others, and that a reader can work with it."""
+"""The report: what it says, that it loads nothing and runs nothing of others, and that a reader can
+work with it.
+"""
 
 import base64
 import hashlib
@@ -14,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.curves import STYLE, curve_panels
-from evaluation.report import percent, shown, verdict, write_report
+from evaluation.report.curves import STYLE, curve_panels
+from evaluation.report.page import percent, shown, verdict, write_report
 from evaluation.statistics import wilson
 
 MODELS = ("base", "sft", "grpo")
@@ -45,7 +47,11 @@ def case(folder, number, models=MODELS, **fields):
     """A question; base is right on every second, grpo always, sft never."""
     truth = "AB"[number % 3 % 2]
     letters = {"base": truth if number % 2 else "C", "sft": None, "grpo": truth}
-    flags = {"base": ["names no option"] if number % 5 == 0 else [], "sft": ["no reasoning"], "grpo": []}
+    flags = {
+        "base": ["names no option"] if number % 5 == 0 else [],
+        "sft": ["no reasoning"],
+        "grpo": [],
+    }
     return {
         "id": f"test.json row {number + 1}", "modality": ("MRI", "CT", "X-ray")[number % 3],
         "question_type": ("Diagnosis", "Anatomy")[number % 2], "question": f"What is seen in scan {number}?",
@@ -66,18 +72,34 @@ def accuracy(model, modality, right, n, kind=None, blind=0.5):
 def results(models=MODELS, **parts):
     """Only what must be there, and `parts`."""
     right = {"base": 40, "sft": 55, "grpo": 90}
-    rows = [accuracy(model, modality, right[model], 100) for model in models for modality in ("MRI", "CT")]
+    rows = [
+        accuracy(model, modality, right[model], 100)
+        for model in models
+        for modality in ("MRI", "CT")
+    ]
     named = [{"name": model, "folder": f"runs/{model}"} for model in models]
     return {"name": "tiny", "models": named, "accuracy": rows} | parts
 
 
 def full_results():
-    check = {"check": "names an option", "count": 9, "of": 10, "rate": 0.9, "low": 0.6, "high": 0.98}
+    check = {
+        "check": "names an option",
+        "count": 9,
+        "of": 10,
+        "rate": 0.9,
+        "low": 0.6,
+        "high": 0.98,
+    }
     rates = {"MRI": 0.375, "CT": 0.5}
     kinds = [accuracy(model, "MRI", 9, 10, "Diagnosis") for model in MODELS]
     kinds += [accuracy(model, "CT", 9, 10, "Anatomy") for model in MODELS]
     early = [{"kept": kept / 4, "changed": 0.5 - kept / 8, "right": 0.4} for kept in range(5)]
-    pair = {"kind": "near_duplicate", "train": "train.json row 1", "test": "test.json row 2", "distance": 0.01}
+    pair = {
+        "kind": "near_duplicate",
+        "train": "train.json row 1",
+        "test": "test.json row 2",
+        "distance": 0.01,
+    }
     return results(
         contract={"prompt": "aa11", "max_new_tokens": 40, "hash": "f00d"}, train_modality="MRI", seconds=12.5,
         files=["test.json"], train_questions="train.json",
@@ -97,7 +119,10 @@ def full_results():
 
 RUNS = {
     "sft": [{"step": step, "loss": 1 / (step + 1), "probability": 0.5} for step in range(4)],
-    "grpo": [{"step": step, "reward": 1.0, "kl": 0.1 * step, "completion_tokens": 12.0} for step in range(4)],
+    "grpo": [
+        {"step": step, "reward": 1.0, "kl": 0.1 * step, "completion_tokens": 12.0}
+        for step in range(4)
+    ],
 }
 
 
@@ -143,14 +168,32 @@ def report(tmp_path):
 def test_the_page_loads_nothing_and_allows_only_its_own_script(tmp_path, report):
     page = report(full_results(), [case(tmp_path, 0)], RUNS)
     for tag, attributes in page.elements:
-        for name in ("src", "href", "srcset", "action", "poster", "data", "xlink:href", "background", "formaction"):
+        for name in (
+            "src",
+            "href",
+            "srcset",
+            "action",
+            "poster",
+            "data",
+            "xlink:href",
+            "background",
+            "formaction",
+        ):
             assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
         assert not any(name.startswith("on") for name in attributes)
     assert not re.search(r"url\(|@import|image-set", page.scripts["style"])
-    assert "innerHTML" not in page.scripts["script"] and "insertAdjacentHTML" not in page.scripts["script"]
-    (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert (
+        "innerHTML" not in page.scripts["script"]
+        and "insertAdjacentHTML" not in page.scripts["script"]
+    )
+    (policy,) = [
+        a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     digest = base64.b64encode(hashlib.sha256(page.scripts["script"].encode()).digest()).decode()
-    assert policy.startswith("default-src 'none'; img-src data:;") and f"script-src 'sha256-{digest}';" in policy
+    assert (
+        policy.startswith("default-src 'none'; img-src data:;")
+        and f"script-src 'sha256-{digest}';" in policy
+    )
 
 
 def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_path, report):
@@ -160,8 +203,15 @@ def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_pa
     for tame_text in ("grpo", "Anatomy", "It names one.", "test.json row 2", "f00d"):
         evil = evil.replace(f'"{tame_text}"', json.dumps(text))  # values and keys
     evil = json.loads(evil)
-    one = case(tmp_path, 0, id=text, modality=text, question_type=text, question=text, options=[text, "b"])
-    one["answers"][2] |= {"model": text, "completion": text, "flags": [text], "probes": {text: text}}
+    one = case(
+        tmp_path, 0, id=text, modality=text, question_type=text, question=text, options=[text, "b"]
+    )
+    one["answers"][2] |= {
+        "model": text,
+        "completion": text,
+        "flags": [text],
+        "probes": {text: text},
+    }
     page = report(evil | {"name": text}, [one], {text: RUNS["grpo"]})
     assert {tag for tag, _ in page.elements} == {tag for tag, _ in tame.elements}
     assert page.source.count("<script") == page.source.count("</script>") == 4
@@ -172,7 +222,9 @@ def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_pa
 
 
 def test_characters_that_steer_the_display_become_code_points_and_others_stay():
-    assert shown({"a\u202e": ["\x00\ud800", 1, None]}) == {"a⟨U+202E⟩": ["⟨U+0000⟩⟨U+D800⟩", 1, None]}
+    assert shown({"a\u202e": ["\x00\ud800", 1, None]}) == {
+        "a⟨U+202E⟩": ["⟨U+0000⟩⟨U+D800⟩", 1, None]
+    }
     assert shown("עברית\t日本語\n👩\u200d⚕️ é\r\n") == "עברית\t日本語\n👩\u200d⚕️ é\n"
     assert shown([math.nan, math.inf, 0.5]) == [None, None, 0.5]
 
@@ -189,7 +241,9 @@ def test_an_image_that_is_gone_is_a_box_and_each_image_is_kept_once_and_small(tm
     assert [one["images"] for one in page.json("cases")] == [[0], [1, 0], [2], []]
     assert images[0]["width"] == 600
     assert images[1]["why"] == "no such image file" and "not a readable" in images[2]["why"]
-    assert str(tmp_path) not in json.dumps(images)  # a page is passed on; where its maker keeps files is not
+    assert str(tmp_path) not in json.dumps(
+        images
+    )  # a page is passed on; where its maker keeps files is not
     drawn = Image.open(io.BytesIO(base64.b64decode(images[0]["src"].partition(",")[2])))
     assert max(drawn.size) == 160
 
@@ -200,7 +254,9 @@ OPTIONAL = ("pairs", "blind", "ablated", "faithfulness", "early_answering", "lea
 
 def test_parts_that_are_absent_none_or_empty_have_no_section(report):
     page = report(results())
-    assert not {"blind", "reasoning", "leakage", "training"} & page.ids() and "accuracy" in page.ids()
+    assert (
+        not {"blind", "reasoning", "leakage", "training"} & page.ids() and "accuracy" in page.ids()
+    )
     assert "in domain" not in page.text and "Model against model" not in page.text
     for nothing in (None, [], {}):
         assert report(results() | dict.fromkeys(OPTIONAL[:7], nothing)).text == page.text
@@ -220,7 +276,9 @@ def test_the_numbers_are_in_the_page(report):
 
 def test_a_meaning_that_differs_between_models_stands_with_each(report):
     rows = full_results()["faithfulness"]
-    page = report(full_results() | {"faithfulness": [rows[0], rows[1] | {"meaning": "Quite another."}]})
+    page = report(
+        full_results() | {"faithfulness": [rows[0], rows[1] | {"meaning": "Quite another."}]}
+    )
     assert page.text.count("It names one.") == 1 and page.text.count("Quite another.") == 1
     assert report(full_results()).text.count("It names one.") == 1
 
@@ -234,7 +292,10 @@ def test_a_modality_without_questions_of_a_type_has_a_dash(report):
 def test_verdict_says_who_sees_where_and_who_is_better():
     whole = full_results()["accuracy"][:6]
     whole[1]["sees"] = True
-    sentences = [re.sub("</?b>", "", str(sentence)).replace("\xa0", " ") for sentence in verdict(full_results(), whole)]
+    sentences = [
+        re.sub("</?b>", "", str(sentence)).replace("\xa0", " ")
+        for sentence in verdict(full_results(), whole)
+    ]
     assert sentences == [
         "base is above the best guess without the image on CT (40.0 % against 50.0 %); on MRI (40.0 % against 50.0 %) "
         "there is no evidence of seeing.",
@@ -245,7 +306,9 @@ def test_verdict_says_who_sees_where_and_who_is_better():
 
 
 def test_one_model_alone_is_compared_with_nobody(tmp_path, report):
-    page = report(results(models=("grpo",)), [case(tmp_path, 1, models=("grpo",))], {"grpo": RUNS["grpo"]})
+    page = report(
+        results(models=("grpo",)), [case(tmp_path, 1, models=("grpo",))], {"grpo": RUNS["grpo"]}
+    )
     assert "1 model ·" in page.text and "Against" not in page.text
     assert page.json("colours") == [["grpo", "m0"]]
 
@@ -255,7 +318,9 @@ def test_rates_that_were_not_measured_are_dashes():
 
 
 def test_curves_of_a_run_without_rewards_are_those_of_its_loss_and_skip_what_is_no_number():
-    loss, probability = curve_panels(RUNS["sft"] + [{"step": 4, "loss": math.nan, "probability": 0.6}])
+    loss, probability = curve_panels(
+        RUNS["sft"] + [{"step": 4, "loss": math.nan, "probability": 0.6}]
+    )
     assert "Loss" in loss and "Probability" in probability and "nan" not in loss
     points = [len(re.search('points="([^"]*)"', panel)[1].split()) for panel in (loss, probability)]
     assert points == [4, 5] and len(curve_panels(RUNS["grpo"])) == 4
@@ -272,8 +337,12 @@ def test_style_of_the_curves_touches_nothing_else_in_a_page():
 @pytest.fixture(scope="module")
 def chromium():
     """A browser for all tests of this file."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[test]'")
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright: pip install '.[test]'"
+    )
+    executable = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if executable is None:
         pytest.skip("needs Chromium: install chromium, chromium-browser or google-chrome")
     with sync_api.sync_playwright() as playwright:
@@ -287,7 +356,11 @@ def small(tmp_path_factory):
     """The URL of a report of twelve cases, the last ones hostile or odd; and its cases."""
     folder = tmp_path_factory.mktemp("small")
     cases = [case(folder, number) for number in range(12)]
-    cases[9] |= {"id": "a&b=c#d %20 é", "question": HOSTILE + STEERING, "options": [HOSTILE, "x" * 3000]}
+    cases[9] |= {
+        "id": "a&b=c#d %20 é",
+        "question": HOSTILE + STEERING,
+        "options": [HOSTILE, "x" * 3000],
+    }
     cases[9]["answers"][0] |= {"completion": HOSTILE + "<think>" + "w" * 20_000, "ended": False}
     cases[9]["answers"][1] |= {"completion": "", "rewards": {}, "flags": [], "probes": {}}
     cases[10] |= {"images": [str(folder / "gone.png")]}
@@ -298,7 +371,9 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def visit(chromium):
-    """visit(url) -> an open page; at the end nothing may have failed, nor anything but the page been asked for."""
+    """visit(url) -> an open page; at the end nothing may have failed, nor anything but the page
+    been asked for.
+    """
     contexts, errors, requests = [], [], []
 
     def _visit(url, width=1280, height=900, **options):
@@ -306,7 +381,10 @@ def visit(chromium):
         contexts.append(chromium.new_context(viewport=size, reduced_motion="reduce", **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(5000)
-        page.on("console", lambda message: errors.append(message.text) if message.type != "log" else None)
+        page.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type != "log" else None,
+        )
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(url)
@@ -317,7 +395,9 @@ def visit(chromium):
         context.close()
     assert errors == []
     loaded = [url.partition("#")[0] for url in requests if not url.startswith("data:")]
-    assert loaded and all(url.startswith("file:") and url.endswith("/report.html") for url in loaded)
+    assert loaded and all(
+        url.startswith("file:") and url.endswith("/report.html") for url in loaded
+    )
 
 
 def count(page):
@@ -325,7 +405,9 @@ def count(page):
 
 
 def chosen(page):
-    """The open case's name, once the page has done what was asked: a link's click arrives as an event of its own."""
+    """The open case's name, once the page has done what was asked: a link's click arrives as an
+    event of its own.
+    """
     page.evaluate("() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 50))")
     return page.locator("#case .id").inner_text()
 
@@ -343,7 +425,10 @@ def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
         "type": ("Diagnosis", lambda one: one["question_type"] == "Diagnosis"),
         "is.base": ("wrong", lambda one: not right(one, "base")),
         "is.grpo": ("right", lambda one: right(one, "grpo")),
-        "flag": ("base: names no option", lambda one: "names no option" in one["answers"][0]["flags"]),
+        "flag": (
+            "base: names no option",
+            lambda one: "names no option" in one["answers"][0]["flags"],
+        ),
     }
     for name, (value, passes) in filters.items():
         page.locator(f'[name="{name}"]').select_option(value)
@@ -365,7 +450,12 @@ def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
 
 def test_search_finds_text_of_questions_and_answers_and_says_when_nothing_fits(visit, small):
     page = visit(small[0])
-    for text, expected in (("scan 7", 1), ("SHAPE 3", 1), ("i see a disc", 12), ("nothing like it", 0)):
+    for text, expected in (
+        ("scan 7", 1),
+        ("SHAPE 3", 1),
+        ("i see a disc", 12),
+        ("nothing like it", 0),
+    ):
         page.locator('[name="q"]').fill(text)
         assert count(page) == f"{expected} of 12"
     assert page.locator("#case").inner_text() == "No question passes these filters."
@@ -373,7 +463,15 @@ def test_search_finds_text_of_questions_and_answers_and_says_when_nothing_fits(v
 
 def test_keys_walk_through_the_cases(visit, small):
     page = visit(small[0])
-    for key, row in (("j", 2), ("ArrowRight", 3), ("j", 4), ("k", 3), ("ArrowLeft", 2), ("k", 1), ("k", 1)):
+    for key, row in (
+        ("j", 2),
+        ("ArrowRight", 3),
+        ("j", 4),
+        ("k", 3),
+        ("ArrowLeft", 2),
+        ("k", 1),
+        ("k", 1),
+    ):
         page.keyboard.press(key)
         assert chosen(page) == f"test.json row {row}", key
     assert page.locator("#list [aria-current]").count() == 1
@@ -413,7 +511,11 @@ def test_links_of_leaking_pairs_lead_to_their_cases(visit, small):
 
 def test_hostile_text_stays_text(visit, small):
     page = visit(small[0] + "#case=a%26b%3Dc%23d+%2520+%C3%A9")
-    assert page.locator("#case h3").inner_text().startswith("<script>window.hacked=1</script></script><!--<img src=x")
+    assert (
+        page.locator("#case h3")
+        .inner_text()
+        .startswith("<script>window.hacked=1</script></script><!--<img src=x")
+    )
     assert page.locator("#case h3").inner_text().count("⟨U+") >= 4
     assert "</script><!--<img" in page.locator("#case .card").first.inner_text()
     assert "Reasoning (no closing tag)" in page.locator("#case .card").first.inner_text()
@@ -427,7 +529,9 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(chromium, small):
     page.goto(small[0])
     script = "Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'})"
     page.evaluate(f"document.body.append({script})")
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=window.hacked=1>')")
+    page.evaluate(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=window.hacked=1>')"
+    )
     page.wait_for_timeout(100)
     assert page.evaluate("typeof window.hacked") == "undefined"
     page.close()
@@ -440,8 +544,22 @@ def test_a_case_shows_reasoning_answer_rules_and_probes_apart_and_its_image_larg
     assert card.locator(".answer .said").inner_text() == "B"
     assert "the answer is exactly B" in card.locator(".rules").inner_text()
     card.locator("summary").click()
-    assert card.locator(".probes").inner_text().split() == ["blank", "image", "A", "permuted", "options", "B"]
-    assert page.locator("#case .options .right").inner_text().split() == ["B", "ring", "✓", "right", "base", "grpo"]
+    assert card.locator(".probes").inner_text().split() == [
+        "blank",
+        "image",
+        "A",
+        "permuted",
+        "options",
+        "B",
+    ]
+    assert page.locator("#case .options .right").inner_text().split() == [
+        "B",
+        "ring",
+        "✓",
+        "right",
+        "base",
+        "grpo",
+    ]
     page.locator("#case .enlarge").click()
     assert "84 × 84 pixels" in page.locator("#large").inner_text()
     page.keyboard.press("Escape")
@@ -464,7 +582,9 @@ def test_text_can_be_read_in_both_schemes(visit, small, scheme):
 
 def luminance(colour):
     parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -472,7 +592,9 @@ def test_nothing_is_wider_than_a_phone(visit, small):
     page = visit(small[0] + "#case=a%26b%3Dc%23d+%2520+%C3%A9", width=390, height=844)
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.evaluate("document.querySelector('#accuracy .scroll').scrollWidth") > 390  # that one scrolls by itself
+    assert (
+        page.evaluate("document.querySelector('#accuracy .scroll').scrollWidth") > 390
+    )  # that one scrolls by itself
     page = visit(small[0], width=390, height=844)
     assert page.locator("#box").evaluate("(box) => box.scrollTop") == 0
     page.locator("#list a").nth(3).click()

@@ -1,4 +1,6 @@
-"""Coming back to a run: after stops and faults at awkward moments, and to a folder that is not as it was left."""
+"""Coming back to a run: after stops and faults at awkward moments, and to a folder that is not as
+it was left.
+"""
 
 import shutil
 import signal
@@ -8,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import train
-from grpo.checkpoint import checkpoints, damage_of
-from grpo.log import RunLog
-from grpo.saving import Checkpoints
-from grpo.session import Session
 from test_session import press, same_weights, untimed
 from test_train import ROOT, rows, run, vowel_score
 from tiny_run import write_run
+
+import train
+from training.checkpoint import checkpoints, damage_of
+from training.log import RunLog
+from training.saving import Checkpoints
+from training.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,8 @@ def two_runs(folder: Path, monkeypatch, **fields: object) -> tuple[Path, Path]:
 
 def same_records(a: Path, b: Path) -> bool:
     return all(
-        [untimed(row) for row in rows(a / "run" / name)] == [untimed(row) for row in rows(b / "run" / name)]
+        [untimed(row) for row in rows(a / "run" / name)]
+        == [untimed(row) for row in rows(b / "run" / name)]
         for name in ("metrics.jsonl", "completions.jsonl", "validation.jsonl")
     )
 
@@ -79,7 +82,9 @@ def test_a_disk_that_failed_once_does_not_cost_the_next_checkpoint(tmp_path, mon
     assert damage_of(tmp_path / "run" / "checkpoints" / "step-000003") == ""
 
 
-def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_step(tmp_path, monkeypatch, capsys):
+def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_step(
+    tmp_path, monkeypatch, capsys
+):
     whole, broken = two_runs(tmp_path, monkeypatch, save_every=2)
     record = RunLog.record
 
@@ -97,7 +102,9 @@ def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_
     assert same_weights(whole, broken) and same_records(whole, broken)
 
 
-def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_is_trained_again(tmp_path, monkeypatch):
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_is_trained_again(
+    tmp_path, monkeypatch
+):
     config = write_run(tmp_path, test_questions=[])
     finish, calls = Checkpoints.finish, []
 
@@ -113,21 +120,31 @@ def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert not (tmp_path / "run" / "model").exists()
     assert run(monkeypatch, config) == 0
-    assert metrics == (tmp_path / "run" / "metrics.jsonl").read_bytes() and (tmp_path / "run" / "model").is_dir()
+    assert (
+        metrics == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+        and (tmp_path / "run" / "model").is_dir()
+    )
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     config = write_run(tmp_path, test_questions=[], steps=6, save_every=100)
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        [sys.executable, "train.py", "--config", str(config)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     process.stderr.close()
     assert process.wait(timeout=120) == 0
-    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 6 and (tmp_path / "run" / "model").is_dir()
+    assert (
+        len(rows(tmp_path / "run" / "metrics.jsonl")) == 6 and (tmp_path / "run" / "model").is_dir()
+    )
 
 
 @pytest.mark.parametrize("loss", ["gone", "a link to nowhere"])
-def test_records_are_not_overwritten_when_the_checkpoints_are_away(tmp_path, monkeypatch, capsys, loss):
+def test_records_are_not_overwritten_when_the_checkpoints_are_away(
+    tmp_path, monkeypatch, capsys, loss
+):
     config = write_run(tmp_path, test_questions=[], save_every=1)
     press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
     assert run(monkeypatch, config) == 143
@@ -156,15 +173,23 @@ def test_a_copy_of_a_checkpoint_by_another_name_is_not_gone_on_from(tmp_path, mo
 def test_numbers_of_steps_beyond_six_digits_are_in_order(tmp_path):
     for step in (999_999, 1_000_000, 2):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-000002",
+        "step-999999",
+        "step-1000000",
+    ]
 
 
-def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_behind(tmp_path, monkeypatch):
+def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_behind(
+    tmp_path, monkeypatch
+):
     """The gradients of the first ones are forgotten, or they would count twice."""
     found = []
     for size, failing in ((390, False), (781, True)):  # one group at a time; two
         (folder := tmp_path / str(size)).mkdir()
-        config = write_run(folder, test_questions=[], micro_batch_tokens=size, prompts_per_step=4, beta=0.0)
+        config = write_run(
+            folder, test_questions=[], micro_batch_tokens=size, prompts_per_step=4, beta=0.0
+        )
         with monkeypatch.context() as patch:
             whole, calls = train.completion_logprobs, []
 
@@ -192,7 +217,9 @@ def test_a_bad_first_update_of_two_is_not_hidden_by_a_sound_second(tmp_path, mon
 
     monkeypatch.setattr(train, "accumulate_gradient", first_is_bad)
     assert run(monkeypatch, config) == 0
-    assert len(calls) == 3 and [row["loss"] is None for row in rows(tmp_path / "run" / "metrics.jsonl")] == [True, False]
+    assert len(calls) == 3 and [
+        row["loss"] is None for row in rows(tmp_path / "run" / "metrics.jsonl")
+    ] == [True, False]
     assert (tmp_path / "run" / "incidents" / "step-000000" / "model").is_dir()
 
 

@@ -1,4 +1,6 @@
-"""The rewards: what a strict but fair grader would give, and that a completion can neither cheat nor stall them."""
+"""The rewards: what a strict but fair grader would give, and that a completion can neither cheat
+nor stall them.
+"""
 
 import json
 import os
@@ -33,42 +35,76 @@ def answered(answer: str) -> str:
 def shared(name: str) -> str:
     path = RADIOLOGY / name
     if not path.exists():
-        pytest.skip(f"{path} is absent: the real completions and questions are not part of the repository")
+        pytest.skip(
+            f"{path} is absent: the real completions and questions are not part of the repository"
+        )
     return path.read_text(encoding="utf-8")
 
 
-def command(*arguments: str, stdin: str = "", encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "rewards", *arguments], input=stdin, cwd=ROOT, capture_output=True,
-                          encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=60)
+def command(
+    *arguments: str, stdin: str = "", encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rewards", *arguments],
+        input=stdin,
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=60,
+    )
 
 
 # Format
 
 
-@pytest.mark.parametrize("completion", [
-    "<think>t</think><answer>B</answer>",
-    "\n <think>\nt\n</think>\n\n<answer> B </answer>\n ",
-    "<think>1 < 2 > 0, <b>so</b> it is </thinking> about</think> <answer>B) Heart</answer>",
-    "<think>.</think><answer>no letter here</answer>",
-])
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>t</think><answer>B</answer>",
+        "\n <think>\nt\n</think>\n\n<answer> B </answer>\n ",
+        "<think>1 < 2 > 0, <b>so</b> it is </thinking> about</think> <answer>B) Heart</answer>",
+        "<think>.</think><answer>no letter here</answer>",
+    ],
+)
 def test_format_takes_one_think_block_then_one_answer_block(completion: str) -> None:
     assert format_reward(completion) == 1.0
 
 
-@pytest.mark.parametrize("completion", [
-    "", " ", "B", "<answer>B</answer>", "<think>t</think>", "<think>t</think>B",
-    "<think></think><answer>B</answer>", "<think> \n</think><answer>B</answer>", "<think>t</think><answer> </answer>",
-    "<think>\u200b\ufeff</think><answer>B</answer>", "<think>\x00</think><answer>B</answer>",
-    "So: <think>t</think><answer>B</answer>", "<think>t</think> so <answer>B</answer>",
-    "<think>t</think><answer>B</answer>.", "<think>t</think><answer>B</answer><|im_end|>",
-    "<answer>B</answer><think>t</think>", "<think>t<answer>B</answer></think>",
-    "<think>t</think><think>u</think><answer>B</answer>", "<think>t</think><answer>B</answer><answer>B</answer>",
-    "<think><think>t</think></think><answer>B</answer>", "<think>t</think><answer><answer>B</answer></answer>",
-    "<think>t</think><answer><think>B</answer>", "<think>in <answer>...</answer> tags</think><answer>B</answer>",
-    "<think>t</think><answer>B", "<think>t<answer>B</answer>", "<THINK>t</THINK><answer>B</answer>",
-    "<think>t</think><ANSWER>C</ANSWER><answer>B</answer>", "<think >t</think><answer>B</answer>",
-    "<think>t</think><answer>B</answer>" * 2,
-])
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        " ",
+        "B",
+        "<answer>B</answer>",
+        "<think>t</think>",
+        "<think>t</think>B",
+        "<think></think><answer>B</answer>",
+        "<think> \n</think><answer>B</answer>",
+        "<think>t</think><answer> </answer>",
+        "<think>\u200b\ufeff</think><answer>B</answer>",
+        "<think>\x00</think><answer>B</answer>",
+        "So: <think>t</think><answer>B</answer>",
+        "<think>t</think> so <answer>B</answer>",
+        "<think>t</think><answer>B</answer>.",
+        "<think>t</think><answer>B</answer><|im_end|>",
+        "<answer>B</answer><think>t</think>",
+        "<think>t<answer>B</answer></think>",
+        "<think>t</think><think>u</think><answer>B</answer>",
+        "<think>t</think><answer>B</answer><answer>B</answer>",
+        "<think><think>t</think></think><answer>B</answer>",
+        "<think>t</think><answer><answer>B</answer></answer>",
+        "<think>t</think><answer><think>B</answer>",
+        "<think>in <answer>...</answer> tags</think><answer>B</answer>",
+        "<think>t</think><answer>B",
+        "<think>t<answer>B</answer>",
+        "<THINK>t</THINK><answer>B</answer>",
+        "<think>t</think><ANSWER>C</ANSWER><answer>B</answer>",
+        "<think >t</think><answer>B</answer>",
+        "<think>t</think><answer>B</answer>" * 2,
+    ],
+)
 def test_format_refuses_anything_else(completion: str) -> None:
     assert format_reward(completion) == 0.0
 
@@ -82,66 +118,239 @@ def test_the_right_letter_alone_scores_one(answer: str) -> None:
     assert accuracy_reward(answered(answer), "A") == 0.0
 
 
-@pytest.mark.parametrize("answer", [
-    "B, there is no clear evidence of a mass.", "B) Heart", "(B)", "B.", "Answer: B", "The answer is B",
-    # an opening label
-    "B)", "(b)", "b.", "b) heart", "B: Lung", "B - Lung", "B – Lung", "B -- Lung", "B; Lung", "B = Lung", "B.Lung",
-    "B (Lung)", "[B] Lung", "B\nLung", "- B", "1) B", "B!", "B?", "B，心脏", "B。", "B…",
-    "B Lung", "B left lung", "B is correct", "B because the lung is clear", "B as seen in the T2 image",
-    # mark-up
-    "**B**", "**B** Lung", "*B*. Lung", "__B__", "`B`", "'B'", '"B"', "<B>", "<b>B</b>", r"\boxed{B}",
-    r"$\boxed{\text{B}}$", r"\(B\)", '{"answer": "B"}', "## B",
-    # announced
-    "Option B", "option b", "Answer B", "the answer is b", "The correct answer is (B).", "The best choice is: B) Lung",
-    "Final answer: **B**", "I choose B", "I think B", "It's B", "Therefore, B.", "Heart (B)", "Heart. B", "Heart, B",
-    "答案是B", "答案：B", "选B。", "B是正确的",
-    # further words that name no further choice
-    "B) A mass", "(B) A large mass in the lung", "B, a mass", "B. I think so", "B) Hepatitis B",
-    "B) Vitamin D deficiency", "B) CT", "B) X-ray", "B) E. coli infection", "B B", "B/B",
-    "B) I can't say for sure, but it looks abnormal.",
-    # other letters only denied
-    "not A but B", "B, not A", "B not A", "Not A. B.", "neither A nor C, so B", "The answer is not A, it is B",
-    "B is more likely than C", "B. A, C and D are wrong.", "B because A and C are not seen", "不选A选B",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "B, there is no clear evidence of a mass.",
+        "B) Heart",
+        "(B)",
+        "B.",
+        "Answer: B",
+        "The answer is B",
+        # an opening label
+        "B)",
+        "(b)",
+        "b.",
+        "b) heart",
+        "B: Lung",
+        "B - Lung",
+        "B – Lung",
+        "B -- Lung",
+        "B; Lung",
+        "B = Lung",
+        "B.Lung",
+        "B (Lung)",
+        "[B] Lung",
+        "B\nLung",
+        "- B",
+        "1) B",
+        "B!",
+        "B?",
+        "B，心脏",
+        "B。",
+        "B…",
+        "B Lung",
+        "B left lung",
+        "B is correct",
+        "B because the lung is clear",
+        "B as seen in the T2 image",
+        # mark-up
+        "**B**",
+        "**B** Lung",
+        "*B*. Lung",
+        "__B__",
+        "`B`",
+        "'B'",
+        '"B"',
+        "<B>",
+        "<b>B</b>",
+        r"\boxed{B}",
+        r"$\boxed{\text{B}}$",
+        r"\(B\)",
+        '{"answer": "B"}',
+        "## B",
+        # announced
+        "Option B",
+        "option b",
+        "Answer B",
+        "the answer is b",
+        "The correct answer is (B).",
+        "The best choice is: B) Lung",
+        "Final answer: **B**",
+        "I choose B",
+        "I think B",
+        "It's B",
+        "Therefore, B.",
+        "Heart (B)",
+        "Heart. B",
+        "Heart, B",
+        "答案是B",
+        "答案：B",
+        "选B。",
+        "B是正确的",
+        # further words that name no further choice
+        "B) A mass",
+        "(B) A large mass in the lung",
+        "B, a mass",
+        "B. I think so",
+        "B) Hepatitis B",
+        "B) Vitamin D deficiency",
+        "B) CT",
+        "B) X-ray",
+        "B) E. coli infection",
+        "B B",
+        "B/B",
+        "B) I can't say for sure, but it looks abnormal.",
+        # other letters only denied
+        "not A but B",
+        "B, not A",
+        "B not A",
+        "Not A. B.",
+        "neither A nor C, so B",
+        "The answer is not A, it is B",
+        "B is more likely than C",
+        "B. A, C and D are wrong.",
+        "B because A and C are not seen",
+        "不选A选B",
+    ],
+)
 def test_the_right_letter_with_something_added_scores_half(answer: str) -> None:
     assert accuracy_reward(answered(answer), "B") == 0.5
     assert accuracy_reward(answered(answer), "A") == accuracy_reward(answered(answer), "C") == 0.0
 
 
-@pytest.mark.parametrize("answer", [
-    "", "A", "C", "A) Bone", "AB", "BB", "B5", "U.B.", "mass", "MRI", "Д", "В", "B\u0336", "none of the above",
-    # ambiguous
-    "A or B", "A, B", "A/B", "A and B", "A & B", "A B", "A\nB", "A: B", "A–B", "B? C?", "B, C", "B|C", "(A) or (B)",
-    "B (or C)", "B, or possibly C", "B maybe C", "B, but it could be C", "B. Alternatively, C", "either A or B",
-    "both B and C", "A, B, C, D", "It could be A. It could be B.", "b, c",
-    "A) Heart B) Lung", "B) Lung C) Heart", "A. Heart B. Lung", "B: Lung A: Heart", "A) Heart or B) Lung",
-    "B) Lung\nC) Heart", "A. 7\nB. 6\nC. 5", "~~B~~ C", "B: no, C",
-    # denied
-    "not B", "It is not B", "The answer is not B", "B is wrong", "B is not correct", "B isn't right", "B isn’t right",
-    "I would not choose B", "anything but B", "B, not B", "neither A nor B",
-    # part of a word or of a name
-    "B-cell lymphoma", "B cell lymphoma", "B lymphocytes", "The diagnosis is B cell lymphoma", "B-lines", "A-B",
-    "hepatitis B", "Hepatitis B.", "hepatitis A or B", "Vitamin B", "Influenza B", "Group B streptococcus", "Type B",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "A",
+        "C",
+        "A) Bone",
+        "AB",
+        "BB",
+        "B5",
+        "U.B.",
+        "mass",
+        "MRI",
+        "Д",
+        "В",
+        "B\u0336",
+        "none of the above",
+        # ambiguous
+        "A or B",
+        "A, B",
+        "A/B",
+        "A and B",
+        "A & B",
+        "A B",
+        "A\nB",
+        "A: B",
+        "A–B",
+        "B? C?",
+        "B, C",
+        "B|C",
+        "(A) or (B)",
+        "B (or C)",
+        "B, or possibly C",
+        "B maybe C",
+        "B, but it could be C",
+        "B. Alternatively, C",
+        "either A or B",
+        "both B and C",
+        "A, B, C, D",
+        "It could be A. It could be B.",
+        "b, c",
+        "A) Heart B) Lung",
+        "B) Lung C) Heart",
+        "A. Heart B. Lung",
+        "B: Lung A: Heart",
+        "A) Heart or B) Lung",
+        "B) Lung\nC) Heart",
+        "A. 7\nB. 6\nC. 5",
+        "~~B~~ C",
+        "B: no, C",
+        # denied
+        "not B",
+        "It is not B",
+        "The answer is not B",
+        "B is wrong",
+        "B is not correct",
+        "B isn't right",
+        "B isn’t right",
+        "I would not choose B",
+        "anything but B",
+        "B, not B",
+        "neither A nor B",
+        # part of a word or of a name
+        "B-cell lymphoma",
+        "B cell lymphoma",
+        "B lymphocytes",
+        "The diagnosis is B cell lymphoma",
+        "B-lines",
+        "A-B",
+        "hepatitis B",
+        "Hepatitis B.",
+        "hepatitis A or B",
+        "Vitamin B",
+        "Influenza B",
+        "Group B streptococcus",
+        "Type B",
+    ],
+)
 def test_a_wrong_missing_or_ambiguous_letter_scores_nothing(answer: str) -> None:
     assert accuracy_reward(answered(answer), "B") == 0.0
 
 
-@pytest.mark.parametrize("answer", [
-    "a mass", "A mass in the left lung", "A large tumour", "A Mass", "The answer is a mass", "The answer is A mass",
-    "It is a mass, with a rim.", "Yes, a significant one", "a (large) mass", "A 3 cm mass", "A left-sided mass",
-    "A T2-weighted MRI", "A B-cell lymphoma", "A not uncommon finding", "A/P view", "A–P view", "an A-line",
-    "Influenza A",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "a mass",
+        "A mass in the left lung",
+        "A large tumour",
+        "A Mass",
+        "The answer is a mass",
+        "The answer is A mass",
+        "It is a mass, with a rim.",
+        "Yes, a significant one",
+        "a (large) mass",
+        "A 3 cm mass",
+        "A left-sided mass",
+        "A T2-weighted MRI",
+        "A B-cell lymphoma",
+        "A not uncommon finding",
+        "A/P view",
+        "A–P view",
+        "an A-line",
+        "Influenza A",
+    ],
+)
 def test_an_article_is_no_letter(answer: str) -> None:
     assert parse_letter(answer).letter is None
 
 
-@pytest.mark.parametrize("answer", [
-    "A)", "A. Mass", "a) mass", "A: a mass", "A, a large mass", "A) A mass", "A (Heart)", "A is correct", "A because",
-    "Option A", "Option A Heart", "Answer: a", "I think A", "**A** Heart", r"\boxed{A}", "A not B", "A是正确的",
-    "I, as a radiologist, choose A",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A)",
+        "A. Mass",
+        "a) mass",
+        "A: a mass",
+        "A, a large mass",
+        "A) A mass",
+        "A (Heart)",
+        "A is correct",
+        "A because",
+        "Option A",
+        "Option A Heart",
+        "Answer: a",
+        "I think A",
+        "**A** Heart",
+        r"\boxed{A}",
+        "A not B",
+        "A是正确的",
+        "I, as a radiologist, choose A",
+    ],
+)
 def test_a_marked_a_is_a_letter_all_the_same(answer: str) -> None:
     assert parse_letter(answer).letter == "A"
 
@@ -151,30 +360,37 @@ def test_i_is_a_letter_alone_or_as_a_label(answer: str) -> None:
     assert parse_letter(answer).letter == "I"
 
 
-@pytest.mark.parametrize("answer", ["I think it is the heart", "I, the radiologist", "I can't say", "I'm not sure"])
+@pytest.mark.parametrize(
+    "answer", ["I think it is the heart", "I, the radiologist", "I can't say", "I'm not sure"]
+)
 def test_i_is_otherwise_a_pronoun(answer: str) -> None:
     assert parse_letter(answer).letter is None
 
 
-@pytest.mark.parametrize("completion, expected", [
-    ("B", 0.0),  # no answer block: the letter does not count wherever it stands
-    ("<think>B</think>", 0.0),
-    ("The answer is B. <think>t</think>", 0.0),
-    ("<think>t</think><answer>B", 0.0),  # cut off
-    ("</answer>B<answer>", 0.0),
-    ("<answer>B</answer>", 1.0),  # the format has its own rule
-    ("<Answer>B</ANSWER>", 1.0),
-    ("<think>It may be A or C.</think><answer>B</answer>", 1.0),
-    ("<answer>B</answer><answer>B</answer>", 0.5),
-    ("<answer><answer>B</answer></answer>", 0.5),
-    ("<think>t</think><answer></answer><answer>B</answer>", 0.5),
-    ("<think>inside <answer>...</answer> tags</think><answer>B</answer>", 0.5),
-    ("<answer>B</answer><answer>C</answer>", 0.0),
-    ("<answer>C</answer> no, wait <answer>B</answer>", 0.0),
-    ("<answer>C <answer>B</answer>", 0.0),
-    ("".join(f"<answer>{letter}</answer>" for letter in "ABCD"), 0.0),
-])
-def test_only_an_answer_block_counts_and_answering_twice_never_pays(completion: str, expected: float) -> None:
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("B", 0.0),  # no answer block: the letter does not count wherever it stands
+        ("<think>B</think>", 0.0),
+        ("The answer is B. <think>t</think>", 0.0),
+        ("<think>t</think><answer>B", 0.0),  # cut off
+        ("</answer>B<answer>", 0.0),
+        ("<answer>B</answer>", 1.0),  # the format has its own rule
+        ("<Answer>B</ANSWER>", 1.0),
+        ("<think>It may be A or C.</think><answer>B</answer>", 1.0),
+        ("<answer>B</answer><answer>B</answer>", 0.5),
+        ("<answer><answer>B</answer></answer>", 0.5),
+        ("<think>t</think><answer></answer><answer>B</answer>", 0.5),
+        ("<think>inside <answer>...</answer> tags</think><answer>B</answer>", 0.5),
+        ("<answer>B</answer><answer>C</answer>", 0.0),
+        ("<answer>C</answer> no, wait <answer>B</answer>", 0.0),
+        ("<answer>C <answer>B</answer>", 0.0),
+        ("".join(f"<answer>{letter}</answer>" for letter in "ABCD"), 0.0),
+    ],
+)
+def test_only_an_answer_block_counts_and_answering_twice_never_pays(
+    completion: str, expected: float
+) -> None:
     assert accuracy_reward(completion, "B") == expected
 
 
@@ -184,50 +400,92 @@ def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
         accuracy_reward(answered("B"), answer)
 
 
-@pytest.mark.parametrize(("completion", "letter"), [
-    ("<think>x</think><answer>B</answer>", "B"),
-    ("<think>x</think><answer>B) Heart</answer>", "B"),
-    ("<think>x</think>B", "B"),
-    ("<think>x</think>\n\nThe answer is B.", "B"),
-    ("<think>A</think><answer>B", "B"),
-    ("B", "B"),
-    ("Heart (B)", "B"),
-    ("<think>The answer is B", None),
-    ("<think>The answer is B</think>", None),
-    ("<think>x</think><answer>A or B</answer>", None),
-    ("<answer>B</answer><answer>C</answer>", None),
-    ("A mass is seen.", None),
-    ("", None),
-])
-def test_a_lenient_reader_finds_the_letter_without_tags_but_never_inside_the_reasoning(completion, letter) -> None:
+@pytest.mark.parametrize(
+    ("completion", "letter"),
+    [
+        ("<think>x</think><answer>B</answer>", "B"),
+        ("<think>x</think><answer>B) Heart</answer>", "B"),
+        ("<think>x</think>B", "B"),
+        ("<think>x</think>\n\nThe answer is B.", "B"),
+        ("<think>A</think><answer>B", "B"),
+        ("B", "B"),
+        ("Heart (B)", "B"),
+        ("<think>The answer is B", None),
+        ("<think>The answer is B</think>", None),
+        ("<think>x</think><answer>A or B</answer>", None),
+        ("<answer>B</answer><answer>C</answer>", None),
+        ("A mass is seen.", None),
+        ("", None),
+    ],
+)
+def test_a_lenient_reader_finds_the_letter_without_tags_but_never_inside_the_reasoning(
+    completion, letter
+) -> None:
     assert read_letter(completion) == letter
 
 
 def test_score_gives_every_rule_in_the_order_of_the_registry() -> None:
     assert list(RULES) == ["format", "accuracy", "consistency"]
-    verdicts = score("<think>It is the heart.</think><answer>B) Heart</answer>", "b", ("Lung", "Heart"))
-    assert [(v.rule, v.score) for v in verdicts] == [("format", 1.0), ("accuracy", 0.5), ("consistency", 1.0)]
-    assert verdicts[1] == Verdict("accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'")
+    verdicts = score(
+        "<think>It is the heart.</think><answer>B) Heart</answer>", "b", ("Lung", "Heart")
+    )
+    assert [(v.rule, v.score) for v in verdicts] == [
+        ("format", 1.0),
+        ("accuracy", 0.5),
+        ("consistency", 1.0),
+    ]
+    assert verdicts[1] == Verdict(
+        "accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'"
+    )
 
 
 # Hostile completions
 
 
-@pytest.mark.parametrize("completion", [
-    "<answer>" * 125_000, "<answer>" + "</answer>" * 111_000, "<answer>B</answer>" * 55_000, "<think>" * 140_000,
-    "<answer>" + "<" * 1_000_000 + "</answer>", "<think>" + "\u200b" * 1_000_000 + "</think><answer>B</answer>",
-    "<think>t</think>" + " " * 1_000_000 + "<answer>B</answer>", "<answer>" + "A " * 500_000 + "</answer>",
-    "<answer>" + "B" + " " * 1_000_000 + "x</answer>", "<answer>" + "\ufdfa" * 300_000 + "</answer>",
-    "<think>" + "x" * 1_000_000, "<answer>" + " " * 1_000_000 + "B</answer>",
-], ids=lambda completion: ascii(completion[:12]))
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<answer>" * 125_000,
+        "<answer>" + "</answer>" * 111_000,
+        "<answer>B</answer>" * 55_000,
+        "<think>" * 140_000,
+        "<answer>" + "<" * 1_000_000 + "</answer>",
+        "<think>" + "\u200b" * 1_000_000 + "</think><answer>B</answer>",
+        "<think>t</think>" + " " * 1_000_000 + "<answer>B</answer>",
+        "<answer>" + "A " * 500_000 + "</answer>",
+        "<answer>" + "B" + " " * 1_000_000 + "x</answer>",
+        "<answer>" + "\ufdfa" * 300_000 + "</answer>",
+        "<think>" + "x" * 1_000_000,
+        "<answer>" + " " * 1_000_000 + "B</answer>",
+    ],
+    ids=lambda completion: ascii(completion[:12]),
+)
 def test_a_megabyte_of_anything_is_scored_at_once(completion: str) -> None:
     started = time.process_time()
     score(completion, "B")
-    assert time.process_time() - started < 0.5  # some 10 ms when idle; a quadratic pattern takes minutes
+    assert (
+        time.process_time() - started < 0.5
+    )  # some 10 ms when idle; a quadratic pattern takes minutes
 
 
-@pytest.mark.parametrize("unit", ["A ", "B:", "a,", "not ", "B or ", "(", ", (", " .", "**B** ", "option B ",
-                                  "is B not ", "B, and C ", "answer: "])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "A ",
+        "B:",
+        "a,",
+        "not ",
+        "B or ",
+        "(",
+        ", (",
+        " .",
+        "**B** ",
+        "option B ",
+        "is B not ",
+        "B, and C ",
+        "answer: ",
+    ],
+)
 def test_no_pattern_backtracks_on_the_longest_answer_that_is_read(unit: str) -> None:
     text = (unit * 1000)[:1000]
     started = time.process_time()
@@ -241,9 +499,18 @@ def test_an_answer_of_more_than_a_thousand_characters_chooses_nothing() -> None:
 
 
 def test_the_reasons_are_printable_whatever_the_completion_holds() -> None:
-    for completion in ["\x1b[2J", "<think>\x1b]0;x\x07</think>\x9b1m<answer>\u202eB\x1b[31m</answer>", "\ud800",
-                       answered("\x1b[31mB or C\r\n"), answered("B\x08\x08 \u2028"), answered("x" * 500)]:
-        assert all(verdict.why.isprintable() and len(verdict.why) < 160 for verdict in score(completion, "B"))
+    for completion in [
+        "\x1b[2J",
+        "<think>\x1b]0;x\x07</think>\x9b1m<answer>\u202eB\x1b[31m</answer>",
+        "\ud800",
+        answered("\x1b[31mB or C\r\n"),
+        answered("B\x08\x08 \u2028"),
+        answered("x" * 500),
+    ]:
+        assert all(
+            verdict.why.isprintable() and len(verdict.why) < 160
+            for verdict in score(completion, "B")
+        )
 
 
 # The command
@@ -252,10 +519,14 @@ def test_the_reasons_are_printable_whatever_the_completion_holds() -> None:
 def test_the_command_prints_each_rule_and_why() -> None:
     run = command("--answer", "B", answered("B) Heart"))
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines() == ["format       1.0  one think block, then one answer block, and nothing else",
-                                       "accuracy     0.5  the answer chooses B with something added: 'B) Heart'"]
+    assert run.stdout.splitlines() == [
+        "format       1.0  one think block, then one answer block, and nothing else",
+        "accuracy     0.5  the answer chooses B with something added: 'B) Heart'",
+    ]
     run = command("--answer", "B", answered("B"), "--options", "Lung", "Heart")
-    assert run.stdout.splitlines()[2].startswith("consistency  0.0  ")  # the reasoning names the lung, option A
+    assert run.stdout.splitlines()[2].startswith(
+        "consistency  0.0  "
+    )  # the reasoning names the lung, option A
 
 
 def test_the_command_reads_standard_input_and_prints_no_escape_sequence() -> None:
@@ -264,8 +535,16 @@ def test_the_command_reads_standard_input_and_prints_no_escape_sequence() -> Non
     assert run.stdout.splitlines()[1].startswith("accuracy     0.0  ")
 
 
-@pytest.mark.parametrize("arguments", [["--answer", "Heart", "x"], ["--answer", "\x1b[2J", "x"], ["x"],
-                                       ["--answer", "B"], ["--answer", "B", "x", "\x1b[2J"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--answer", "Heart", "x"],
+        ["--answer", "\x1b[2J", "x"],
+        ["x"],
+        ["--answer", "B"],
+        ["--answer", "B", "x", "\x1b[2J"],
+    ],
+)
 def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[str]) -> None:
     run = command(*arguments)
     assert (run.returncode, run.stdout) == (2, "")
@@ -275,21 +554,45 @@ def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[st
 # Real completions: MedVLM-R1 and other Qwen2-VL models
 
 
-@pytest.mark.parametrize("completion, answer, expected", [
-    ("<think>\nThe heart and lungs appear normal, and there are no signs of fluid accumulation.\n</think>\n\n"
-     "<answer>R</answer>", "D", (1.0, 0.0)),  # a letter that is no option
-    ("<think>\nThe mass is also not in the pancreas, as it is not a typical location", "B", (0.0, 0.0)),  # cut off
-    ("<think>\nA. 10\nB. 9\nC. 8\nD. 7\n</think>\n<answer>\nC. 8\n</answer>", "C", (1.0, 0.5)),
-    ("<think>\nA. 7\nB. 6\nC. 5\nD. 4\nE. 3\n", "A", (0.0, 0.0)),  # options recited, no answer
-    ("<think>根据题意，我们可以知道，船从A点出发，向东航行，到达B点", "B", (0.0, 0.0)),  # cut off in Chinese
-    ("Therefore, angle BAD = 90° - 42° = 48°. <answer>48</answer>", "B", (0.0, 0.0)),
-    ("Connect BD, then angle D = 35.0.\n<think>Connect BD.</think>\n<answer>35.0</answer>", "D", (0.0, 0.0)),
-    ("Also, angle BAC = 20°. Therefore, the answer is 40.", "B", (0.0, 0.0)),
-    ("<think> The total green area is pi. </think> <answer> pi </answer>", "I", (1.0, 0.0)),  # published code: 0.5
-    ("<answer>3</answer>", "C", (0.0, 0.0)),
-])
-def test_telling_real_completions_score_as_a_reader_would(completion: str, answer: str,
-                                                          expected: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    "completion, answer, expected",
+    [
+        (
+            "<think>\nThe heart and lungs appear normal, and there are no signs of fluid accumulation.\n</think>\n\n"
+            "<answer>R</answer>",
+            "D",
+            (1.0, 0.0),
+        ),  # a letter that is no option
+        (
+            "<think>\nThe mass is also not in the pancreas, as it is not a typical location",
+            "B",
+            (0.0, 0.0),
+        ),  # cut off
+        ("<think>\nA. 10\nB. 9\nC. 8\nD. 7\n</think>\n<answer>\nC. 8\n</answer>", "C", (1.0, 0.5)),
+        ("<think>\nA. 7\nB. 6\nC. 5\nD. 4\nE. 3\n", "A", (0.0, 0.0)),  # options recited, no answer
+        (
+            "<think>根据题意，我们可以知道，船从A点出发，向东航行，到达B点",
+            "B",
+            (0.0, 0.0),
+        ),  # cut off in Chinese
+        ("Therefore, angle BAD = 90° - 42° = 48°. <answer>48</answer>", "B", (0.0, 0.0)),
+        (
+            "Connect BD, then angle D = 35.0.\n<think>Connect BD.</think>\n<answer>35.0</answer>",
+            "D",
+            (0.0, 0.0),
+        ),
+        ("Also, angle BAC = 20°. Therefore, the answer is 40.", "B", (0.0, 0.0)),
+        (
+            "<think> The total green area is pi. </think> <answer> pi </answer>",
+            "I",
+            (1.0, 0.0),
+        ),  # published code: 0.5
+        ("<answer>3</answer>", "C", (0.0, 0.0)),
+    ],
+)
+def test_telling_real_completions_score_as_a_reader_would(
+    completion: str, answer: str, expected: tuple[float, float]
+) -> None:
     assert (format_reward(completion), accuracy_reward(completion, answer)) == expected
 
 
@@ -298,7 +601,10 @@ def test_the_800_real_completions_keep_the_scores_that_were_looked_through() -> 
     lettered, other = Counter(), Counter()
     for row in rows:
         if row["ground_truth"] in ("A", "B", "C", "D"):
-            lettered[format_reward(row["completion"]), accuracy_reward(row["completion"], row["ground_truth"])] += 1
+            lettered[
+                format_reward(row["completion"]),
+                accuracy_reward(row["completion"], row["ground_truth"]),
+            ] += 1
             continue
         best = max(LETTERS, key=lambda letter: accuracy_reward(row["completion"], letter))
         other[format_reward(row["completion"]), accuracy_reward(row["completion"], best)] += 1
@@ -306,10 +612,21 @@ def test_the_800_real_completions_keep_the_scores_that_were_looked_through() -> 
     assert other == {(1.0, 0.0): 166, (0.0, 0.0): 33, (1.0, 0.5): 1, (1.0, 1.0): 2}
 
 
-LAYOUTS = ["{}) {}", "{}. {}", "({}) {}", "{}: {}", "{}, {}", "**{}** {}", "{}\n{}", "The answer is {}) {}"]
+LAYOUTS = [
+    "{}) {}",
+    "{}. {}",
+    "({}) {}",
+    "{}: {}",
+    "{}, {}",
+    "**{}** {}",
+    "{}\n{}",
+    "The answer is {}) {}",
+]
 
 
-def test_letter_and_option_text_of_the_published_test_set_score_half_and_the_text_alone_nothing() -> None:
+def test_letter_and_option_text_of_the_published_test_set_score_half_and_the_text_alone_nothing() -> (
+    None
+):
     questions = json.loads(shared("medvlm_r1_test_questions.json"))
     assert len(questions) == 900
     for question in questions:
@@ -320,7 +637,9 @@ def test_letter_and_option_text_of_the_published_test_set_score_half_and_the_tex
         for letter, option in zip("ABCD", question["options"]):
             assert parse_letter(option).letter is None, option
             assert accuracy_reward(answered(letter), right) == (letter == right), question
-            assert accuracy_reward(answered(f"{letter}) {option}"), right) == 0.5 * (letter == right), question
+            assert accuracy_reward(answered(f"{letter}) {option}"), right) == 0.5 * (
+                letter == right
+            ), question
 
 
 def test_the_answer_is_what_stands_between_the_first_and_the_last_tag() -> None:

@@ -1,30 +1,38 @@
-"""Grouped rollouts: the distribution, its log-probabilities, and what a completion may depend on."""
+"""Grouped rollouts: the distribution, its log-probabilities, and what a completion may depend
+on.
+"""
 
 import pytest
 import torch
-
-from data import Vocabulary, allowed_tokens_V
-from grpo.batch import completion_logprobs, rollout_logprobs
-from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
 from tiny import tiny_tokenizer
 from tiny_run import tiny_model
+
+from data import Vocabulary, allowed_tokens_V
+from grpo.rollout import completion_logprobs, rollout_logprobs
+from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
 
 
 def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(END,), greedy=False):
     """A rollout at temperature 1.3, and the ids that may be sampled."""
-    allowed = allowed_tokens_V(tiny_tokenizer(), model.config.vocab_size, [model.config.image_token_id])
+    allowed = allowed_tokens_V(
+        tiny_tokenizer(), model.config.vocab_size, [model.config.image_token_id]
+    )
     places = range(len(prompts)) if places is None else places
     noise = None if greedy else sampling_noise(3, 11, places, group_size, max_new_tokens)
     vocabulary = Vocabulary(tiny_tokenizer(), ends, allowed.to(model.embed.weight.device))
-    return sample_groups(model, vocabulary, prompts, noise, temperature=1.3, max_new_tokens=max_new_tokens), allowed
+    return sample_groups(
+        model, vocabulary, prompts, noise, temperature=1.3, max_new_tokens=max_new_tokens
+    ), allowed
 
 
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(model, rollout, rollout.micro_batches(100), allowed, temperature=1.3)
+    recomputed = rollout_logprobs(
+        model, rollout, rollout.micro_batches(100), allowed, temperature=1.3
+    )
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 
@@ -38,10 +46,15 @@ def test_sampled_logprobs_equal_a_plain_forward_over_prompt_and_completion(promp
             tokens = rollout.tokens_NGT[n, g][kept]
             whole = torch.cat([prompt.tokens_P, tokens])[None]
             with torch.no_grad():
-                logits = model(whole, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+                logits = model(whole, prompt.patches_SC, prompt.grids_I3)[
+                    0, len(prompt.tokens_P) - 1 : -1
+                ]
             logp = (logits / 1.3).masked_fill(~allowed, -torch.inf).log_softmax(-1)
             torch.testing.assert_close(
-                logp.gather(1, tokens[:, None])[:, 0], rollout.logp_NGT[n, g][kept], atol=1e-4, rtol=0
+                logp.gather(1, tokens[:, None])[:, 0],
+                rollout.logp_NGT[n, g][kept],
+                atol=1e-4,
+                rtol=0,
             )
 
 
@@ -52,7 +65,9 @@ def test_greedy_decoding_picks_the_most_likely_token_of_a_plain_forward(prompts)
         tokens = rollout.tokens_NGT[n, 0][rollout.mask_NGT[n, 0]]
         whole = torch.cat([prompt.tokens_P, tokens])[None]
         with torch.no_grad():
-            logits = model(whole, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+            logits = model(whole, prompt.patches_SC, prompt.grids_I3)[
+                0, len(prompt.tokens_P) - 1 : -1
+            ]
         assert torch.equal(logits.masked_fill(~allowed, -torch.inf).argmax(-1), tokens)
 
 
@@ -68,7 +83,9 @@ def test_20000_samples_follow_the_softmax_they_were_drawn_from():
 
 
 def test_first_tokens_of_a_large_group_follow_the_models_softmax(prompts):
-    """The same, through prompt, cache and masking: all tokens expected 5 times or more, the rest in one bin."""
+    """The same, through prompt, cache and masking: all tokens expected 5 times or more, the rest in
+    one bin.
+    """
     model = tiny_model()
     model.embed.weight.data *= 0.4  # flatter, so that many tokens have a chance
     rollout, allowed = sampled(model, prompts[1:2], group_size=20000, max_new_tokens=1)
@@ -79,7 +96,9 @@ def test_first_tokens_of_a_large_group_follow_the_models_softmax(prompts):
     often = expected >= 5
     counts, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (counts, expected))
     freedom = len(expected) - 1
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3  # Wilson and Hilferty, 99.9 %
+    limit = (
+        freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    )  # Wilson and Hilferty, 99.9 %
     assert freedom > 20
     assert ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum() < limit
 
@@ -150,14 +169,18 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
         for g in range(5):
             kept = rollout.mask_NGT[n, g]
             tokens = rollout.tokens_NGT[n, g][kept]
-            logits = model(torch.cat([prompt.tokens_P, tokens])[None], prompt.patches_SC, prompt.grids_I3)[
-                0, len(prompt.tokens_P) - 1 : -1
-            ]
+            logits = model(
+                torch.cat([prompt.tokens_P, tokens])[None], prompt.patches_SC, prompt.grids_I3
+            )[0, len(prompt.tokens_P) - 1 : -1]
             logp = (logits / 1.3).masked_fill(~allowed, -torch.inf).log_softmax(-1)
             (logp.gather(1, tokens[:, None])[:, 0] * weights[n, g][kept]).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
-            fast[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+            fast[name],
+            parameter.grad,
+            atol=2e-4,
+            rtol=1e-3,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -170,7 +193,10 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
     assert [n for part in parts for n in range(6)[part]] == list(range(6))
     for part, after in zip(parts, [*parts[1:], None]):
         one_more = slice(part.start, part.stop + 1)
-        size = [len(range(6)[s]) * (max(prompt_sizes[s]) + 5 * max(longest[s])) for s in (part, one_more)]
+        size = [
+            len(range(6)[s]) * (max(prompt_sizes[s]) + 5 * max(longest[s]))
+            for s in (part, one_more)
+        ]
         assert size[0] <= budget or part.stop - part.start == 1
         assert after is None or size[1] > budget  # no more would have fitted
     for groups, _, tokens, mask in rollout.micro_batches(budget):

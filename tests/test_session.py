@@ -1,5 +1,6 @@
-"""What surrounds the steps: stopping within one, steps that are not finite, memory that does not suffice, images that
-vanish, validation, and checkpoints that are written while the run goes on."""
+"""What surrounds the steps: stopping within one, steps that are not finite, memory that does not
+suffice, images that vanish, validation, and checkpoints that are written while the run goes on.
+"""
 
 import json
 import os
@@ -13,17 +14,18 @@ from safetensors.torch import load_file
 from test_train import rows, run, vowel_score, weights
 from tiny_run import write_run
 
-import grpo.saving
 import train
-from grpo.checkpoint import damage_of
-from grpo.config import load_config
-from grpo.incidents import main as incidents_program
-from grpo.incidents import replay, write_incident
-from grpo.run import prepare
-from grpo.saving import Checkpoints
-from grpo.session import Session
-from model import InputError, load_model
+import training.saving
+from common.config import load_config
+from common.errors import InputError
+from model import load_model
 from rewards import Verdict
+from training.checkpoint import damage_of
+from training.incidents import main as incidents_program
+from training.incidents import replay, write_incident
+from training.run import prepare
+from training.saving import Checkpoints
+from training.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +53,22 @@ def press(number: int, name: str, call: int, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("number", "name", "call", "updates", "done"),
     [
-        (signal.SIGINT, "completion_logprobs", 8, 1, 2),  # in the third step's update, which is left and done anew
+        (
+            signal.SIGINT,
+            "completion_logprobs",
+            8,
+            1,
+            2,
+        ),  # in the third step's update, which is left and done anew
         (signal.SIGTERM, "completion_logprobs", 7, 1, 2),
         (signal.SIGTERM, "sample_groups", 2, 1, 1),
-        (signal.SIGINT, "completion_logprobs", 11, 2, 2),  # after the second step's first update: it is finished
+        (
+            signal.SIGINT,
+            "completion_logprobs",
+            11,
+            2,
+            2,
+        ),  # after the second step's first update: it is finished
     ],
 )
 def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
@@ -71,7 +85,9 @@ def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
         assert run(patch, stopped / "config.toml") == 128 + number
     said = capsys.readouterr().err
     assert f"goes on from {stopped}/run/checkpoints/step-{done:06d}" in said.splitlines()[-1]
-    assert [path.name for path in (stopped / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert [path.name for path in (stopped / "run" / "checkpoints").iterdir()] == [
+        f"step-{done:06d}"
+    ]
     assert run(monkeypatch, stopped / "config.toml") == 0
     assert same_weights(whole, stopped)
     assert [row["step"] for row in rows(stopped / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
@@ -82,7 +98,9 @@ def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
 
 
 def untimed(row: dict) -> dict:
-    return {name: value for name, value in row.items() if not name.startswith(("seconds", "tokens_per"))}
+    return {
+        name: value for name, value in row.items() if not name.startswith(("seconds", "tokens_per"))
+    }
 
 
 def score_that_fails(*steps: int):
@@ -104,14 +122,19 @@ def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_
     config = write_run(tmp_path, test_questions=[], save_every=1, keep_checkpoints=9)
     monkeypatch.setattr(train, "score", score_that_fails(1, 2))
     assert run(monkeypatch, config) == 0
-    saved = [load_file(tmp_path / "run" / "checkpoints" / f"step-00000{i}" / "model.safetensors") for i in (1, 3, 4)]
+    saved = [
+        load_file(tmp_path / "run" / "checkpoints" / f"step-00000{i}" / "model.safetensors")
+        for i in (1, 3, 4)
+    ]
     assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
     assert any(not torch.equal(value, saved[2][name]) for name, value in saved[0].items())
     found = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["loss"] is None for row in found] == [False, True, True, False]
     kept = tmp_path / "run" / "incidents"
     assert [row["kind"] for row in rows(tmp_path / "run" / "incidents.jsonl")] == ["not finite"] * 2
-    assert (kept / "step-000001" / "model").is_dir() and not (kept / "step-000002" / "model").exists()
+    assert (kept / "step-000001" / "model").is_dir() and not (
+        kept / "step-000002" / "model"
+    ).exists()
     assert "2 of kind 'not finite'" in capsys.readouterr().out
 
     # Played again from that folder alone: images and base are gone.
@@ -141,10 +164,12 @@ def test_an_incident_played_again_gives_the_loss_and_gradient_that_it_had(tmp_pa
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines[1:]]
     assert sum(losses) / 3 == pytest.approx(row["loss"], abs=2e-3)
     assert len(lines) == 4 and all("gradient finite" in line for line in lines[1:])
-    lowest = load_file(tmp_path / "run" / "incidents" / "step-000000" / "batch.safetensors")["logp_NGT"].min()
-    assert min(float(line.split("log-probability ")[1].split(",")[0]) for line in lines[1:]) == pytest.approx(
-        float(lowest), rel=1e-2
-    )
+    lowest = load_file(tmp_path / "run" / "incidents" / "step-000000" / "batch.safetensors")[
+        "logp_NGT"
+    ].min()
+    assert min(
+        float(line.split("log-probability ")[1].split(",")[0]) for line in lines[1:]
+    ) == pytest.approx(float(lowest), rel=1e-2)
 
 
 @pytest.mark.parametrize("method", ["grpo", "sft"])
@@ -155,15 +180,20 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and
     monkeypatch.setattr(train, "score", score_that_fails(1, 2, 3))
     if method == "sft":
         nan = torch.tensor(float("nan"))
-        monkeypatch.setattr("grpo.sft.accumulate_cross_entropy", lambda *_: (nan, nan))
+        monkeypatch.setattr("training.sft.accumulate_cross_entropy", lambda *_: (nan, nan))
     assert run(monkeypatch, config) == 2
     assert "2 steps in a row were not finite" in capsys.readouterr().err.splitlines()[-1]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert saved.name == ("step-000003" if method == "grpo" else "step-000002") and damage_of(saved) == ""
+    assert (
+        saved.name == ("step-000003" if method == "grpo" else "step-000002")
+        and damage_of(saved) == ""
+    )
 
 
 def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> None:
-    """A GPU that can't hold more than so many groups at once; or that runs out in the backward pass."""
+    """A GPU that can't hold more than so many groups at once; or that runs out in the backward
+    pass.
+    """
     whole = train.completion_logprobs
 
     class Failing(torch.autograd.Function):
@@ -184,7 +214,9 @@ def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> N
         return logp, entropy
 
     monkeypatch.setattr(train, "completion_logprobs", limited)
-    monkeypatch.setattr("grpo.batch.completion_logprobs", limited if not after_backward else whole)
+    monkeypatch.setattr(
+        "grpo.rollout.completion_logprobs", limited if not after_backward else whole
+    )
 
 
 @pytest.mark.parametrize("after_backward", [False, True])
@@ -206,11 +238,17 @@ def test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient(
             assert run(patch, config) == 0
         found.append(folder)
     assert same_weights(*found)
-    said = [row["says"] for row in rows(found[1] / "run" / "incidents.jsonl") if row["kind"] == "memory"]
-    assert len(said) in (1, 2) and all("out of memory with micro_batch_tokens" in line for line in said)
+    said = [
+        row["says"] for row in rows(found[1] / "run" / "incidents.jsonl") if row["kind"] == "memory"
+    ]
+    assert len(said) in (1, 2) and all(
+        "out of memory with micro_batch_tokens" in line for line in said
+    )
 
 
-def test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys):
+def test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing(
+    tmp_path, monkeypatch, capsys
+):
     config = write_run(tmp_path, test_questions=[], save_every=1, steps=2)
     assert run(monkeypatch, config, "--steps", "2") == 0
     short_of_memory(0, monkeypatch)
@@ -219,12 +257,16 @@ def test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing(tmp_path,
     assert "single group in a micro-batch" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(tmp_path, monkeypatch, capsys):
+def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(
+    tmp_path, monkeypatch, capsys
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     ends = []
     for folder, stop in ((whole, False), (broken, True)):
         folder.mkdir()
-        config = write_run(folder, test_questions=[], bad_images="skip", prompts_per_step=2, save_every=1)
+        config = write_run(
+            folder, test_questions=[], bad_images="skip", prompts_per_step=2, save_every=1
+        )
         (folder / "questions" / "0.png").unlink()
         os.truncate(folder / "questions" / "1.png", 300)
         with monkeypatch.context() as patch:
@@ -237,7 +279,10 @@ def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(tm
             assert run(monkeypatch, config) == 0
         found = rows(folder / "run" / "incidents.jsonl")
         assert {row["kind"] for row in found} == {"image"}
-        assert sorted(row["says"].split("questions/")[1].split(":")[0] for row in found) == ["0.png", "1.png"]
+        assert sorted(row["says"].split("questions/")[1].split(":")[0] for row in found) == [
+            "0.png",
+            "1.png",
+        ]
         assert [row["step"] for row in rows(folder / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
         ends.append(folder)
     assert same_weights(*ends)
@@ -245,12 +290,16 @@ def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(tm
 
 
 def test_a_step_whose_images_are_all_bad_is_counted_and_passed(tmp_path, monkeypatch):
-    config = write_run(tmp_path, test_questions=[], bad_images="skip", prompts_per_step=1, steps=8, train_count=8)
+    config = write_run(
+        tmp_path, test_questions=[], bad_images="skip", prompts_per_step=1, steps=8, train_count=8
+    )
     for i in range(7):
         os.truncate(tmp_path / "questions" / f"{i}.png", 300)
     assert run(monkeypatch, config) == 0
     found = rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in found] == list(range(8)) and sum("reward" in row for row in found) == 1
+    assert [row["step"] for row in found] == list(range(8)) and sum(
+        "reward" in row for row in found
+    ) == 1
     assert run(monkeypatch, write_and_break_all(tmp_path / "all")) == 2
 
 
@@ -265,20 +314,32 @@ def write_and_break_all(folder: Path) -> Path:
 def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_does_not_repeat_it(
     tmp_path, monkeypatch, capsys
 ):
-    answers = iter(f"<answer>{letter}</answer>" for letter in "ABBA")  # the first of two that are equally good is kept
+    answers = iter(
+        f"<answer>{letter}</answer>" for letter in "ABBA"
+    )  # the first of two that are equally good is kept
 
     def greedy(policy, vocabulary, encoder, questions, *, config, label):
         return [next(answers)] * len(questions) if label == "validation" else [""] * len(questions)
 
     monkeypatch.setattr(train, "answer_greedily", greedy)
-    config = write_run(tmp_path, validation_fraction=0.25, validate_every=1, keep_checkpoints=1, save_every=100)
+    config = write_run(
+        tmp_path, validation_fraction=0.25, validate_every=1, keep_checkpoints=1, save_every=100
+    )
     with monkeypatch.context() as patch:
         press(signal.SIGINT, "sample_groups", 4, patch)
         assert run(patch, config) == 130
     assert run(monkeypatch, config) == 0
     found = rows(tmp_path / "run" / "validation.jsonl")
-    assert [(row["step"], row["right"], row["total"]) for row in found] == [(0, 0, 2), (1, 2, 2), (2, 2, 2), (3, 0, 2)]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert [(row["step"], row["right"], row["total"]) for row in found] == [
+        (0, 0, 2),
+        (1, 2, 2),
+        (2, 2, 2),
+        (3, 0, 2),
+    ]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"] == {
         "step": 2, "right": 2, "total": 2,
     }  # fmt: skip
@@ -287,7 +348,9 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
 
 
 def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monkeypatch, capsys):
-    train_file, test_file = (str(tmp_path / "questions" / f"{name}.json") for name in ("train", "test"))
+    train_file, test_file = (
+        str(tmp_path / "questions" / f"{name}.json") for name in ("train", "test")
+    )
     config = write_run(tmp_path, validation_questions=[test_file])
     assert run(monkeypatch, config) == 2 and "validated on too" in capsys.readouterr().err
     assert run(monkeypatch, config, "--validation_questions", train_file) == 2
@@ -297,9 +360,11 @@ def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monke
 
 
 @pytest.mark.parametrize("memory", ["plenty", "none"])
-def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(tmp_path, monkeypatch, memory):
+def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(
+    tmp_path, monkeypatch, memory
+):
     if memory == "none":
-        monkeypatch.setattr(grpo.saving, "available_memory", lambda: 0)
+        monkeypatch.setattr(training.saving, "available_memory", lambda: 0)
     config = load_config(write_run(tmp_path, dtype="bfloat16"))
     made = prepare(config)
     saving = Checkpoints(config)
@@ -318,7 +383,9 @@ def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(tm
     assert "late" not in again.progress and again.progress["step"] == 1
 
 
-def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(
+    tmp_path, monkeypatch
+):
     config = load_config(write_run(tmp_path))
     made, saving = prepare(config), Checkpoints(config)
     before = saving.save(made.policy, made.optimizer, made.progress | {"step": 1})
@@ -327,16 +394,21 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(t
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo.saving.write_tensors", full)
+    monkeypatch.setattr("training.saving.write_tensors", full)
     saving.save(made.policy, made.optimizer, made.progress | {"step": 2})
     with pytest.raises(
-        InputError, match="step-000002: can't save .* No space left on device.* goes on from .*step-000001"
+        InputError,
+        match="step-000002: can't save .* No space left on device.* goes on from .*step-000001",
     ):
         saving.finish()
-    assert damage_of(before) == "" and [path.name for path in before.parent.iterdir()] == ["step-000001"]
+    assert damage_of(before) == "" and [path.name for path in before.parent.iterdir()] == [
+        "step-000001"
+    ]
 
 
-def test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been(
+    tmp_path, monkeypatch
+):
     whole, moved = tmp_path / "whole", tmp_path / "elsewhere" / "moved"
     for folder in (whole, tmp_path / "first"):
         folder.mkdir()
@@ -354,8 +426,14 @@ def test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_
 
 
 def test_weights_that_are_no_numbers_any_more_are_not_saved(tmp_path, monkeypatch, capsys):
-    config = write_run(tmp_path, test_questions=[], save_every=2, learning_rate=1e38, beta=0.0, max_grad_norm=1e30)
+    config = write_run(
+        tmp_path, test_questions=[], save_every=2, learning_rate=1e38, beta=0.0, max_grad_norm=1e30
+    )
     assert run(monkeypatch, config) == 2
     said = capsys.readouterr().err
-    assert "not finite" in said.splitlines()[-1] and "begin anew in another" in said.splitlines()[-1]
-    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert (
+        "not finite" in said.splitlines()[-1] and "begin anew in another" in said.splitlines()[-1]
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list(
+        (tmp_path / "run" / "checkpoints").iterdir()
+    )

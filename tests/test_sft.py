@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: its targets, its gradient against a plain cross-entropy, and a run from end to end."""
+"""Supervised fine-tuning: its targets, its gradient against a plain cross-entropy, and a run from
+end to end.
+"""
 
 import json
 import sys
@@ -6,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_run import write_run
 from torch.nn import functional as F
 
 import train
+from common.config import load_config
 from data import Question, questions_of_step
-from grpo.batch import written_rollout
-from grpo.config import load_config
-from grpo.run import prepare
-from grpo.sft import accumulate_cross_entropy, target
-from tiny_run import write_run
+from grpo.rollout import written_rollout
+from training.run import prepare
+from training.sft import accumulate_cross_entropy, target
 
 
 def run(monkeypatch, config, *flags):
@@ -28,7 +30,10 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     config = load_config(write_run(folder, method="sft"))
     made = prepare(config)
-    prompts = [made.encoder.encode(question) for question in questions_of_step(made.train_questions, 0, 3, 0)]
+    prompts = [
+        made.encoder.encode(question)
+        for question in questions_of_step(made.train_questions, 0, 3, 0)
+    ]
     return config, made, prompts
 
 
@@ -40,20 +45,28 @@ def test_targets_are_the_letter_in_tags_bare_or_after_its_option():
 
 def test_given_completions_read_back_as_they_were_written_with_one_end_of_turn_each(prepared):
     config, made, prompts = prepared
-    texts = [["<answer>A</answer>", "B"], ["C", "<think>x</think><answer>B</answer>"], ["a<|im_end|>b", ""]]
+    texts = [
+        ["<answer>A</answer>", "B"],
+        ["C", "<think>x</think><answer>B</answer>"],
+        ["a<|im_end|>b", ""],
+    ]
     rollout = written_rollout(made.vocabulary, prompts, texts, "cpu")
     (end,) = made.vocabulary.end_ids
     for n, group in enumerate(texts):
         for g, text in enumerate(group):
             ids = rollout.tokens_NGT[n, g][rollout.mask_NGT[n, g]].tolist()
-            assert ids[-1] == end and end not in ids[:-1]  # a control token that is written in the text stays text
+            assert (
+                ids[-1] == end and end not in ids[:-1]
+            )  # a control token that is written in the text stays text
             assert made.vocabulary.tokenizer.decode(ids[:-1]) == text
 
 
 @pytest.mark.parametrize("size", [1, 250, 100_000])
 def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepared, size):
     config, made, prompts = prepared
-    answers = written_rollout(made.vocabulary, prompts, [["<answer>A</answer>"], ["B"], ["<answer>C"]], "cpu")
+    answers = written_rollout(
+        made.vocabulary, prompts, [["<answer>A</answer>"], ["B"], ["<answer>C"]], "cpu"
+    )
     made.policy.zero_grad(set_to_none=True)
     loss, probability = accumulate_cross_entropy(replace(made, micro_batch_tokens=size), answers)
     found = {name: p.grad.clone() for name, p in made.policy.named_parameters()}
@@ -63,7 +76,9 @@ def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepar
     for prompt, tokens, mask in zip(prompts, answers.tokens_NGT[:, 0], answers.mask_NGT[:, 0]):
         ids = tokens[mask]
         sequence = torch.cat((prompt.tokens_P, ids))[None]
-        logits = made.policy(sequence, prompt.patches_SC, prompt.grids_I3)[0, len(prompt.tokens_P) - 1 : -1]
+        logits = made.policy(sequence, prompt.patches_SC, prompt.grids_I3)[
+            0, len(prompt.tokens_P) - 1 : -1
+        ]
         logits = logits.masked_fill(~made.vocabulary.allowed_V, float("-inf"))
         losses.append(F.cross_entropy(logits, ids, reduction="none"))
         chances.append((-losses[-1].sum()).exp())
@@ -83,10 +98,19 @@ def test_sft_keeps_no_reference_model(prepared):
 @pytest.mark.parametrize("form", ["tags", "bare", "named"])
 def test_an_sft_run_learns_to_write_the_answer_in_its_form(tmp_path, monkeypatch, form):
     config = write_run(
-        tmp_path, method="sft", sft_answer=form, steps=60, learning_rate=3e-3, save_every=60, max_new_tokens=60
+        tmp_path,
+        method="sft",
+        sft_answer=form,
+        steps=60,
+        learning_rate=3e-3,
+        save_every=60,
+        max_new_tokens=60,
     )
     assert run(monkeypatch, config) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
+    ]
     assert [row["step"] for row in rows] == list(range(60))
     assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and rows[-1]["probability"] > 0.5
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -103,11 +127,15 @@ def test_a_resumed_sft_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monke
     assert run(monkeypatch, write_run(whole, **fields)) == 0
     config = write_run(broken, **fields)
     with monkeypatch.context() as patch:
-        patch.setattr("grpo.sft.scheduled_rate", lambda step, config: 1e-3 if step < 3 else 1 / 0)
+        patch.setattr(
+            "training.sft.scheduled_rate", lambda step, config: 1e-3 if step < 3 else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             run(patch, config)
     assert run(monkeypatch, config) == 0
-    expected, found = ((f / "run" / "model" / "model.safetensors").read_bytes() for f in (whole, broken))
+    expected, found = (
+        (f / "run" / "model" / "model.safetensors").read_bytes() for f in (whole, broken)
+    )
     assert found == expected
     assert found != (whole / "base" / "model.safetensors").read_bytes()
 

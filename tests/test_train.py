@@ -1,4 +1,6 @@
-"""train.py from end to end on a tiny base: what it leaves, resuming, stopping, and errors of one line."""
+"""train.py from end to end on a tiny base: what it leaves, resuming, stopping, and errors of one
+line.
+"""
 
 import json
 import os
@@ -13,22 +15,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import tiny_model, write_run
 
 import train
-from grpo.config import load_config
-from grpo.run import load_questions
-from grpo.session import Session
+from common.config import load_config
+from data.choice import load_questions
 from model import save_model
 from rewards import Verdict
-from tiny_run import tiny_model, write_run
+from training.session import Session
 
 ROOT = Path(__file__).parent.parent
 
 
 def vowel_score(completion: str, answer: str, options: tuple[str, ...]) -> tuple[Verdict, ...]:
-    """A rule that even a random model can please: the real ones give it 0 throughout, and nothing would be learned."""
+    """A rule that even a random model can please: the real ones give it 0 throughout, and nothing
+    would be learned.
+    """
     share = sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
-    verdicts = Verdict("format", share, "vowels"), Verdict("accuracy", float("e" in completion), "an e")
+    verdicts = (
+        Verdict("format", share, "vowels"),
+        Verdict("accuracy", float("e" in completion), "an e"),
+    )
     return *verdicts, Verdict("consistency", 0.0, "none")
 
 
@@ -70,14 +77,19 @@ def test_a_run_leaves_metrics_completions_checkpoints_model_and_summary(finished
     summary = json.loads((finished / "run" / "summary.json").read_text())
     assert summary["questions"] == {"MRI": 8, "X-ray": 4} and summary["steps"] == 4
     assert summary["before"].keys() == summary["after"].keys() == {"MRI", "X-ray"}
-    assert sorted(p.name for p in (finished / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in (finished / "run" / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
     assert list((finished / "run" / "tensorboard").glob("events*"))
 
 
 def test_the_trained_model_loads_in_transformers_with_its_tokenizer(finished):
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    model, info = Qwen2VLForConditionalGeneration.from_pretrained(finished / "run" / "model", output_loading_info=True)
+    model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+        finished / "run" / "model", output_loading_info=True
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(finished / "run" / "model")
     assert tokenizer.decode(tokenizer("<think>mass</think>").input_ids) == "<think>mass</think>"
@@ -114,7 +126,9 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypat
     assert len(rows(broken / "run" / "completions.jsonl")) == 4 * 3 * 4
     expected = weights(whole)
     assert any(
-        not torch.equal(value, load_file(whole / "base" / "model.safetensors")[name].to(value.dtype))
+        not torch.equal(
+            value, load_file(whole / "base" / "model.safetensors")[name].to(value.dtype)
+        )
         for name, value in expected.items()
     )
     assert all(torch.equal(value, expected[name]) for name, value in weights(broken).items())
@@ -128,7 +142,10 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
     results = []
     for size in (1, 100_000):
         (folder := tmp_path / str(size)).mkdir()
-        assert run(monkeypatch, write_run(folder, micro_batch_tokens=size, test_questions=[], steps=1)) == 0
+        assert (
+            run(monkeypatch, write_run(folder, micro_batch_tokens=size, test_questions=[], steps=1))
+            == 0
+        )
         results.append(rows(folder / "run" / "metrics.jsonl")[0])
     assert results[0]["grad_norm"] > 0
     for name in ("loss", "kl", "entropy", "grad_norm"):
@@ -136,15 +153,21 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["grpo", "sft"])
-def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(tmp_path, monkeypatch, method):
+def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
+    tmp_path, monkeypatch, method
+):
     monkeypatch.setattr(train, "score", vowel_score)
-    fields = dict(freeze_vision=True, method=method, test_questions=[], steps=3, save_every=1, train_count=5)
+    fields = dict(
+        freeze_vision=True, method=method, test_questions=[], steps=3, save_every=1, train_count=5
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
         write_run(folder, **fields)
     assert run(monkeypatch, whole / "config.toml") == 0
-    base, trained = (load_file(whole / name / "model.safetensors") for name in ("base", "run/model"))
+    base, trained = (
+        load_file(whole / name / "model.safetensors") for name in ("base", "run/model")
+    )
     changed = {name for name, value in trained.items() if not torch.equal(value, base[name])}
     assert changed and not any(name.startswith("visual.") for name in changed)
     assert "seconds/vision" in rows(whole / "run" / "metrics.jsonl")[0] or method == "sft"
@@ -174,15 +197,31 @@ def test_recomputed_activations_do_not_change_what_is_learned(tmp_path, monkeypa
     found = []
     for recompute in (False, True):
         (folder := tmp_path / str(recompute)).mkdir()
-        assert run(monkeypatch, write_run(folder, activation_checkpointing=recompute, test_questions=[], steps=2)) == 0
+        assert (
+            run(
+                monkeypatch,
+                write_run(folder, activation_checkpointing=recompute, test_questions=[], steps=2),
+            )
+            == 0
+        )
         found.append(load_file(folder / "run" / "model" / "model.safetensors"))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_a_step_says_where_its_seconds_went(finished):
     for row in rows(finished / "run" / "metrics.jsonl"):
-        phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
-        assert phases.keys() == {"prompts", "rollout", "rewards", "reference", "old policy", "update", "optimizer"}
+        phases = {
+            name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")
+        }
+        assert phases.keys() == {
+            "prompts",
+            "rollout",
+            "rewards",
+            "reference",
+            "old policy",
+            "update",
+            "optimizer",
+        }
         assert sum(phases.values()) == pytest.approx(row["seconds"]) and min(phases.values()) >= 0
 
 
@@ -191,7 +230,9 @@ def test_an_image_that_breaks_during_the_run_ends_it_with_a_line_and_without_a_h
 ):
     monkeypatch.setattr(train, "score", vowel_score)
     config = write_run(tmp_path, test_questions=[])
-    monkeypatch.setattr(train, "grpo_step", lambda *args: break_images(tmp_path) or grpo_step(*args))
+    monkeypatch.setattr(
+        train, "grpo_step", lambda *args: break_images(tmp_path) or grpo_step(*args)
+    )
     before = threading.active_count()
     assert run(monkeypatch, config) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
@@ -209,8 +250,14 @@ def break_images(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_consistency_is_measured_in_any_case_and_rewarded_only_if_asked(tmp_path, monkeypatch, weight):
-    verdicts = [Verdict("format", 1.0, ""), Verdict("accuracy", 0.0, ""), Verdict("consistency", 1.0, "")]
+def test_consistency_is_measured_in_any_case_and_rewarded_only_if_asked(
+    tmp_path, monkeypatch, weight
+):
+    verdicts = [
+        Verdict("format", 1.0, ""),
+        Verdict("accuracy", 0.0, ""),
+        Verdict("consistency", 1.0, ""),
+    ]
     monkeypatch.setattr(train, "score", lambda completion, answer, options: tuple(verdicts))
     config = write_run(tmp_path, steps=1, test_questions=[], consistency_weight=weight)
     assert run(monkeypatch, config) == 0
@@ -224,7 +271,10 @@ def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+    while (
+        not (metrics.exists() and metrics.read_text().count("\n") >= 2)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
@@ -235,16 +285,22 @@ def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path
     assert done == len(rows(metrics)) >= 2
 
 
-def test_a_finished_run_is_not_trained_further_and_another_config_is_refused(finished, monkeypatch, capsys):
+def test_a_finished_run_is_not_trained_further_and_another_config_is_refused(
+    finished, monkeypatch, capsys
+):
     before = (finished / "run" / "metrics.jsonl").read_bytes()
     assert run(monkeypatch, finished / "config.toml") == 0
-    assert run(monkeypatch, finished / "config.toml", "--micro_batch_tokens", "1") == 0  # changes nothing but memory
+    assert (
+        run(monkeypatch, finished / "config.toml", "--micro_batch_tokens", "1") == 0
+    )  # changes nothing but memory
     assert (finished / "run" / "metrics.jsonl").read_bytes() == before
     assert run(monkeypatch, finished / "config.toml", "--beta", "0.1") == 2
     assert "other values of beta" in capsys.readouterr().err
 
 
-def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(
+    tmp_path, monkeypatch, capsys
+):
     config = write_run(tmp_path, steps=1)
     assert run(monkeypatch, config) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -271,7 +327,9 @@ def flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(finished, tmp_path, monkeypatch, capsys, damage):
+def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(
+    finished, tmp_path, monkeypatch, capsys, damage
+):
     """The run goes on from step 2 of 4 and ends with the bytes that it had."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "copy")
@@ -284,7 +342,11 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(finished,
     damage(folder / "checkpoints" / "step-000004")
     assert run(monkeypatch, tmp_path / "copy" / "config.toml") == 0
     shown = capsys.readouterr()
-    assert "step-000004 is damaged" in shown.err and "going on from" in shown.out and "step-000002" in shown.out
+    assert (
+        "step-000004 is damaged" in shown.err
+        and "going on from" in shown.out
+        and "step-000002" in shown.out
+    )
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
@@ -301,17 +363,25 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(finished,
 def test_a_saved_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "score", vowel_score)
     happened, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: happened.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
-    monkeypatch.setattr(os, "replace", lambda a, b: happened.append((str(a), str(b))) or replace(a, b))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: happened.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd)
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: happened.append((str(a), str(b))) or replace(a, b)
+    )
     assert run(monkeypatch, write_run(tmp_path, test_questions=[], steps=1)) == 0
     final = str(tmp_path / "run" / "checkpoints" / "step-000001")
     renamed = happened.index((f"{final}.partial", final))
     flushed = set(happened[:renamed])
-    assert {f"{final}.partial/{file.name}" for file in Path(final).iterdir()} | {f"{final}.partial"} <= flushed
+    assert {f"{final}.partial/{file.name}" for file in Path(final).iterdir()} | {
+        f"{final}.partial"
+    } <= flushed
     assert str(Path(final).parent) in happened[renamed:]
 
 
-def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(finished, monkeypatch, capsys):
+def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(
+    finished, monkeypatch, capsys
+):
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
          "print('held', flush=True); sys.stdin.read()", str(finished / "run" / "lock")],
@@ -321,7 +391,9 @@ def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(fini
     before = {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
     assert run(monkeypatch, finished / "config.toml") == 2
     assert "another process is at work there" in capsys.readouterr().err
-    assert before == {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
+    assert before == {
+        file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()
+    }
     holder.communicate()  # however a process ends, its claim ends with it
     assert run(monkeypatch, finished / "config.toml") == 0
 
@@ -335,7 +407,9 @@ def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
     metrics.write_text(whole[:-40] + "\0" * 30)
     assert run(monkeypatch, config) == 0
     assert [row["step"] for row in rows(metrics)] == [0, 1, 2, 3]
-    assert [row["loss"] for row in rows(metrics)] == [json.loads(line)["loss"] for line in whole.splitlines()]
+    assert [row["loss"] for row in rows(metrics)] == [
+        json.loads(line)["loss"] for line in whole.splitlines()
+    ]
 
 
 def test_held_out_questions_share_no_image_with_those_trained_on(tmp_path, monkeypatch):
@@ -347,11 +421,16 @@ def test_held_out_questions_share_no_image_with_those_trained_on(tmp_path, monke
 
 def test_an_image_that_is_trained_on_and_tested_is_refused(tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path)
-    assert run(monkeypatch, config, "--test_questions", str(tmp_path / "questions" / "train.json")) == 2
+    assert (
+        run(monkeypatch, config, "--test_questions", str(tmp_path / "questions" / "train.json"))
+        == 2
+    )
     assert "trained on too" in capsys.readouterr().err
 
 
-def test_a_model_that_has_diverged_stops_with_a_line_not_with_random_tokens(tmp_path, monkeypatch, capsys):
+def test_a_model_that_has_diverged_stops_with_a_line_not_with_random_tokens(
+    tmp_path, monkeypatch, capsys
+):
     config = write_run(tmp_path, test_questions=[])
     broken = tiny_model()
     broken.layers[1].down.weight.data[3, 3] = float("nan")
@@ -363,45 +442,75 @@ def test_a_model_that_has_diverged_stops_with_a_line_not_with_random_tokens(tmp_
 BAD_INPUTS = {
     "no such config": (lambda f: (f / "config.toml").unlink(), "can't read the config"),
     "unknown key": (lambda f: (f / "config.toml").open("a").write("stepz = 1\n"), "stepz"),
-    "wrong type": (lambda f: (f / "config.toml").open("a").write('temperature = "hot"\n'), "temperature must be float"),
+    "wrong type": (
+        lambda f: (f / "config.toml").open("a").write('temperature = "hot"\n'),
+        "temperature must be float",
+    ),
     "missing checkpoint file": (
         lambda f: (f / "base" / "model.safetensors").unlink(),
         "model.safetensors: no such file",
     ),
-    "missing config.json": (lambda f: (f / "base" / "config.json").unlink(), "config.json: no such file"),
-    "torn safetensors": (lambda f: os.truncate(f / "base" / "model.safetensors", 5000), "not a whole safetensors file"),
+    "missing config.json": (
+        lambda f: (f / "base" / "config.json").unlink(),
+        "config.json: no such file",
+    ),
+    "torn safetensors": (
+        lambda f: os.truncate(f / "base" / "model.safetensors", 5000),
+        "not a whole safetensors file",
+    ),
     "missing tokenizer": (
         lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
         "tokenizer",
     ),
-    "questions not JSON": (lambda f: (f / "questions" / "train.json").write_text("hello, world"), "train.json"),
-    "empty question file": (lambda f: (f / "questions" / "train.json").write_text(""), "train.json"),
+    "questions not JSON": (
+        lambda f: (f / "questions" / "train.json").write_text("hello, world"),
+        "train.json",
+    ),
+    "empty question file": (
+        lambda f: (f / "questions" / "train.json").write_text(""),
+        "train.json",
+    ),
     "no questions": (lambda f: (f / "questions" / "train.json").write_text("[]"), "train.json"),
     "missing question file": (lambda f: (f / "questions" / "train.json").unlink(), "train.json"),
     "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
     "an image that is none": (lambda f: (f / "questions" / "0.png").write_text("hello"), "0.png"),
     "a cut image": (lambda f: os.truncate(f / "questions" / "0.png", 3000), "0.png"),
     "no such modality": (
-        lambda f: (f / "config.toml").write_text((f / "config.toml").read_text().replace('"MRI"', '"Brain"')),
+        lambda f: (f / "config.toml").write_text(
+            (f / "config.toml").read_text().replace('"MRI"', '"Brain"')
+        ),
         "Brain",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(tmp_path, monkeypatch, capsys, case):
+def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(
+    tmp_path, monkeypatch, capsys, case
+):
     write_run(tmp_path)
     spoil, named = BAD_INPUTS[case]
     spoil(tmp_path)
     capsys.readouterr()
     assert run(monkeypatch, tmp_path / "config.toml") == 2
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("train.py: ")]
+    lines = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+        if line.startswith("train.py: ")
+    ]
     assert len(lines) == 1 and named in lines[0], lines
 
 
 def test_bad_input_ends_the_real_program_without_a_traceback(tmp_path):
     done = subprocess.run(
-        [sys.executable, "train.py", "--config", str(tmp_path / "none.toml")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "train.py", "--config", str(tmp_path / "none.toml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ") and "none.toml" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and done.stderr.startswith("train.py: ")
+        and "none.toml" in done.stderr
+    )

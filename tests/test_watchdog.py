@@ -1,14 +1,16 @@
-"""The watchdog's rules: each speaks when its failure starts, once, and is silent on runs that go well."""
+"""The watchdog's rules: each speaks when its failure starts, once, and is silent on runs that go
+well.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
-
-import train
-from grpo.watchdog import LONG, RULES, WINDOW, alarms, recent
 from test_train import rows, run, vowel_score
 from tiny_run import write_run
+
+import train
+from training.watchdog import LONG, RULES, WINDOW, alarms, recent
 
 SOUND = {
     "reward": 1.0, "rewards/format": 0.6, "rewards/accuracy": 0.4, "kl": 0.02, "completion_tokens": 100.0, "cut_off": 0.05,
@@ -18,12 +20,17 @@ SOUND = {
 
 def curve(steps: int, **last: float) -> list[dict[str, float]]:
     """Metrics that walk from those of a sound run to `last`."""
-    return [{name: a + (last.get(name, a) - a) * i / (steps - 1) for name, a in SOUND.items()} for i in range(steps)]
+    return [
+        {name: a + (last.get(name, a) - a) * i / (steps - 1) for name, a in SOUND.items()}
+        for i in range(steps)
+    ]
 
 
 def first_alarm(steps: list[dict[str, float]], name: str) -> int:
     """The step at which the rule first speaks; the number of steps if it never does."""
-    return next((i for i in range(len(steps)) if name in alarms(recent(steps[: i + 1]))), len(steps))
+    return next(
+        (i for i in range(len(steps)) if name in alarms(recent(steps[: i + 1]))), len(steps)
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,9 +54,20 @@ def test_each_failure_is_named_with_a_hint_after_it_has_begun_and_before_the_end
 
 
 def test_a_run_that_learns_raises_no_alarm_however_it_wobbles():
-    good = {"rewards/format": 1.0, "rewards/accuracy": 0.95, "reward": 1.95, "kl": 0.2, "groups_without_spread": 0.8}
+    good = {
+        "rewards/format": 1.0,
+        "rewards/accuracy": 0.95,
+        "reward": 1.95,
+        "kl": 0.2,
+        "groups_without_spread": 0.8,
+    }
     steps = curve(300, **good, completion_tokens=60.0)
-    odd = SOUND | {"kl": 9.0, "completion_tokens": 1.0, "cut_off": 1.0, "groups_without_spread": 1.0}
+    odd = SOUND | {
+        "kl": 9.0,
+        "completion_tokens": 1.0,
+        "cut_off": 1.0,
+        "groups_without_spread": 1.0,
+    }
     steps[100] = steps[200] = odd  # one odd batch is no failure
     kl = [row | {"kl": min(row["kl"], 5.0)} for row in steps]
     assert all(not alarms(recent(kl[:i])) for i in range(len(kl)))
@@ -76,7 +94,11 @@ def test_a_run_that_blows_up_says_so_once_also_over_a_resume(tmp_path, monkeypat
     assert run(monkeypatch, config) == 0
     (tmp_path / "run" / "checkpoints" / "step-000016").rename(tmp_path / "gone")
     assert run(monkeypatch, config) == 0
-    found = [row for row in rows(tmp_path / "run" / "incidents.jsonl") if row["says"].startswith("KL blow-up")]
+    found = [
+        row
+        for row in rows(tmp_path / "run" / "incidents.jsonl")
+        if row["says"].startswith("KL blow-up")
+    ]
     assert len(found) == 1 and found[0]["kind"] == "watchdog" and found[0]["step"] >= WINDOW - 1
     assert "KL blow-up" in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""As much of the Hugging Face hub's API as fetching a model asks for, served from a folder on this machine."""
+"""As much of the Hugging Face hub's API as fetching a model asks for, served from a folder on this
+machine.
+"""
 
 import json
 import threading
@@ -12,9 +14,11 @@ COMMITS = ("1" * 40, "2" * 40)
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of `folder` as the repository `NAME`; `asked` is what was fetched or asked, in order.
+    """Serves the files of `folder` as the repository `NAME`; `asked` is what was fetched or asked,
+    in order.
 
-    `refuse(path)` may give a status and headers to answer with instead; for `seconds` weights stop half way.
+    `refuse(path)` may give a status and headers to answer with instead; for `seconds` weights stop
+    half way.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,7 +29,11 @@ class Hub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def fetched(self) -> list[str]:
-        return [path.rsplit("/", 1)[1] for method, path in self.asked if method == "GET" and "/resolve/" in path]
+        return [
+            path.rsplit("/", 1)[1]
+            for method, path in self.asked
+            if method == "GET" and "/resolve/" in path
+        ]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -43,13 +51,26 @@ class Handler(BaseHTTPRequestHandler):
         if refusal := hub.refuse(path):
             return self.send(*refusal, b"", body)
         if path == f"/api/models/{NAME}":
-            files = sorted(file.relative_to(hub.folder).as_posix() for file in hub.folder.rglob("*") if file.is_file())
-            info = {"id": NAME, "sha": hub.commit, "siblings": [{"rfilename": file} for file in files]}
-            return self.send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body)
+            files = sorted(
+                file.relative_to(hub.folder).as_posix()
+                for file in hub.folder.rglob("*")
+                if file.is_file()
+            )
+            info = {
+                "id": NAME,
+                "sha": hub.commit,
+                "siblings": [{"rfilename": file} for file in files],
+            }
+            return self.send(
+                200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body
+            )
         for revision in ("main", hub.commit):
             file = hub.folder / path.removeprefix(f"/{NAME}/resolve/{revision}/")
             if path.startswith(f"/{NAME}/resolve/{revision}/") and file.is_file():
-                headers = {"X-Repo-Commit": hub.commit, "ETag": f'"{hub.commit[:8]}-{path.rsplit("/", 1)[1]}"'}
+                headers = {
+                    "X-Repo-Commit": hub.commit,
+                    "ETag": f'"{hub.commit[:8]}-{path.rsplit("/", 1)[1]}"',
+                }
                 return self.send(200, headers, file.read_bytes(), body)
         known = path.startswith(f"/{NAME}/")
         self.send(404, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}, b"", body)

@@ -1,4 +1,6 @@
-"""Tiny Qwen2-VL models, their checkpoints and prompts: all parts real, all weights random and none of them trivial."""
+"""Tiny Qwen2-VL models, their checkpoints and prompts: all parts real, all weights random and none
+of them trivial.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +23,9 @@ MIXED = (
     (13, (2, 6), 14, (8, 4), (2, 2), 15, 16),
     (17, 18),
 )
-"""A ragged batch: one image, text, three images of different sizes, two tokens. A pair is an image (h, w)."""
+"""A ragged batch: one image, text, three images of different sizes, two tokens. A pair is an image
+(h, w).
+"""
 
 
 class Batch(NamedTuple):
@@ -46,7 +50,11 @@ class Batch(NamedTuple):
             return self.tokens[n, : self.lengths[n]], None, None
         sizes = self.grids.prod(dim=1).tolist()
         begin, end = sum(sizes[:first]), sum(sizes[: first + counts[n]])
-        return self.tokens[n, : self.lengths[n]], self.patches[begin:end], self.grids[first : first + counts[n]]
+        return (
+            self.tokens[n, : self.lengths[n]],
+            self.patches[begin:end],
+            self.grids[first : first + counts[n]],
+        )
 
 
 def make_batch(prompts: tuple[tuple[int | tuple[int, int], ...], ...], seed: int = 0) -> Batch:
@@ -66,11 +74,15 @@ def make_batch(prompts: tuple[tuple[int | tuple[int, int], ...], ...], seed: int
         out[: len(row)] = torch.tensor(row)
     if not grids:
         return Batch(rows, tokens, lengths, None, None)
-    patches = torch.randn(sum(h * w for _, h, w in grids), PATCH_VALUES, generator=torch.Generator().manual_seed(seed))
+    patches = torch.randn(
+        sum(h * w for _, h, w in grids), PATCH_VALUES, generator=torch.Generator().manual_seed(seed)
+    )
     return Batch(rows, tokens, lengths, patches, torch.tensor(grids))
 
 
-def tiny_config(heads: int = 4, kv_heads: int = 2, tied: bool = True, vocabulary: int = VOCABULARY) -> Qwen2VLConfig:
+def tiny_config(
+    heads: int = 4, kv_heads: int = 2, tied: bool = True, vocabulary: int = VOCABULARY
+) -> Qwen2VLConfig:
     return Qwen2VLConfig(
         vocab_size=vocabulary, hidden_size=heads * 16, intermediate_size=72, num_hidden_layers=3,
         num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5, rope_theta=1e4,
@@ -101,11 +113,24 @@ def hf_model(config: Qwen2VLConfig, seed: int = 0) -> nn.Module:
     from transformers.models.qwen2_vl import Qwen2VLConfig as HFConfig
 
     names = ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")
-    text = {name: value for name, value in vars(config).items() if name in names or name.startswith("num_")}
-    rope = {"rope_type": "default", "mrope_section": list(config.mrope_section), "rope_theta": config.rope_theta}
+    text = {
+        name: value
+        for name, value in vars(config).items()
+        if name in names or name.startswith("num_")
+    }
+    rope = {
+        "rope_type": "default",
+        "mrope_section": list(config.mrope_section),
+        "rope_theta": config.rope_theta,
+    }
     model = Qwen2VLForConditionalGeneration(
         HFConfig(
-            text_config={**text, "rope_parameters": rope, "bos_token_id": None, "eos_token_id": None},
+            text_config={
+                **text,
+                "rope_parameters": rope,
+                "bos_token_id": None,
+                "eos_token_id": None,
+            },
             vision_config={**vars(config.vision), "hidden_size": config.hidden_size},
             **{name: value for name, value in vars(config).items() if name.endswith("_token_id")},
             tie_word_embeddings=config.tie_word_embeddings,
@@ -116,7 +141,9 @@ def hf_model(config: Qwen2VLConfig, seed: int = 0) -> nn.Module:
 
 
 def flat_config(config: Qwen2VLConfig) -> dict[str, Any]:
-    """config.json in the layout of the published checkpoints, with the fields that they have beside those we need."""
+    """config.json in the layout of the published checkpoints, with the fields that they have beside
+    those we need.
+    """
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": None,
         "eos_token_id": None, "vision_start_token_id": config.vision_start_token_id,
@@ -149,5 +176,8 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, shards: int = 1) -> 
         part = dict(list(tensors.items())[number::shards])
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": weight_map,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

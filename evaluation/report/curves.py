@@ -1,7 +1,8 @@
-"""A run's curves as one SVG picture: `python -m evaluation.curves runs/miniature curves.svg`.
+"""A run's curves as one SVG picture: `python -m evaluation.report.curves runs/miniature
+curves.svg`.
 
-The picture has no background of its own and follows the reader's light or dark scheme. All its style is bound to the
-class "curves", so that it may stand in a page.
+The picture has no background of its own and follows the reader's light or dark scheme. All its
+style is bound to the class "curves", so that it may stand in a page.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from model import InputError
+from common.errors import InputError
 
 Points = Sequence[tuple[float, float]]
 Series = tuple[str, str, Points]
@@ -20,7 +21,10 @@ Series = tuple[str, str, Points]
 
 GRPO_PANELS = (
     ("Reward", (("reward", "", "blue"),)),
-    ("Share of completions", (("rewards/format", "format", "orange"), ("rewards/accuracy", "accuracy", "blue"))),
+    (
+        "Share of completions",
+        (("rewards/format", "format", "orange"), ("rewards/accuracy", "accuracy", "blue")),
+    ),
     ("KL to the base (nats per token)", (("kl", "", "violet"),)),
     ("Completion length (tokens)", (("completion_tokens", "", "grey"),)),
 )
@@ -51,7 +55,9 @@ STYLE = (
 
 
 def curves_svg(rows: Sequence[dict[str, float]]) -> str:
-    """Small multiples of the metrics over the steps; `rows` are the objects of metrics.jsonl, at least one."""
+    """Small multiples of the metrics over the steps; `rows` are the objects of metrics.jsonl, at
+    least one.
+    """
     panels = curve_panels(rows)
     columns, lines = 2, -(-len(panels) // 2)
     width, height = columns * (WIDTH + GAP) + GAP, lines * (HEIGHT + GAP) + GAP
@@ -66,7 +72,9 @@ def curves_svg(rows: Sequence[dict[str, float]]) -> str:
 
 
 def curve_panels(rows: Sequence[dict[str, float]]) -> list[str]:
-    """The panels one by one: those of a GRPO run, or of an SFT run if no row has a reward. They need `STYLE`."""
+    """The panels one by one: those of a GRPO run, or of an SFT run if no row has a reward. They
+    need `STYLE`.
+    """
     panels = GRPO_PANELS if any("reward" in row for row in rows) else SFT_PANELS
     return [
         panel_svg(title, [(label, colour, _points(rows, name)) for name, label, colour in series])
@@ -75,7 +83,8 @@ def curve_panels(rows: Sequence[dict[str, float]]) -> list[str]:
 
 
 def panel_svg(title: str, series: Sequence[Series], unit: str = "step", top: float = 0.0) -> str:
-    """One panel as an <svg> element: lines over x, y from 0 to `top`, or to a round number above all if that is 0.
+    """One panel as an <svg> element: lines over x, y from 0 to `top`, or to a round number above
+    all if that is 0.
 
     Args:
         unit: what x counts.
@@ -94,10 +103,16 @@ def panel_svg(title: str, series: Sequence[Series], unit: str = "step", top: flo
     parts = [f'<text class="title" x="{LEFT}" y="14">{escape(title)}</text>']
     for value in (0, top / 2, top):
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        )
     for value, anchor in ((first, "start"), (last, "end")):
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{value:.0f}</text>')
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>')
+        parts.append(
+            f'<text x="{x(value):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{value:.0f}</text>'
+        )
+    parts.append(
+        f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>'
+    )
     for at, (label, colour, points) in enumerate(series):
         drawn = " ".join(f"{x(at_x):.1f},{y(at_y):.1f}" for at_x, at_y in points)
         parts.append(f'<polyline class="{colour}" points="{drawn}"/>')
@@ -113,13 +128,17 @@ def panel_svg(title: str, series: Sequence[Series], unit: str = "step", top: flo
 
 
 def _points(rows: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
-    """(step, value), 0 where a run doesn't log it; without those that are no number, which no axis can show."""
+    """(step, value), 0 where a run doesn't log it; without those that are no number, which no axis
+    can show.
+    """
     values = ((row["step"], row.get(name, 0.0)) for row in rows)
     return [(step, max(0.0, value)) for step, value in values if math.isfinite(value)]
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 5, 10 times a power of ten: an axis that ends at a number people know."""
+    """The next of 1, 2, 4, 5, 10 times a power of ten: an axis that ends at a number people
+    know.
+    """
     if value <= 0:
         return 1.0
     power = 10.0 ** (len(f"{int(1 / value)}") * -1 if value < 1 else len(f"{int(value)}") - 1)
@@ -127,7 +146,9 @@ def _round_up(value: float) -> float:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, without a last one that is cut. InputError if it holds anything else."""
+    """The rows of a run's metrics.jsonl, without a last one that is cut. InputError if it holds
+    anything else.
+    """
     rows = []
     try:
         lines = file.read_bytes().split(b"\n")[:-1]
@@ -136,9 +157,18 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, start=1):
         try:
             numbers = json.loads(line).items()  # null is written for what was not finite
-            rows.append({name: math.nan if value is None else float(value) for name, value in numbers})
+            rows.append(
+                {name: math.nan if value is None else float(value) for name, value in numbers}
+            )
             rows[-1]["step"]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise InputError(
                 f"{file} line {number}: not the numbers of a step ({type(error).__name__}); mend the line"
             ) from None

@@ -1,22 +1,24 @@
 """What a test set shares with a training set: images, questions, answers.
 
-    python -m evaluation.leakage build/miniature/train.json build/miniature/test.json
+    python -m evaluation.audits.leakage build/miniature/train.json build/miniature/test.json
 
-Images are compared by path, by bytes (SHA-256) and by likeness, where 1 - r is the distance of two images and r the
-correlation of their slopes: the differences of neighbouring pixels, across and down, in an upright grey thumbnail of
-24 x 24. Slopes and not pixels, because bodies resemble one another in the large: of 364,231 pairs of different
-radiographs, CT and MR slices, the closest 0.1 % correlate above 0.92 in pixels, but above 0.70 in slopes. And not the
-slopes' signs alone, a difference hash: in a dark background they flip, so that of 256 bits copies differ in up to 39,
+Images are compared by path, by bytes (SHA-256) and by likeness, where 1 - r is the distance of two
+images and r the correlation of their slopes: the differences of neighbouring pixels, across and
+down, in an upright grey thumbnail of 24 x 24. Slopes and not pixels, because bodies resemble one
+another in the large: of 364,231 pairs of different radiographs, CT and MR slices, the closest 0.1 %
+correlate above 0.92 in pixels, but above 0.70 in slopes. And not the slopes' signs alone, a
+difference hash: in a dark background they flip, so that of 256 bits copies differ in up to 39,
 while some different phantoms differ in 22.
 
-Images at most 0.03 apart are near-duplicates. Measured on 854 real images and the 1,650 phantoms of the miniature:
-copies as JPEG of quality 60, of half the size, of both, or up to 15 % brighter (clipped at white) lie within 0.029 of
-the original. So do 10 of the real pairs, all of what looks like the same head or knee, and 6 of 1,360,425 pairs of
-phantoms. 100,000 training images against 1,000 of a test take 3 s on one core once they are read.
+Images at most 0.03 apart are near-duplicates. Measured on 854 real images and the 1,650 phantoms of
+the miniature: copies as JPEG of quality 60, of half the size, of both, or up to 15 % brighter
+(clipped at white) lie within 0.029 of the original. So do 10 of the real pairs, all of what looks
+like the same head or knee, and 6 of 1,360,425 pairs of phantoms. 100,000 training images against
+1,000 of a test take 3 s on one core once they are read.
 
-A near-duplicate is a finding to look at, not a proof: neighbouring slices of one patient may lie as close as copies.
-And a copy that is cropped, mirrored or turned (other than by its EXIF) is not found. An image without contrast
-resembles none.
+A near-duplicate is a finding to look at, not a proof: neighbouring slices of one patient may lie as
+close as copies. And a copy that is cropped, mirrored or turned (other than by its EXIF) is not
+found. An image without contrast resembles none.
 """
 
 import argparse
@@ -32,8 +34,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from common.errors import InputError, printable
 from data import Question, load_image, read_questions
-from model import InputError, printable
 
 from .blind import plain_text, right_index
 
@@ -47,7 +49,9 @@ Shown = dict[Path, str]
 """Each image once, with the source of the first question that shows it."""
 
 
-def leakage(train: Sequence[Question], test: Sequence[Question], progress: bool = True) -> dict[str, Any]:
+def leakage(
+    train: Sequence[Question], test: Sequence[Question], progress: bool = True
+) -> dict[str, Any]:
     """How many test questions have what the training questions have, and which.
 
     Args:
@@ -55,13 +59,17 @@ def leakage(train: Sequence[Question], test: Sequence[Question], progress: bool 
 
     Returns:
         train, test: numbers of questions.
-        same_path, same_bytes, near_duplicates: test questions with such an image. An image counts once, as the first
-            of these that it is. The last two are None where images are missing and so were not compared.
-        same_question: test questions whose text and options, in any order, are those of a training question.
-        answers_seen: by modality the share of test questions whose right option's text was right in training.
+        same_path, same_bytes, near_duplicates: test questions with such an image. An image counts
+            once, as the first of these that it is. The last two are None where images are missing
+            and so were not compared.
+        same_question: test questions whose text and options, in any order, are those of a training
+            question.
+        answers_seen: by modality the share of test questions whose right option's text was right in
+            training.
         missing_images: image files of either set that don't exist.
-        pairs: the first 1,000 of {"kind", "train", "train_image", "test", "test_image", "distance"}: of each test image
-            the nearest training image, of each test question the first equal one. `train` and `test` name rows.
+        pairs: the first 1,000 of {"kind", "train", "train_image", "test", "test_image",
+            "distance"}: of each test image the nearest training image, of each test question the
+            first equal one. `train` and `test` name rows.
         pairs_total: how many there are.
 
     Raises:
@@ -95,7 +103,9 @@ def _shown(questions: Sequence[Question]) -> Shown:
     return shown
 
 
-def _pair(kind: str, train: tuple[Path, str], test: tuple[Path, str], distance: float) -> dict[str, Any]:
+def _pair(
+    kind: str, train: tuple[Path, str], test: tuple[Path, str], distance: float
+) -> dict[str, Any]:
     (train_image, train_source), (test_image, test_source) = train, test
     return {
         "kind": kind,
@@ -114,27 +124,38 @@ def _same_paths(train: Shown, test: Shown) -> Iterator[dict[str, Any]]:
 
 
 def _alike(train: Shown, test: Shown, progress: bool) -> list[dict[str, Any]]:
-    """Pairs of the same bytes and near-duplicates, nearest first, of test images that are not in training by path."""
+    """Pairs of the same bytes and near-duplicates, nearest first, of test images that are not in
+    training by path.
+    """
     known, new = list(train.items()), [item for item in test.items() if item[0] not in train]
     if not known or not new:
         return []
     images = [image for image, _ in (*known, *new)]
-    bar = tqdm(images, "images", unit="image", dynamic_ncols=True, leave=False, disable=not progress)
+    bar = tqdm(
+        images, "images", unit="image", dynamic_ncols=True, leave=False, disable=not progress
+    )
     digests, thumbnails = _fingerprints(bar)
     first = {digest: index for index, digest in reversed(list(enumerate(digests[: len(known)])))}
     copies, others = [], []
     for index, digest in enumerate(digests[len(known) :]):
         (copies if digest in first else others).append(index)
-    pairs = [_pair("same_bytes", known[first[digests[len(known) + index]]], new[index], 0.0) for index in copies]
+    pairs = [
+        _pair("same_bytes", known[first[digests[len(known) + index]]], new[index], 0.0)
+        for index in copies
+    ]
     nearest, distances = nearest_images(thumbnails[len(known) :][others], thumbnails[: len(known)])
     for at in np.argsort(distances, kind="stable"):
         if distances[at] <= NEAR:
-            pairs.append(_pair("near_duplicate", known[nearest[at]], new[others[at]], float(distances[at])))
+            pairs.append(
+                _pair("near_duplicate", known[nearest[at]], new[others[at]], float(distances[at]))
+            )
     return pairs
 
 
 def _fingerprints(images: Iterable[Path]) -> tuple[list[bytes], np.ndarray]:
-    """Of each image the digest of its file and its grey thumbnail, uint8 (N, 24, 24); each file is decoded once."""
+    """Of each image the digest of its file and its grey thumbnail, uint8 (N, 24, 24); each file is
+    decoded once.
+    """
     digests, thumbnails = [], []
     for image in images:
         thumbnails.append(thumbnail(image))
@@ -153,7 +174,10 @@ def nearest_images(test_TSS: np.ndarray, train_NSS: np.ndarray) -> tuple[np.ndar
 
     Takes T x N time, and memory for the thumbnails and one block of distances.
     """
-    nearest, highest = np.zeros(len(test_TSS), np.int64), np.full(len(test_TSS), -np.inf, np.float32)
+    nearest, highest = (
+        np.zeros(len(test_TSS), np.int64),
+        np.full(len(test_TSS), -np.inf, np.float32),
+    )
     for top in range(0, len(test_TSS), BLOCK):
         rows = slice(top, top + BLOCK)
         slopes_TD = _slopes(test_TSS[rows])
@@ -167,7 +191,9 @@ def nearest_images(test_TSS: np.ndarray, train_NSS: np.ndarray) -> tuple[np.ndar
 
 
 def _slopes(thumbnails_NSS: np.ndarray) -> np.ndarray:
-    """Differences of neighbours, across and down, less their mean and scaled to length 1: dot products correlate."""
+    """Differences of neighbours, across and down, less their mean and scaled to length 1: dot
+    products correlate.
+    """
     pixels = thumbnails_NSS.astype(np.float32)
     across, down = (np.diff(pixels, axis=axis).reshape(len(pixels), -1) for axis in (2, 1))
     slopes_ND = np.concatenate([across, down], axis=1)
@@ -176,7 +202,9 @@ def _slopes(thumbnails_NSS: np.ndarray) -> np.ndarray:
     return slopes_ND / np.where(length > 0, length, 1)
 
 
-def _same_questions(train: Sequence[Question], test: Sequence[Question]) -> Iterator[dict[str, Any]]:
+def _same_questions(
+    train: Sequence[Question], test: Sequence[Question]
+) -> Iterator[dict[str, Any]]:
     first: dict[tuple[str, ...], Question] = {}
     for question in train:
         first.setdefault(_text_key(question), question)
@@ -208,7 +236,9 @@ def _right_text(question: Question) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What `leakage` found, for a terminal: counts, answers, the first 20 pairs; nothing unprintable but newlines."""
+    """What `leakage` found, for a terminal: counts, answers, the first 20 pairs; nothing
+    unprintable but newlines.
+    """
     kinds = {
         "same_path": "image in training, by path",
         "same_bytes": "image in training, same bytes",
@@ -221,13 +251,21 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{files} missing: only paths and text were compared")
     for key, label in kinds.items():
         count = result[key]
-        share = "not compared" if count is None else f"{count:>6,} {100 * count / result['test']:>6.1f} %"
+        share = (
+            "not compared"
+            if count is None
+            else f"{count:>6,} {100 * count / result['test']:>6.1f} %"
+        )
         lines.append(f"  {label:<38}{share}")
     for modality, share in result["answers_seen"].items():
-        lines.append(f"  {f'right answer seen in training, {modality}':<38}{'':>6} {100 * share:>6.1f} %")
+        lines.append(
+            f"  {f'right answer seen in training, {modality}':<38}{'':>6} {100 * share:>6.1f} %"
+        )
     for pair in result["pairs"][:PRINTED]:
         near = "" if pair["kind"] != "near_duplicate" else f", distance {pair['distance']:.3f}"
-        lines.append(f"{pair['kind'].replace('_', ' ')}{near}: {_side(pair, 'test')} - {_side(pair, 'train')}")
+        lines.append(
+            f"{pair['kind'].replace('_', ' ')}{near}: {_side(pair, 'test')} - {_side(pair, 'train')}"
+        )
     if result["pairs_total"] > PRINTED:
         lines.append(f"and {result['pairs_total'] - PRINTED:,} more")
     return "\n".join(printable(line) for line in lines)
@@ -239,13 +277,22 @@ def _side(pair: dict[str, Any], side: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="leakage", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="leakage", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("train", type=Path, help="question file of the training set")
     parser.add_argument("test", type=Path, help="question file of the test set")
-    parser.add_argument("--image_dir", type=Path, help="folder of both files' images; default: each file's own folder")
+    parser.add_argument(
+        "--image_dir",
+        type=Path,
+        help="folder of both files' images; default: each file's own folder",
+    )
     given = parser.parse_args()
     try:
-        train, test = (read_questions(file, given.image_dir, check_images=False) for file in (given.train, given.test))
+        train, test = (
+            read_questions(file, given.image_dir, check_images=False)
+            for file in (given.train, given.test)
+        )
         print(summary(leakage(train, test)))
     except InputError as error:
         print(f"leakage: {error}", file=sys.stderr)
@@ -254,5 +301,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a pipe may leave early, as `head` does
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_DFL
+    )  # who reads a pipe may leave early, as `head` does
     sys.exit(main())

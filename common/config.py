@@ -1,6 +1,8 @@
-"""A run, in one frozen dataclass: read from a TOML file, overridden on the command line, written back as resolved.
+"""A run, in one frozen dataclass: read from a TOML file, overridden on the command line, written
+back as resolved.
 
-The docstring under a field is its help text. An unknown key or a value of the wrong type is an error, never ignored.
+The docstring under a field is its help text. An unknown key or a value of the wrong type is an
+error, never ignored.
 """
 
 import json
@@ -12,22 +14,28 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from model import InputError
-from model.files import read_bytes
+from .errors import InputError
+from .files import read_bytes
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a run does. Paths are relative to the folder that the command is started in."""
+    """Everything that decides what a run does. Paths are relative to the folder that the command is
+    started in.
+    """
 
     model: str
-    """the base model (Qwen2-VL): a folder in Hugging Face layout, or a hub id such as Qwen/Qwen2-VL-2B-Instruct"""
+    """the base model (Qwen2-VL): a folder in Hugging Face layout, or a hub id such as
+    Qwen/Qwen2-VL-2B-Instruct
+    """
     train_questions: str
     """question file to train on (JSON or JSON lines; see data/readers.py for the dialects)"""
     run_dir: str
     """folder that receives metrics, completions, checkpoints and the trained model"""
     method: str = "grpo"
-    """"grpo" learns from rewarded samples, "sft" from the right letters (supervised fine-tuning, the baseline)"""
+    """"grpo" learns from rewarded samples, "sft" from the right letters (supervised fine-tuning,
+    the baseline)
+    """
     test_questions: tuple[str, ...] = ()
     """question files whose accuracy per modality is measured before and after; none skips that"""
     image_dir: str = ""
@@ -41,15 +49,21 @@ class Config:
     test_fraction: float = 0.0
     """hold out this share of train_questions, whole images at a time, and test on it too"""
     validation_questions: tuple[str, ...] = ()
-    """question files to validate on while the run goes on: neither their questions nor their images may be trained on"""
+    """question files to validate on while the run goes on: neither their questions nor their images
+    may be trained on
+    """
     validation_fraction: float = 0.0
     """hold out this share of train_questions too, whole images at a time, and validate on it"""
     validation_count: int = 0
     """validate on so many questions of each modality, drawn with the seed; 0 takes all"""
     validate_every: int = 50
-    """steps between two measurements of greedy accuracy on the validation questions; each is saved as a checkpoint"""
+    """steps between two measurements of greedy accuracy on the validation questions; each is saved
+    as a checkpoint
+    """
     bad_images: str = "error"
-    """what a training image that can't be read does: "error" ends the run, "skip" leaves its question out and counts it"""
+    """what a training image that can't be read does: "error" ends the run, "skip" leaves its
+    question out and counts it
+    """
     min_pixels: int = 3136
     """smaller images are enlarged to at least so many pixels (paper's run: 56 x 56)"""
     max_pixels: int = 401408
@@ -57,7 +71,9 @@ class Config:
     max_prompt_tokens: int = 1024
     """longest prompt, image tokens included; prompts are never truncated"""
     too_long: str = "error"
-    """what a longer prompt does: "error" stops the run before it starts, "skip" leaves it out and counts it"""
+    """what a longer prompt does: "error" stops the run before it starts, "skip" leaves it out and
+    counts it
+    """
     seed: int = 0
     """decides the order of questions and every sampled token"""
     steps: int = 300
@@ -87,15 +103,17 @@ class Config:
     accuracy_weight: float = 1.0
     """weight of the accuracy reward in the sum"""
     sft_answer: str = "tags"
-    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is B, "named" thinks the option's text, then tags B"""
-    consistency_weight: float = 0.0
-    """weight of the consistency reward (does the reasoning conclude what the answer says?); not in the paper's run"""
+    """what "sft" trains on: "tags" is <answer>B</answer>, "bare" is B, "named" thinks the option's
+    text, then tags B
+    """
     learning_rate: float = 1e-6
     """AdamW's peak learning rate"""
     warmup_steps: int = 0
     """steps over which the learning rate rises from 0"""
     final_lr_ratio: float = 1.0
-    """where the learning rate goes by the end, over the peak, linearly: 1 is constant, 0 decays to nothing"""
+    """where the learning rate goes by the end, over the peak, linearly: 1 is constant, 0 decays to
+    nothing
+    """
     adam_beta1: float = 0.9
     """AdamW's decay of the mean gradient"""
     adam_beta2: float = 0.999
@@ -105,47 +123,71 @@ class Config:
     max_grad_norm: float = 1.0
     """gradients are scaled down to at most this norm"""
     micro_batch_tokens: int = 4096
-    """tokens in one forward and backward, whole groups at a time; changes memory and speed, never the gradient"""
+    """tokens in one forward and backward, whole groups at a time; changes memory and speed, never
+    the gradient
+    """
     activation_checkpointing: bool = False
     """keep no activations within a block, make them anew in backward: less memory, more time"""
     offload_optimizer: bool = False
-    """keep fp32 weights, their gradients and AdamW's moments in the host's memory and update there, not on the GPU"""
+    """keep fp32 weights, their gradients and AdamW's moments in the host's memory and update there,
+    not on the GPU
+    """
     freeze_vision: bool = False
-    """leave the vision tower as it is, so that each image is encoded once per step (the paper's run trains it)"""
+    """leave the vision tower as it is, so that each image is encoded once per step (the paper's run
+    trains it)
+    """
     eval_batch_prompts: int = 64
     """questions decoded at once when accuracy is measured"""
     save_every: int = 50
     """steps between checkpoints"""
     keep_checkpoints: int = 2
-    """newest checkpoints that are kept, beside the best on validation: two, in case the newest gets damaged"""
+    """newest checkpoints that are kept, beside the best on validation: two, in case the newest gets
+    damaged
+    """
     max_bad_steps: int = 3
-    """steps in a row whose loss or gradient is not finite (each is left out and recorded) before the run ends"""
+    """steps in a row whose loss or gradient is not finite (each is left out and recorded) before
+    the run ends
+    """
     log_samples_every: int = 10
     """steps between sample images and completions in TensorBoard"""
     dtype: str = "float32"
-    """what the model computes in: float32 or bfloat16; the optimiser's weights are float32 in any case"""
+    """what the model computes in: float32 or bfloat16; the optimiser's weights are float32 in any
+    case
+    """
     device: str = "cpu"
     """cpu, or cuda"""
 
     def __post_init__(self) -> None:
         at_least_one = "steps prompts_per_step max_new_tokens inner_updates micro_batch_tokens"
-        at_least_one += " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
+        at_least_one += (
+            " eval_batch_prompts save_every log_samples_every min_pixels max_prompt_tokens"
+        )
         at_least_one += " validate_every keep_checkpoints max_bad_steps"
         not_negative = "train_count test_count validation_count seed clip_low clip_high beta warmup_steps weight_decay"
         not_negative += " final_lr_ratio"
-        not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight consistency_weight"
+        not_negative += " adam_beta1 adam_beta2 format_weight accuracy_weight"
         numbers = [field.name for field in fields(self) if field.type is float]
         rules = [(name, math.isfinite(getattr(self, name)), "must be finite") for name in numbers]
         rules += [
-            (name, getattr(self, name) != "", "must not be empty") for name in ("model", "train_questions", "run_dir")
+            (name, getattr(self, name) != "", "must not be empty")
+            for name in ("model", "train_questions", "run_dir")
         ]
         texts = [field.name for field in fields(self) if field.type in (str, tuple[str, ...])]
         rules += [  # joined: a tuple's texts too; no file has such a name, and config.toml could not be written
-            (name, not re.search("[\0\ud800-\udfff]", "".join(getattr(self, name))), "must be UTF-8 without NUL")
+            (
+                name,
+                not re.search("[\0\ud800-\udfff]", "".join(getattr(self, name))),
+                "must be UTF-8 without NUL",
+            )
             for name in texts
         ]
-        rules += [(name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one.split()]
-        rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in not_negative.split()]
+        rules += [
+            (name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one.split()
+        ]
+        rules += [
+            (name, getattr(self, name) >= 0, "must not be negative")
+            for name in not_negative.split()
+        ]
         rules += [
             (name, getattr(self, name) > 0, "must be above 0")
             for name in ("temperature", "learning_rate", "max_grad_norm")
@@ -157,22 +199,44 @@ class Config:
         rules += [
             ("group_size", self.group_size >= 2, "must be at least 2"),
             ("test_fraction", 0 <= self.test_fraction < 1, "must be at least 0 and below 1"),
-            ("validation_fraction", 0 <= self.validation_fraction < 1, "must be at least 0 and below 1"),
-            ("warmup_steps", self.warmup_steps <= self.steps, f"must not exceed steps ({self.steps})"),
-            ("accuracy_weight", self.format_weight + self.accuracy_weight > 0, "must not be 0 like format_weight"),
+            (
+                "validation_fraction",
+                0 <= self.validation_fraction < 1,
+                "must be at least 0 and below 1",
+            ),
+            (
+                "warmup_steps",
+                self.warmup_steps <= self.steps,
+                f"must not exceed steps ({self.steps})",
+            ),
+            (
+                "accuracy_weight",
+                self.format_weight + self.accuracy_weight > 0,
+                "must not be 0 like format_weight",
+            ),
             ("clip_low", self.clip_low <= 1, "must be at most 1"),
             ("adam_beta1", self.adam_beta1 < 1, "must be below 1"),
         ]
         rules += [("adam_beta2", self.adam_beta2 < 1, "must be below 1")]
-        rules += [("max_pixels", self.max_pixels >= self.min_pixels, "must not be below min_pixels")]
+        rules += [
+            ("max_pixels", self.max_pixels >= self.min_pixels, "must not be below min_pixels")
+        ]
         rules += [("device", re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "must be cpu or cuda")]
-        rules += [(name, getattr(self, name) <= most, f"must not exceed {most:,}") for name, most in _MOST.items()]
+        rules += [
+            (name, getattr(self, name) <= most, f"must not exceed {most:,}")
+            for name, most in _MOST.items()
+        ]
         for name, holds, rule in rules:
             if not holds:
                 raise InputError(f"config: {name} is {getattr(self, name)!r}; it {rule}")
 
 
-_MOST = {"steps": 10_000_000, "prompts_per_step": 100_000, "group_size": 10_000, "max_new_tokens": 1_000_000}
+_MOST = {
+    "steps": 10_000_000,
+    "prompts_per_step": 100_000,
+    "group_size": 10_000,
+    "max_new_tokens": 1_000_000,
+}
 """Beyond them there is no run, but a slip of the finger that would fill the memory."""
 
 _CHOICES = {
@@ -187,7 +251,9 @@ _CHOICES = {
 
 
 def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a TOML file; `overrides` win over it. InputError names the file and the key that is wrong."""
+    """Read a TOML file; `overrides` win over it. InputError names the file and the key that is
+    wrong.
+    """
     try:
         values = tomllib.loads(read_bytes(file).decode("utf-8"))
     except InputError:
@@ -200,13 +266,18 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raise InputError(f"{file}: not TOML ({error}); configs/ has examples") from None
     known = {field.name: field for field in fields(Config)}
     if values.pop("micro_batch_prompts", None):
-        print(f"{file}: micro_batch_prompts is left out; micro_batch_tokens has taken its place", file=sys.stderr)
+        print(
+            f"{file}: micro_batch_prompts is left out; micro_batch_tokens has taken its place",
+            file=sys.stderr,
+        )
     for key in values:
         if key not in known:
-            raise InputError(f"{file}: unknown key {key!r}; `python train.py --help` lists the known ones")
-    values = {key: _checked(f"{file}: {key}", known[key].type, value) for key, value in values.items()} | (
-        overrides or {}
-    )
+            raise InputError(
+                f"{file}: unknown key {key!r}; `python train.py --help` lists the known ones"
+            )
+    values = {
+        key: _checked(f"{file}: {key}", known[key].type, value) for key, value in values.items()
+    } | (overrides or {})
     for field in known.values():
         if field.default is MISSING and field.name not in values:
             raise InputError(f"{file}: {field.name} is missing; add it, or give --{field.name}")
@@ -215,7 +286,9 @@ def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 def config_toml(config: Config) -> str:
     """The resolved config, every field, as TOML."""
-    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(config).items())
+    lines = (
+        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(config).items()
+    )
     # DEL is the one character that JSON lets stand and TOML does not.
     return "\n".join(lines).replace("\x7f", "\\u007f") + "\n"
 
@@ -226,7 +299,9 @@ def _checked(where: str, kind: Any, value: Any) -> Any:
         if isinstance(values, list) and all(isinstance(item, str) for item in values):
             return tuple(values)
         raise InputError(f"{where} must be a string or a list of strings, not {_quoted(value)}")
-    if type(value) is int and abs(value) >= 2**63:  # TOML promises no more; too long a number can't even be written
+    if (
+        type(value) is int and abs(value) >= 2**63
+    ):  # TOML promises no more; too long a number can't even be written
         raise InputError(f"{where} must be a number of at most 63 bits")
     if kind is float and type(value) is int:
         return float(value)
@@ -236,4 +311,6 @@ def _checked(where: str, kind: Any, value: Any) -> Any:
 
 
 def _quoted(value: Any) -> str:
-    return repr(value) if isinstance(value, str | bool | float) else f"of type {type(value).__name__}"
+    return (
+        repr(value) if isinstance(value, str | bool | float) else f"of type {type(value).__name__}"
+    )

@@ -1,8 +1,10 @@
-"""What an evaluation found, as one HTML file that needs nothing but itself: the table, the audits, and every case.
+"""What an evaluation found, as one HTML file that needs nothing but itself: the table, the audits,
+and every case.
 
-Nothing is loaded over a network, and the page's own policy forbids it. Completions, questions and names of files are
-hostile text: the page gets them escaped or as JSON, shows them as text only, and characters that could steer the
-display (control characters, reordering of right-to-left text) as their code points.
+Nothing is loaded over a network, and the page's own policy forbids it. Completions, questions and
+names of files are hostile text: the page gets them escaped or as JSON, shows them as text only, and
+characters that could steer the display (control characters, reordering of right-to-left text) as
+their code points.
 """
 
 import base64
@@ -19,8 +21,8 @@ from markupsafe import Markup, escape
 from PIL import Image
 from tqdm import tqdm
 
+from common.errors import InputError
 from data import load_image
-from model import InputError
 
 from . import curves
 
@@ -43,13 +45,16 @@ BLIND_NAMES = {
 }
 
 
-def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str, list[Row]]) -> None:
+def write_report(
+    file: Path, results: Row, cases: Sequence[Row], runs: dict[str, list[Row]]
+) -> None:
     """Render the report.
 
     Args:
-        results: what results.json holds: "name", "models" and "accuracy"; all else may be absent, None or empty.
-        cases: every question with the models' answers, as `evaluation.results.cases` gives them. An image that can't
-            be read becomes a box that says so.
+        results: what results.json holds: "name", "models" and "accuracy"; all else may be absent,
+            None or empty.
+        cases: every question with the models' answers, as `evaluation.results.cases` gives them. An
+            image that can't be read becomes a box that says so.
         runs: by model the rows of its run's metrics.jsonl, for the curves.
     """
     results = OPTIONAL | shown(results)
@@ -59,7 +64,11 @@ def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str,
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # keys in their order
-    environment.filters |= {"percent": percent, "p_value": p_value, "words": lambda name: name.replace("_", " ")}
+    environment.filters |= {
+        "percent": percent,
+        "p_value": p_value,
+        "words": lambda name: name.replace("_", " "),
+    }
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     types = [row for row in results["accuracy"] if row["question_type"] is not None]
     modalities = _distinct(whole, "modality")
@@ -78,7 +87,10 @@ def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str,
         by_type=_by(types, "question_type", "model", "modality"),
         pairs=pair_rows(results),
         blind=blind,
-        best_blind={name: max((rates.get(name) or 0.0 for *_, rates in blind), default=0.0) for name in modalities},
+        best_blind={
+            name: max((rates.get(name) or 0.0 for *_, rates in blind), default=0.0)
+            for name in modalities
+        },
         checks=faithfulness_checks(results.get("faithfulness") or []),
         faithful=_by(results.get("faithfulness") or [], "check", "model"),
         early=early_panels(results, colour),
@@ -86,7 +98,11 @@ def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str,
         listed_pairs=LISTED_PAIRS,
         samples=results.get("samples"),
         sampled=_by((results.get("samples") or {}).get("table", []), "model", "modality"),
-        curves={shown(name): [Markup(svg) for svg in curves.curve_panels(rows)] for name, rows in runs.items() if rows},
+        curves={
+            shown(name): [Markup(svg) for svg in curves.curve_panels(rows)]
+            for name, rows in runs.items()
+            if rows
+        },
         cases=cases,
         pictures=pictures,
         case_modalities=_distinct(cases, "modality"),
@@ -100,7 +116,8 @@ def write_report(file: Path, results: Row, cases: Sequence[Row], runs: dict[str,
 
 
 def shown(value: Any) -> Any:
-    """The same strings, lists and dicts, with characters that could steer the display as code points: ⟨U+202E⟩.
+    """The same strings, lists and dicts, with characters that could steer the display as code
+    points: ⟨U+202E⟩.
 
     Numbers that JSON doesn't know (NaN, infinity) become None.
     """
@@ -114,17 +131,22 @@ def shown(value: Any) -> Any:
 
 
 def with_pictures(cases: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The distinct images as `picture` gives them, and the cases with their places in that list for "images"."""
+    """The distinct images as `picture` gives them, and the cases with their places in that list for
+    "images".
+    """
     paths = list(dict.fromkeys(path for case in cases for path in case["images"]))
     places = {path: place for place, path in enumerate(paths)}
-    read = tqdm(paths, desc="thumbnails", unit="image", dynamic_ncols=True, leave=False, disable=not paths)
+    read = tqdm(
+        paths, desc="thumbnails", unit="image", dynamic_ncols=True, leave=False, disable=not paths
+    )
     placed = [{**case, "images": [places[path] for path in case["images"]]} for case in cases]
     return [picture(path) for path in read], placed
 
 
 def picture(path: str) -> Row:
-    """{"name", "src" (a data URI of at most 160 pixels a side), "width", "height" (of the file)}; {"name", "why"} if
-    the image can't be read."""
+    """{"name", "src" (a data URI of at most 160 pixels a side), "width", "height" (of the file)};
+    {"name", "why"} if the image can't be read.
+    """
     name = "/".join(Path(path).parts[-2:])
     try:
         image = load_image(path)
@@ -139,14 +161,23 @@ def picture(path: str) -> Row:
 
 
 def verdict(results: Row, whole: Sequence[Row]) -> list[Markup]:
-    """In sentences: where each model is above the best guess without the image, and which model is better."""
+    """In sentences: where each model is above the best guess without the image, and which model is
+    better.
+    """
     sentences = []
     for model in results["models"]:
         rows = [row for row in whole if row["model"] == model["name"]]
-        seen, unseen = ([_against(row) for row in rows if bool(row["sees"]) == sees] for sees in (True, False))
-        above = Markup("<b>{}</b> is above the best guess without the image on {}").format(model["name"], _listed(seen))
+        seen, unseen = (
+            [_against(row) for row in rows if bool(row["sees"]) == sees] for sees in (True, False)
+        )
+        above = Markup("<b>{}</b> is above the best guess without the image on {}").format(
+            model["name"], _listed(seen)
+        )
         if seen and unseen:
-            sentences.append(above + Markup("; on {} there is <b>no evidence of seeing</b>.").format(_listed(unseen)))
+            sentences.append(
+                above
+                + Markup("; on {} there is <b>no evidence of seeing</b>.").format(_listed(unseen))
+            )
         elif seen:
             sentences.append(above + ".")
         elif unseen:
@@ -156,7 +187,9 @@ def verdict(results: Row, whole: Sequence[Row]) -> list[Markup]:
 
 
 def comparison(results: Row) -> list[Markup]:
-    """The last model against each other one: better, worse or neither, where McNemar's p is below 0.01."""
+    """The last model against each other one: better, worse or neither, where McNemar's p is below
+    0.01.
+    """
     last = results["models"][-1]["name"]
     found: dict[Markup, list[Markup]] = {}
     for (first, second), rows in pair_rows(results).items():
@@ -164,10 +197,19 @@ def comparison(results: Row) -> list[Markup]:
             outcomes = {"better": [], "worse": [], "not measurably different": []}
             for row in rows.values():
                 ahead = "better" if row["only_first"] > row["only_second"] else "worse"
-                outcomes[ahead if row["p"] < 0.01 else "not measurably different"].append(escape(row["modality"]))
-            parts = [Markup("{} on {}").format(how, _listed(names)) for how, names in outcomes.items() if names]
+                outcomes[ahead if row["p"] < 0.01 else "not measurably different"].append(
+                    escape(row["modality"])
+                )
+            parts = [
+                Markup("{} on {}").format(how, _listed(names))
+                for how, names in outcomes.items()
+                if names
+            ]
             found.setdefault(_listed(parts), []).append(escape(second))
-    return [Markup("Against {}, {} is {}.").format(_listed(names), last, outcome) for outcome, names in found.items()]
+    return [
+        Markup("Against {}, {} is {}.").format(_listed(names), last, outcome)
+        for outcome, names in found.items()
+    ]
 
 
 def _against(row: Row) -> Markup:
@@ -178,12 +220,21 @@ def _against(row: Row) -> Markup:
 
 def _listed(parts: Sequence[Markup], word: str = "and") -> Markup:
     """a, b and c."""
-    return Markup(", ").join(parts[:-1]) + (f" {word} " if len(parts) > 1 else "") + parts[-1] if parts else Markup()
+    return (
+        Markup(", ").join(parts[:-1]) + (f" {word} " if len(parts) > 1 else "") + parts[-1]
+        if parts
+        else Markup()
+    )
 
 
 def blind_rows(results: Row) -> list[tuple[str | None, str, dict[str, float]]]:
-    """(model, name, rate by modality): the baselines that see text only, then each model without its image."""
-    rows = [(None, BLIND_NAMES.get(name, name), rates) for name, rates in (results.get("blind") or {}).items()]
+    """(model, name, rate by modality): the baselines that see text only, then each model without
+    its image.
+    """
+    rows = [
+        (None, BLIND_NAMES.get(name, name), rates)
+        for name, rates in (results.get("blind") or {}).items()
+    ]
     for model, probes in (results.get("ablated") or {}).items():
         rows += [(model, probe, rates) for probe, rates in probes.items()]
     return rows
@@ -202,11 +253,15 @@ def faithfulness_checks(rows: Sequence[Row]) -> dict[str, str | None]:
     meanings: dict[str, set[str]] = {}
     for row in rows:
         meanings.setdefault(row["check"], set()).add(row["meaning"])
-    return {check: next(iter(found)) if len(found) == 1 else None for check, found in meanings.items()}
+    return {
+        check: next(iter(found)) if len(found) == 1 else None for check, found in meanings.items()
+    }
 
 
 def early_panels(results: Row, colour: dict[str, str]) -> list[Markup]:
-    """Two panels over the share of the reasoning that is kept, or none: answers that change, answers that are right."""
+    """Two panels over the share of the reasoning that is kept, or none: answers that change,
+    answers that are right.
+    """
     early = results.get("early_answering") or {}
     lines = {colour[name]: early[name] for name in colour if early.get(name)}
     titles = {"changed": "Answer differs from the final one (%)", "right": "Right answer (%)"}

@@ -1,22 +1,26 @@
-"""Is the reasoning more than decoration? What the text alone can tell: `python -m evaluation.faithfulness FILE`.
+"""Is the reasoning more than decoration? What the text alone can tell: `python -m
+evaluation.audits.faithfulness FILE`.
 
-A right letter after a fluent think block shows nothing of how the letter came about. Turpin et al. 2023 (arXiv
-2305.04388) found chains of thought that never name what decided the answer; Lanham et al. 2023 (arXiv 2307.13702) call
-reasoning post hoc where the answer does not depend on it; MedVLM-R1 (arXiv 2502.19634) says itself that some of its
-reasoning is superficial. Their tests question the model anew. These audits only read what it wrote, so they can find
-reasoning that can't have led to the answer, but never prove that any has.
+A right letter after a fluent think block shows nothing of how the letter came about. Turpin et al.
+2023 (arXiv 2305.04388) found chains of thought that never name what decided the answer; Lanham et
+al. 2023 (arXiv 2307.13702) call reasoning post hoc where the answer does not depend on it;
+MedVLM-R1 (arXiv 2502.19634) says itself that some of its reasoning is superficial. Their tests
+question the model anew. These audits only read what it wrote, so they can find reasoning that can't
+have led to the answer, but never prove that any has.
 
-The checks (see `rewards.consistency` for what names an option and what concludes it):
+The checks (see `evaluation.audits.conclusion` for what names an option and what concludes it):
 
 - *has reasoning*: there is a think block, and it is not blank;
 - *names an option*: the reasoning names one, if only to deny it;
-- *conclusion agrees*, *conclusion conflicts*, *no conclusion*: the option that the reasoning comes to, against the
-  letter that the completion answers; the last where either is missing. The three add up to all completions;
-- *right without naming an option*: of the completions that name no option, those whose letter is right all the same:
-  what decided is not in the text;
-- *shares a template*: of the reasonings, those that some other question's reasoning repeats once the options' texts and
-  letters are masked: exactly, or with at least 0.9 of their word trigrams in common (Jaccard; Broder 1997). Nothing in
-  such a text but the option itself can come from the image;
+- *conclusion agrees*, *conclusion conflicts*, *no conclusion*: the option that the reasoning comes
+  to, against the letter that the completion answers; the last where either is missing. The three
+  add up to all completions;
+- *right without naming an option*: of the completions that name no option, those whose letter is
+  right all the same: what decided is not in the text;
+- *shares a template*: of the reasonings, those that some other question's reasoning repeats once
+  the options' texts and letters are masked: exactly, or with at least 0.9 of their word trigrams in
+  common (Jaccard; Broder 1997). Nothing in such a text but the option itself can come from the
+  image;
 - *largest template*: of the reasonings, those of the most common template.
 """
 
@@ -31,13 +35,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import InputError, printable
+from common.errors import InputError, printable
 from rewards import read_letter, think_text
-from rewards.consistency import conclusion, mask_options, named_options
 from rewards.letter import VISIBLE, excerpt
 
+from ..statistics import wilson
 from .completions import Completion, read_completions
-from .statistics import wilson
+from .conclusion import conclusion, mask_options, named_options
 
 MASK = "[option]"
 _TOKEN = re.compile(rf"{re.escape(MASK)}|[^\W_]+")
@@ -48,8 +52,10 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a completion's text shows: its reasoning's words, options masked (None: no reasoning), whether they name an
-    option, the letters that it concludes and answers, whether the answer is right."""
+    """What a completion's text shows: its reasoning's words, options masked (None: no reasoning),
+    whether they name an option, the letters that it concludes and answers, whether the answer is
+    right.
+    """
 
     words: Words | None
     names_option: bool
@@ -79,10 +85,11 @@ def read(completion: Completion) -> Reading:
 def templates(reasonings: Sequence[Words]) -> list[int]:
     """The number of each reasoning's template: equal texts and near-duplicates have the same.
 
-    The distinct texts are taken from the shortest to the longest, and each joins the first template whose first text
-    has a Jaccard similarity of word trigrams of 0.9 or more to it, or begins its own. Exact, not sampled, and fast
-    because two such sets, ordered from the rarest trigram on, must meet early: among the first 1/10 of the longer and
-    the first 1/19 of the shorter, and one more each (prefix filtering, Xiao et al. 2008, WWW, section 3).
+    The distinct texts are taken from the shortest to the longest, and each joins the first template
+    whose first text has a Jaccard similarity of word trigrams of 0.9 or more to it, or begins its
+    own. Exact, not sampled, and fast because two such sets, ordered from the rarest trigram on,
+    must meet early: among the first 1/10 of the longer and the first 1/19 of the shorter, and one
+    more each (prefix filtering, Xiao et al. 2008, WWW, section 3).
     """
     trigrams = {words: _trigrams(words) for words in reasonings}
     frequency = Counter(trigram for own in trigrams.values() for trigram in own)
@@ -91,8 +98,12 @@ def templates(reasonings: Sequence[Words]) -> list[int]:
     number: dict[Words, int] = {}
     for words, own in sorted(trigrams.items(), key=lambda item: len(item[1])):
         rarest = sorted(own, key=lambda trigram: (frequency[trigram], trigram))
-        candidates = sorted({first for trigram in rarest[: len(own) // 10 + 1] for first in holders[trigram]})
-        number[words] = next((first for first in candidates if _alike(own, firsts[first])), len(firsts))
+        candidates = sorted(
+            {first for trigram in rarest[: len(own) // 10 + 1] for first in holders[trigram]}
+        )
+        number[words] = next(
+            (first for first in candidates if _alike(own, firsts[first])), len(firsts)
+        )
         if number[words] == len(firsts):
             firsts.append(own)
             for trigram in rarest[: len(own) // 19 + 1]:
@@ -104,16 +115,23 @@ def audit(completions: Sequence[Completion]) -> list[dict[str, Any]]:
     """The checks of every model, in the order in which the models first occur.
 
     Returns:
-        Rows {"model", "check", "count", "of", "rate", "low", "high", "meaning"}: `count` of `of` completions, the rate
-        with Wilson's 95 % interval, one sentence. A check with nothing to count from (`of` 0) has no row.
+        Rows {"model", "check", "count", "of", "rate", "low", "high", "meaning"}: `count` of `of`
+        completions, the rate with Wilson's 95 % interval, one sentence. A check with nothing to
+        count from (`of` 0) has no row.
     """
     models = dict.fromkeys(completion.model for completion in completions)
-    return [row for model in models for row in _audit(model, [c for c in completions if c.model == model])]
+    return [
+        row
+        for model in models
+        for row in _audit(model, [c for c in completions if c.model == model])
+    ]
 
 
 def flags(completions: Sequence[Completion]) -> list[list[str]]:
-    """What is wrong with each completion, in their order: some of "no reasoning", "names no option", "conclusion
-    conflicts", "template" (another question's reasoning by the same model has it too)."""
+    """What is wrong with each completion, in their order: some of "no reasoning", "names no
+    option", "conclusion conflicts", "template" (another question's reasoning by the same model has
+    it too).
+    """
     readings = [read(completion) for completion in completions]
     shared: set[int] = set()
     for model in dict.fromkeys(completion.model for completion in completions):
@@ -127,7 +145,11 @@ def _flags(reading: Reading, shared: bool) -> list[str]:
     if reading.words is None:
         return ["no reasoning"]
     conflicts = reading.comparable and reading.concluded != reading.answer
-    named = {"names no option": not reading.names_option, "conclusion conflicts": conflicts, "template": shared}
+    named = {
+        "names no option": not reading.names_option,
+        "conclusion conflicts": conflicts,
+        "template": shared,
+    }
     return [name for name, holds in named.items() if holds]
 
 
@@ -135,7 +157,11 @@ def _audit(model: str, completions: Sequence[Completion]) -> list[dict[str, Any]
     readings = [read(completion) for completion in completions]
     reasoned = [reading for reading in readings if reading.words is not None]
     unnamed = [reading for reading in readings if not reading.names_option]
-    agree = [reading for reading in readings if reading.comparable and reading.concluded == reading.answer]
+    agree = [
+        reading
+        for reading in readings
+        if reading.comparable and reading.concluded == reading.answer
+    ]
     comparable = [reading for reading in readings if reading.comparable]
     numbers = templates([reading.words for reading in reasoned])
     (largest, size), *_ = Counter(numbers).most_common(1) or [(0, 0)]
@@ -160,7 +186,15 @@ def _audit(model: str, completions: Sequence[Completion]) -> list[dict[str, Any]
 
 def _row(model: str, check: str, count: int, of: int, meaning: str) -> dict[str, Any]:
     low, high = wilson(count, of)
-    row = {"model": model, "check": check, "count": count, "of": of, "rate": count / of, "low": low, "high": high}
+    row = {
+        "model": model,
+        "check": check,
+        "count": count,
+        "of": of,
+        "rate": count / of,
+        "low": low,
+        "high": high,
+    }
     return {**row, "meaning": meaning}
 
 
@@ -186,7 +220,9 @@ def _alike(one: frozenset[Words], other: frozenset[Words]) -> bool:
 
 
 def table(completions: Sequence[Completion]) -> str:
-    """The checks as text: a block per model, a column for all and, where they fit, one per modality."""
+    """The checks as text: a block per model, a column for all and, where they fit, one per
+    modality.
+    """
     return "\n\n".join(
         _block(model, [c for c in completions if c.model == model])
         for model in dict.fromkeys(completion.model for completion in completions)
@@ -198,7 +234,9 @@ def _block(model: str, completions: Sequence[Completion]) -> str:
     modalities = list(dict.fromkeys(completion.modality for completion in completions))
     columns = modalities if 1 < len(modalities) <= _MOST_COLUMNS else []
     rates = {
-        modality: {r["check"]: r for r in _audit(model, [c for c in completions if c.modality == modality])}
+        modality: {
+            r["check"]: r for r in _audit(model, [c for c in completions if c.modality == modality])
+        }
         for modality in columns
     }
     heads = "".join(f"{printable(name)[:14]:>15}" for name in columns)
@@ -206,8 +244,15 @@ def _block(model: str, completions: Sequence[Completion]) -> str:
     for row in rows:
         interval = f"({100 * row['low']:.1f} to {100 * row['high']:.1f})"
         cells = "".join(_cell(rates[name].get(row["check"])) for name in columns)
-        lines.append(f"{row['check']:32}{100 * row['rate']:5.1f} % of {row['of']:<5}{interval:>15}{cells}")
-    return "\n".join([*lines, *(textwrap.fill(row["meaning"], 120) for row in rows if "template" in row["check"])])
+        lines.append(
+            f"{row['check']:32}{100 * row['rate']:5.1f} % of {row['of']:<5}{interval:>15}{cells}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            *(textwrap.fill(row["meaning"], 120) for row in rows if "template" in row["check"]),
+        ]
+    )
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -216,21 +261,31 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("completions", type=Path, help="JSON lines with id, model, question, options, ...")
+    parser.add_argument(
+        "completions", type=Path, help="JSON lines with id, model, question, options, ..."
+    )
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # excerpts may hold letters that the terminal's encoding lacks
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # excerpts may hold letters that the terminal's encoding lacks
     try:
         completions, skipped = read_completions(arguments.completions)
         if not completions:
-            raise InputError(f"{arguments.completions}: no line has options and a letter as `ground_truth`: add them")
+            raise InputError(
+                f"{arguments.completions}: no line has options and a letter as `ground_truth`: add them"
+            )
     except InputError as error:
         print(f"faithfulness: {error}", file=sys.stderr)
         return 2
     print(table(completions))
-    print(f"\n{len(completions)} completions read, {skipped} skipped (no options, or a ground truth that is no letter)")
+    print(
+        f"\n{len(completions)} completions read, {skipped} skipped (no options, or a ground truth that is no letter)"
+    )
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads a pipe may leave early, as `head` does
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_DFL
+    )  # who reads a pipe may leave early, as `head` does
     sys.exit(main())

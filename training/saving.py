@@ -1,4 +1,6 @@
-"""Writing checkpoints while training goes on, so that each is whole on the disk before it has its name."""
+"""Writing checkpoints while training goes on, so that each is whole on the disk before it has its
+name.
+"""
 
 import json
 import os
@@ -10,18 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import InputError, Qwen2VL, save_model
+from common.config import Config
+from common.device import available_memory
+from common.errors import InputError
+from grpo.optimizer import MasterAdamW
+from model import Qwen2VL, save_model
 from model.weights import published_tensors, write_tensors
 
 from .checkpoint import MANIFEST, checkpoints, sha256_of
-from .config import Config
-from .optimizer import MasterAdamW
 
 
 class Checkpoints:
-    """Saves a run's checkpoints, in a thread of its own wherever memory allows a copy of what is saved.
+    """Saves a run's checkpoints, in a thread of its own wherever memory allows a copy of what is
+    saved.
 
-    Kept are the newest `config.keep_checkpoints`, and the best on validation (`progress["best"]["step"]`).
+    Kept are the newest `config.keep_checkpoints`, and the best on validation
+    (`progress["best"]["step"]`).
     """
 
     def __init__(self, config: Config) -> None:
@@ -30,9 +36,11 @@ class Checkpoints:
         self._saving: Future[None] | None = None
 
     def save(self, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
-        """Write `step-NNNNNN`; `progress` holds the finished steps ("step") and all else to resume from.
+        """Write `step-NNNNNN`; `progress` holds the finished steps ("step") and all else to resume
+        from.
 
-        It may still be on its way when this returns: `finish` waits for it, and so does the next one.
+        It may still be on its way when this returns: `finish` waits for it, and so does the next
+            one.
 
         Raises:
             InputError: this one, or the one before, can't be written.
@@ -52,7 +60,9 @@ class Checkpoints:
             self._write(final, model, None, state, told, best)
         else:
             copies = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-            self._saving = self._pool.submit(self._write, final, model, published_tensors(model), copies, told, best)
+            self._saving = self._pool.submit(
+                self._write, final, model, published_tensors(model), copies, told, best
+            )
         return final
 
     def finish(self) -> None:
@@ -94,41 +104,34 @@ class Checkpoints:
             ) from None
         for old in checkpoints(self.folder.parent)[: -self.kept]:
             if old.name != f"step-{best or 0:06d}":
-                going = old.with_suffix(".partial")  # a kill while it is deleted leaves nothing that looks whole
+                going = old.with_suffix(
+                    ".partial"
+                )  # a kill while it is deleted leaves nothing that looks whole
                 os.replace(old, going)
                 shutil.rmtree(going)
 
 
 def commit(partial: Path, final: Path) -> None:
-    """Give a folder that is written its manifest and its name; before it has that name, all of it is on the disk."""
+    """Give a folder that is written its manifest and its name; before it has that name, all of it
+    is on the disk.
+    """
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
+        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in files
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
         _flush(path)
-    if final.exists():  # saved once more: out of the way first, so that the name never means a torn one
+    if (
+        final.exists()
+    ):  # saved once more: out of the way first, so that the name never means a torn one
         os.replace(final, aside := final.with_suffix(".old.partial"))
         os.replace(partial, final)
         shutil.rmtree(aside)
     else:
         os.replace(partial, final)
     _flush(final.parent)
-
-
-def available_memory() -> int:
-    """Bytes of memory that the host can still give this process; 0 where that can't be told."""
-    try:
-        lines = Path("/proc/meminfo").read_text().split("\n")
-        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-        return free
-    except (OSError, ValueError, StopIteration):
-        return 0
 
 
 def _flush(path: Path) -> None:

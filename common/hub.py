@@ -1,10 +1,13 @@
-"""Where a model's checkpoint lies: a folder on disk, or a Hugging Face hub id, fetched once and then left in peace.
+"""Where a model's checkpoint lies: a folder on disk, or a Hugging Face hub id, fetched once and
+then left in peace.
 
-Departures from `huggingface_hub.snapshot_download`: files are fetched one after another on the calling thread, as its
-threads are joined on Ctrl-C, which then takes as long as the gigabytes under way. And the hub is asked for every file
-with a short timeout and once only; the library's own requests wait for ever, or try again for six minutes.
+Departures from `huggingface_hub.snapshot_download`: files are fetched one after another on the
+calling thread, as its threads are joined on Ctrl-C, which then takes as long as the gigabytes under
+way. And the hub is asked for every file with a short timeout and once only; the library's own
+requests wait for ever, or try again for six minutes.
 """
 
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,10 +23,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from model import InputError
-from model.config import MODEL_ADVICE
-from model.weights import weight_files
+from .errors import InputError
+from .files import read_json
 
+MODEL_ADVICE = "a model is a folder with config.json (hf download NAME --local-dir FOLDER makes one from the hub)"
+INDEX = "model.safetensors.index.json"
 PATTERNS = ("*.json", "merges.txt", "*.jinja", "*.safetensors")
 """Files that are data and nothing else: no pickles (.bin, .pt), no Python."""
 TOKENIZERS = (("merges.txt", "vocab.json"), ("tokenizer.json",))
@@ -33,14 +37,16 @@ SECONDS = 10
 
 
 def model_folder(name: str, weights: bool = True) -> Path:
-    """The checkpoint folder that `name` means: a folder on disk as it is, or else a hub id, fetched into its cache.
+    """The checkpoint folder that `name` means: a folder on disk as it is, or else a hub id, fetched
+    into its cache.
 
-    Only safetensors, JSON and tokenizer files are fetched; with `weights` False all but the safetensors. What is
-    complete in the cache is used without asking the network, so that a resumed run gets the weights that it began with.
-    The name of a folder in the cache is the commit.
+    Only safetensors, JSON and tokenizer files are fetched; with `weights` False all but the
+    safetensors. What is complete in the cache is used without asking the network, so that a resumed
+    run gets the weights that it began with. The name of a folder in the cache is the commit.
 
     Raises:
-        InputError: neither a folder nor a hub id, or the hub's files can't be had; the one line says why.
+        InputError: neither a folder nor a hub id, or the hub's files can't be had; the one line
+            says why.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -71,7 +77,9 @@ def _is_hub_id(name: str) -> bool:
 
 
 def is_complete(folder: Path, weights: bool) -> bool:
-    """Whether the folder has config.json, a tokenizer and, where they are wanted, all weights that its index names."""
+    """Whether the folder has config.json, a tokenizer and, where they are wanted, all weights that
+    its index names.
+    """
     has_tokenizer = any(all((folder / file).is_file() for file in files) for files in TOKENIZERS)
     if not has_tokenizer or not (folder / "config.json").is_file():
         return False
@@ -82,13 +90,18 @@ def is_complete(folder: Path, weights: bool) -> bool:
 
 
 def fetch_order(files: list[str], weights: bool) -> list[str]:
-    """The files of a repository that are fetched; last those by which `is_complete` tells that nothing is missing.
+    """The files of a repository that are fetched; last those by which `is_complete` tells that
+    nothing is missing.
 
     Folders within the repository are left out: they hold other formats and older checkpoints.
     """
     last = [file for files in TOKENIZERS for file in files]
     patterns = PATTERNS if weights else PATTERNS[:-1]
-    wanted = [file for file in files if "/" not in file and any(fnmatchcase(file, pattern) for pattern in patterns)]
+    wanted = [
+        file
+        for file in files
+        if "/" not in file and any(fnmatchcase(file, pattern) for pattern in patterns)
+    ]
     return sorted(wanted, key=lambda file: (file.endswith(".safetensors"), file in last, file))
 
 
@@ -97,16 +110,24 @@ def _download(name: str, weights: bool) -> Path:
     try:
         info = HfApi().model_info(name, timeout=SECONDS)
         files = fetch_order([file.rfilename for file in info.siblings or []], weights)
-        # By branch, not by commit: then the cache notes which commit the branch is, and the next call finds it.
+        # By branch, not by commit: then the cache notes which commit the branch is, and the next
+        # call finds it.
         folder = _fetch(name, "config.json", "main").parent
         for file in files:
             if not (folder / file).is_file():
                 _fetch(name, file, folder.name)
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: hf_xet, which moves large files
+    except (
+        HTTPError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # RuntimeError: hf_xet, which moves large files
         raise InputError(f"{name}: {_why(name, error)}") from None
     if not is_complete(folder, weights):
         needed = "a tokenizer and safetensors" if weights else "a tokenizer"
-        raise InputError(f"{name}: not a whole model on the hub, {needed} must be there; found {', '.join(files)}")
+        raise InputError(
+            f"{name}: not a whole model on the hub, {needed} must be there; found {', '.join(files)}"
+        )
     return folder
 
 
@@ -136,3 +157,33 @@ def _why(name: str, error: BaseException) -> str:
         where = constants.HF_HUB_CACHE
         return f"can't be stored in {where} ({error.strerror}); make room there, or set HF_HOME to a folder elsewhere"
     return f"the download broke off ({said}); run the command again, {elsewhere}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index if it has one. InputError if any
+    is missing.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        names = ["model.safetensors"]
+    else:
+        try:
+            names = sorted(
+                set(read_json(index, "copy or download it again")["weight_map"].values())
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"{index}: not a safetensors index ({error!r}); copy or download it again"
+            ) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(
+                f"{index}: {name!r} is no file name in this folder; this checkpoint can't be trusted"
+            )
+        if not os.path.isfile(
+            folder / name
+        ):  # which is false, and no error, for a name that no file can have
+            raise InputError(
+                f"{folder / name}: no such file; the checkpoint is not complete, copy or download it again"
+            )
+    return [folder / name for name in names]

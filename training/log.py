@@ -1,4 +1,6 @@
-"""What a run tells: a progress bar, TensorBoard, `metrics.jsonl`, `completions.jsonl` and `incidents.jsonl`."""
+"""What a run tells: a progress bar, TensorBoard, `metrics.jsonl`, `completions.jsonl` and
+`incidents.jsonl`.
+"""
 
 import json
 import math
@@ -14,11 +16,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.errors import InputError, printable
 from data import load_image
-from model import InputError
-from model.errors import printable
+from grpo.rollout import StepRecord
 
-from .batch import StepRecord
 from .watchdog import alarms, recent
 
 _BAR = {
@@ -32,7 +33,9 @@ _BAR = {
 
 
 class Stopwatch:
-    """Seconds of a step by phase: `laps` by name, and their `total`. A lap waits for the device to finish."""
+    """Seconds of a step by phase: `laps` by name, and their `total`. A lap waits for the device to
+    finish.
+    """
 
     def __init__(self, device: str) -> None:
         self.laps: dict[str, float] = {}
@@ -52,7 +55,9 @@ class Stopwatch:
 
 
 class RunLog:
-    """Writes a run's record. A resumed run's record loses what came after the checkpoint, and goes on from there."""
+    """Writes a run's record. A resumed run's record loses what came after the checkpoint, and goes
+    on from there.
+    """
 
     def __init__(self, run_dir: str | Path, method: str, first_step: int, steps: int) -> None:
         folder = Path(run_dir)
@@ -65,10 +70,13 @@ class RunLog:
         # The writer's thread raises in the caller too; what it prints besides would be a traceback.
         self._hook, threading.excepthook = threading.excepthook, _hide_os_errors
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self.bar = tqdm(total=steps, initial=first_step, desc=method.upper(), unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=steps, initial=first_step, desc=method.upper(), unit="step", dynamic_ncols=True
+        )
 
     def step(self, step: int, that: StepRecord, clock: Stopwatch) -> None:
-        """Record a step: its numbers to file, board and bar, every completion with its rewards and why to file.
+        """Record a step: its numbers to file, board and bar, every completion with its rewards and
+        why to file.
 
         A verdict has `rule`, `score` and `why`; `that.stats` are the update's scalars.
         """
@@ -77,14 +85,26 @@ class RunLog:
         self.record(step, metrics | {"tokens_per_second": tokens / clock.total}, clock)
         for n, prompt in enumerate(that.rollout.prompts):
             for g, text in enumerate(that.rollout.texts[n]):
-                rewards = {v.rule: {"score": v.score, "why": v.why} for v in that.verdicts_NGR[n][g]}
-                row = {"step": step, "question": prompt.question.source, "answer": prompt.question.answer}
-                row |= {"completion": text, "rewards": rewards, "advantage": that.advantages_NG[n, g].item()}
+                rewards = {
+                    v.rule: {"score": v.score, "why": v.why} for v in that.verdicts_NGR[n][g]
+                }
+                row = {
+                    "step": step,
+                    "question": prompt.question.source,
+                    "answer": prompt.question.answer,
+                }
+                row |= {
+                    "completion": text,
+                    "rewards": rewards,
+                    "advantage": that.advantages_NG[n, g].item(),
+                }
                 self.completions.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.completions.flush()
 
     def record(self, step: int, metrics: dict[str, float], clock: Stopwatch) -> None:
-        """A step's numbers, to file, board and bar; says what the watchdog finds in them that it did not find before."""
+        """A step's numbers, to file, board and bar; says what the watchdog finds in them that it
+        did not find before.
+        """
         metrics = metrics | {"seconds": clock.total}
         metrics |= {f"seconds/{phase}": seconds for phase, seconds in clock.laps.items()}
         self.metrics.write(_json_line(step, metrics))
@@ -101,32 +121,58 @@ class RunLog:
                 self.incident(step, "watchdog", f"{name}: {line}")
 
     def incident(self, step: int, kind: str, says: str) -> None:
-        """Something that whoever slept through it should know: to the terminal and to incidents.jsonl, at once."""
+        """Something that whoever slept through it should know: to the terminal and to
+        incidents.jsonl, at once.
+        """
         self.kinds[kind] += 1
         self.bar.write(printable(f"step {step}: {says}"))
-        self.incidents.write(json.dumps({"step": step, "kind": kind, "says": says}, ensure_ascii=False) + "\n")
+        self.incidents.write(
+            json.dumps({"step": step, "kind": kind, "says": says}, ensure_ascii=False) + "\n"
+        )
         self.incidents.flush()
         self.board.add_text("incidents", f"    {printable(says)}", step)
 
     def validation(self, step: int, right: int, total: int) -> None:
         """Greedy accuracy on the validation questions after this step."""
-        self.validations.write(_json_line(step, {"right": right, "total": total, "accuracy": right / total}))
+        self.validations.write(
+            _json_line(step, {"right": right, "total": total, "accuracy": right / total})
+        )
         self.validations.flush()
         self.board.add_scalar("validation/accuracy", right / total, step)
-        self.bar.write(f"after {step + 1} steps: validation accuracy {right / total:.1%} of {total}")
+        self.bar.write(
+            f"after {step + 1} steps: validation accuracy {right / total:.1%} of {total}"
+        )
 
     def sample(self, step: int, that: StepRecord) -> None:
-        """One group for the eye: its image, its question and all of its completions with their rewards."""
-        rollout, rewards_NG, question = that.rollout, that.rewards_NG, that.rollout.prompts[0].question
-        lines = [question.question, *(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", question.options))]
+        """One group for the eye: its image, its question and all of its completions with their
+        rewards.
+        """
+        rollout, rewards_NG, question = (
+            that.rollout,
+            that.rewards_NG,
+            that.rollout.prompts[0].question,
+        )
+        lines = [
+            question.question,
+            *(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", question.options)),
+        ]
         lines += [f"correct: {question.answer}", ""]
-        lines += [f"[{reward:.2g}] {text}" for reward, text in zip(rewards_NG[0].tolist(), rollout.texts[0])]
+        lines += [
+            f"[{reward:.2g}] {text}"
+            for reward, text in zip(rewards_NG[0].tolist(), rollout.texts[0])
+        ]
         # Four spaces make a code block: what the model wrote is shown as it is, never rendered.
-        self.board.add_text("samples", "\n".join(f"    {line}" for text in lines for line in text.split("\n")), step)
+        self.board.add_text(
+            "samples", "\n".join(f"    {line}" for text in lines for line in text.split("\n")), step
+        )
         if question.images:
             try:
-                self.board.add_image("samples", np.asarray(load_image(question.images[0])), step, dataformats="HWC")
-            except InputError as error:  # it could be read when the step began; a picture less is no reason to stop
+                self.board.add_image(
+                    "samples", np.asarray(load_image(question.images[0])), step, dataformats="HWC"
+                )
+            except (
+                InputError
+            ) as error:  # it could be read when the step began; a picture less is no reason to stop
                 self.incident(step, "image", str(error))
 
     def __enter__(self) -> Self:
@@ -168,17 +214,23 @@ def _json_line(step: int, numbers: dict[str, float]) -> str:
 
 
 def _reopened(path: Path, first_step: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Open for appending, without the rows from `first_step` on and without what a crash has left of a row; and those
-    that were kept (for files of short rows: completions are not held)."""
+    """Open for appending, without the rows from `first_step` on and without what a crash has left
+    of a row; and those that were kept (for files of short rows: completions are not held).
+    """
     partial, rows = path.with_suffix(".partial"), []
     with partial.open("w", encoding="utf-8") as kept:
-        # Iterating a file splits at line ends only; str.splitlines would also split at U+2028 in a completion.
-        for line in path.open(encoding="utf-8", errors="replace", newline="\n") if path.exists() else ():
+        # Iterating a file splits at line ends only; str.splitlines would also split at U+2028 in a
+        # completion.
+        for line in (
+            path.open(encoding="utf-8", errors="replace", newline="\n") if path.exists() else ()
+        ):
             try:
                 row = json.loads(line)
                 wanted = line.endswith("\n") and row["step"] < first_step
                 if path.stem == "metrics":
-                    wanted = wanted and all(isinstance(value, int | float | None) for value in row.values())
+                    wanted = wanted and all(
+                        isinstance(value, int | float | None) for value in row.values()
+                    )
             except (ValueError, KeyError, TypeError, RecursionError):
                 wanted = False
             if wanted:

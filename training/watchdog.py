@@ -1,6 +1,8 @@
-"""Names the known ways in which a run goes wrong, when they start: rules over the last steps' metrics, with a hint.
+"""Names the known ways in which a run goes wrong, when they start: rules over the last steps'
+metrics, with a hint.
 
-The thresholds are ours and coarse: a rule that speaks wants a look at the curves and the completions, no more.
+The thresholds are ours and coarse: a rule that speaks wants a look at the curves and the
+completions, no more.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,9 @@ Rows = Sequence[dict[str, float]]
 
 
 def recent(rows: Rows) -> list[dict[str, float]]:
-    """Of the metrics of all steps those that the rules look at: the first ones and the last ones."""
+    """Of the metrics of all steps those that the rules look at: the first ones and the last
+    ones.
+    """
     return [*rows[:WINDOW], *rows[WINDOW:][-LONG - WINDOW :]]
 
 
@@ -27,7 +31,9 @@ def alarms(rows: Rows) -> dict[str, str]:
 
     Returns, by the name of the rule that speaks, one line with a hint.
     """
-    rows = [row for row in rows if row.get("reward") is not None]  # supervised steps and skipped ones have none
+    rows = [
+        row for row in rows if row.get("reward") is not None
+    ]  # supervised steps and skipped ones have none
     if len(rows) < WINDOW:
         return {}
     return {name: line for name, rule in RULES.items() if (line := rule(rows))}
@@ -47,7 +53,10 @@ def _kl_blow_up(rows: Rows) -> str:
 
 
 def _length_collapse(rows: Rows) -> str:
-    first, last = _mean(rows[:WINDOW], "completion_tokens"), _mean(rows[-WINDOW:], "completion_tokens")
+    first, last = (
+        _mean(rows[:WINDOW], "completion_tokens"),
+        _mean(rows[-WINDOW:], "completion_tokens"),
+    )
     if last > first / 4:
         return ""
     return (
@@ -64,7 +73,10 @@ def _cut_off(rows: Rows) -> str:
 
 
 def _no_spread(rows: Rows) -> str:
-    share, accuracy = _mean(rows[-WINDOW:], "groups_without_spread"), _mean(rows[-WINDOW:], "rewards/accuracy")
+    share, accuracy = (
+        _mean(rows[-WINDOW:], "groups_without_spread"),
+        _mean(rows[-WINDOW:], "rewards/accuracy"),
+    )
     if share < 0.9 or accuracy > LEARNED:
         return ""
     return (

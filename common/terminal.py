@@ -7,11 +7,13 @@ from typing import Any, TextIO
 
 import torch
 
-from model import printable
+from .errors import printable
 
 
 class _Patient:
-    """A stream whose reader may go away (`| tee` killed, a connection lost): what can't be written is dropped."""
+    """A stream whose reader may go away (`| tee` killed, a connection lost): what can't be written
+    is dropped.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,6 @@
-"""What surrounds the steps of a run, whatever its method: prompts, records, validation, checkpoints, every way to end."""
+"""What surrounds the steps of a run, whatever its method: prompts, records, validation,
+checkpoints, every way to end.
+"""
 
 import math
 import sys
@@ -9,11 +11,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from common.config import Config
+from common.errors import InputError
 from data import Prompt, prompts_of_steps
-from model import InputError
+from grpo.rollout import Rollout
 
-from .batch import Rollout
-from .config import Config
 from .incidents import room_for_incident, write_incident
 from .log import RunLog, Stopwatch
 from .run import Run
@@ -27,10 +29,12 @@ _FAULTS = (InputError, OSError, MemoryError, torch.OutOfMemoryError, Stopped)
 
 
 class Session:
-    """The steps that a run has left: `for step, prompts, clock in session`, each closed by `session.end_step`.
+    """The steps that a run has left: `for step, prompts, clock in session`, each closed by
+    `session.end_step`.
 
-    Used as a context manager. Whatever comes from outside (bad files, a full disk, a signal) leaves a checkpoint of the
-    last whole step behind, if one can be written, before it goes on to the caller.
+    Used as a context manager. Whatever comes from outside (bad files, a full disk, a signal) leaves
+    a checkpoint of the last whole step behind, if one can be written, before it goes on to the
+    caller.
     """
 
     def __init__(self, run: Run, config: Config, validate: Validate | None) -> None:
@@ -40,7 +44,9 @@ class Session:
 
     def __enter__(self) -> Self:
         self.run.stop.__enter__()
-        self.log = RunLog(self.config.run_dir, self.config.method, self.run.progress["step"], self.config.steps)
+        self.log = RunLog(
+            self.config.run_dir, self.config.method, self.run.progress["step"], self.config.steps
+        )
         self.run.tell = lambda kind, says: self.log.incident(self.run.progress["step"], kind, says)
         return self
 
@@ -53,7 +59,12 @@ class Session:
 
         unreadable = left_out if config.bad_images == "skip" else None
         coming = prompts_of_steps(
-            run.encoder, run.train_questions, steps, config.prompts_per_step, config.seed, unreadable
+            run.encoder,
+            run.train_questions,
+            steps,
+            config.prompts_per_step,
+            config.seed,
+            unreadable,
         )
         if self._validate_if_due():  # a stop came before it
             self._save()
@@ -62,7 +73,9 @@ class Session:
             try:
                 prompts = next(coming)
             except InputError as error:
-                raise InputError(f"{error}; or go on without such images, by --bad_images skip") from None
+                raise InputError(
+                    f"{error}; or go on without such images, by --bad_images skip"
+                ) from None
             clock.lap("prompts")
             if prompts:
                 yield step, prompts, clock
@@ -78,10 +91,12 @@ class Session:
         stats: dict[str, Tensor] | None = None,
         judged: dict[str, Tensor] | None = None,
     ) -> None:
-        """Close a step: count it, write down one that was not finite, validate and save where that is due, or stop.
+        """Close a step: count it, write down one that was not finite, validate and save where that
+        is due, or stop.
 
         Args:
-            rollout, stats: of the step, "loss" and "grad_norm" among the statistics; None if nothing could be asked.
+            rollout, stats: of the step, "loss" and "grad_norm" among the statistics; None if
+                nothing could be asked.
             judged: what else the loss took, for the record of a step that was not finite.
 
         Raises:
@@ -106,7 +121,7 @@ class Session:
         if progress["bad_steps"] >= config.max_bad_steps:
             progress["bad_steps"] = 0  # who goes on from here gets as many again
             raise InputError(
-                f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; `python -m grpo.incidents "
+                f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; `python -m training.incidents "
                 f"{config.run_dir}` tells more; begin anew in another --run_dir, with a lower learning_rate"
             )
         if validated or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
@@ -114,7 +129,9 @@ class Session:
         run.stop.check()
 
     def _validate_if_due(self) -> bool:
-        """Validate every `validate_every` steps and after the last; once for each, also if a stop came in between."""
+        """Validate every `validate_every` steps and after the last; once for each, also if a stop
+        came in between.
+        """
         config, progress, done = self.config, self.run.progress, self.run.progress["step"]
         due = done > 0 and (done % config.validate_every == 0 or done == config.steps)
         if self.validate is None or not due or progress.get("validated") == done:
@@ -131,7 +148,9 @@ class Session:
         self.checkpoints.save(self.run.policy, self.run.optimizer, self.run.progress)
         self._saved_step = self.run.progress["step"]
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         stop = self.run.stop
         try:
             if kind is None:
@@ -144,7 +163,9 @@ class Session:
             self._close_log(error)
         if isinstance(error, Stopped) or (error is None and stop.asked):
             number = error.signal if error else stop.asked
-            raise Stopped(number, f"stopped; the same command goes on from {self.checkpoints.newest()}") from None
+            raise Stopped(
+                number, f"stopped; the same command goes on from {self.checkpoints.newest()}"
+            ) from None
 
     def _close_log(self, error: BaseException | None) -> None:
         try:
@@ -156,10 +177,15 @@ class Session:
             error.filename = error.filename or self.config.run_dir
 
     def _save_last(self, error: BaseException) -> None:
-        """Save the last whole step, if weights and progress are those of a whole step; another fault is told besides."""
+        """Save the last whole step, if weights and progress are those of a whole step; another
+        fault is told besides.
+        """
         self.run.optimizer.forget_gradients()
         unsaved = not self.run.stop.deferred and self.run.progress["step"] > self._saved_step
-        for work in (self.checkpoints.finish, *((self._save, self.checkpoints.finish) if unsaved else ())):
+        for work in (
+            self.checkpoints.finish,
+            *((self._save, self.checkpoints.finish) if unsaved else ()),
+        ):
             try:
                 work()
             except InputError as also:

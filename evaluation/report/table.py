@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from .accuracy import NO_EVIDENCE
+from ..accuracy import NO_EVIDENCE
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Of what results.json holds: percent with 95 % intervals, a line for each model and modality, and paired tests."""
+    """Of what results.json holds: percent with 95 % intervals, a line for each model and modality,
+    and paired tests.
+    """
     lines = [
         f"{'':8}{'':10}{'n':>5}   {'accuracy':<23}{'strict':>7}{'format':>8}{'tokens':>8}{'chance':>8}"
         "   best without the image"
@@ -28,7 +30,10 @@ def results_table(results: dict[str, Any]) -> str:
         counts = f"{row['modality']} {row['only_first']}:{row['only_second']} p = {row['p']:.2g}"
         pairs.setdefault(versus, []).append(counts)
     if pairs:
-        lines += ["", "Questions that only one of two models answered right (McNemar's exact test):"]
+        lines += [
+            "",
+            "Questions that only one of two models answered right (McNemar's exact test):",
+        ]
         lines += [f"{versus:22}{'   '.join(counts)}" for versus, counts in pairs.items()]
     shared = results["leakage"]
     known = (shared["same_path"] or 0) + (shared["same_bytes"] or 0)

@@ -1,4 +1,6 @@
-"""Completions that are on disk, with the questions they answer: JSON lines, of an evaluation or from elsewhere."""
+"""Completions that are on disk, with the questions they answer: JSON lines, of an evaluation or
+from elsewhere.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import InputError
+from common.files import read_bytes
 from data import canonical_modality, option_letter
 from data.rows import Row
-from model import InputError
-from model.files import read_bytes
 from rewards import LETTERS
 
 
@@ -38,11 +40,12 @@ class Completion:
 
 
 def read_completions(file: Path | str) -> tuple[list[Completion], int]:
-    """The usable completions of a file, and the number of those skipped because there is nothing to judge them by.
+    """The usable completions of a file, and the number of those skipped because there is nothing to
+    judge them by.
 
-    Each line is an object with `id`, `model`, `question`, `options` (list of texts), `ground_truth` (letter),
-    `completion`, and optionally `modality` and `question_type`. A line whose `options` are null, or whose
-    `ground_truth` is not a letter, is skipped.
+    Each line is an object with `id`, `model`, `question`, `options` (list of texts), `ground_truth`
+    (letter), `completion`, and optionally `modality` and `question_type`. A line whose `options`
+    are null, or whose `ground_truth` is not a letter, is skipped.
 
     Raises:
         InputError: one line that names the file, the line, the field and the remedy.
@@ -59,12 +62,22 @@ def _rows(file: Path) -> Iterator[Row]:
     try:
         text = read_bytes(file).decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{file}: can't read the completions ({error.strerror}): correct the path") from None
+        raise InputError(
+            f"{file}: can't read the completions ({error.strerror}): correct the path"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text (byte {error.start}): save the completions as UTF-8") from None
+        raise InputError(
+            f"{file}: not UTF-8 text (byte {error.start}): save the completions as UTF-8"
+        ) from None
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield Row(_parsed(line, f"{file} line {number}"), file, f"line {number}", file.parent, check_images=False)
+            yield Row(
+                _parsed(line, f"{file} line {number}"),
+                file,
+                f"line {number}",
+                file.parent,
+                check_images=False,
+            )
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -77,7 +90,9 @@ def _parsed(line: str, where: str) -> Any:
 def _completion(row: Row) -> Completion | None:
     for field in ("options", "ground_truth", "completion"):
         if field not in row.fields:
-            row.fail(field, "is missing", "add it (null options or ground truth: the line is skipped)")
+            row.fail(
+                field, "is missing", "add it (null options or ground truth: the line is skipped)"
+            )
     answer = row.fields["ground_truth"]
     answer = answer.strip().upper() if isinstance(answer, str) else ""
     if row.fields["options"] is None or not (len(answer) == 1 and "A" <= answer <= "Z"):
@@ -86,7 +101,9 @@ def _completion(row: Row) -> Completion | None:
     if not 2 <= len(options) <= len(LETTERS):
         row.fail("options", f"holds {len(options)}", f"give 2 to {len(LETTERS)}")
     if answer > (last := option_letter(len(options) - 1)):
-        row.fail("ground_truth", f"is {answer}, but the options end at {last}", "name an option's letter")
+        row.fail(
+            "ground_truth", f"is {answer}, but the options end at {last}", "name an option's letter"
+        )
     if not isinstance(row.fields["completion"], str):
         row.fail("completion", "is not a text", "give the model's text, which may be empty")
     return Completion(

@@ -1,0 +1,81 @@
+"""Files from outside: nothing is opened that could go on for ever, or read that is larger than any
+real one.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+MOST_BYTES = 256 * 2**20  # the largest file that is read whole; weights are not, they are mapped
+LONGEST_LINE = 2**22  # bytes of a line of JSON; a row of ours has a few thousand
+
+
+def check_file(file: str | Path, most_bytes: int = MOST_BYTES) -> int:
+    """Refuse what must not be opened, or return its size in bytes. A folder passes: opening it
+    fails at once.
+
+    Raises:
+        InputError: the file is a pipe, a device or a socket, is larger than `most_bytes`, or has an
+            impossible name.
+        OSError: it is missing, or its folder can't be looked into.
+    """
+    try:
+        status = os.stat(file)
+    except ValueError:  # a NUL in the path, or a character that the file system can't have
+        raise InputError(f"{file}: no possible path: correct it") from None
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise InputError(f"{file}: a pipe or a device, not a file: save its contents as a file")
+    if status.st_size > most_bytes:
+        limit = f"{most_bytes // 2**20} MB"
+        raise InputError(f"{file}: larger than {limit}, which is not read: split or shrink it")
+    return status.st_size
+
+
+def read_bytes(file: str | Path) -> bytes:
+    """The file's bytes, as many as it has when it is checked. Raises what `check_file` does."""
+    size = check_file(file)
+    with open(file, "rb") as opened:
+        return opened.read(size)
+
+
+def read_json(file: str | Path, remedy: str) -> Any:
+    """The value of a JSON file; `remedy` ends the InputError that is raised whatever hinders
+    that.
+    """
+    try:
+        return json.loads(read_bytes(file).decode("utf-8"))
+    except InputError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:  # RecursionError: brackets 100,000 deep
+        raise InputError(f"{file}: not readable as JSON ({error}); {remedy}") from None
+
+
+def read_json_lines(file: str | Path, remedy: str) -> Iterator[tuple[int, Any]]:
+    """Yields (line number from 1, value) of a file of JSON lines, however long; blank lines are
+    passed over.
+
+    A last line that is torn, as a crash leaves it, is passed over too. `remedy` ends the InputError
+    that anything else is which can't be read.
+    """
+    try:
+        check_file(file, most_bytes=2**63)
+        with open(file, "rb") as lines:
+            number = 0
+            while line := lines.readline(LONGEST_LINE):
+                number += 1
+                try:
+                    if line.strip():
+                        yield number, json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                        return  # torn
+                    raise InputError(
+                        f"{file} line {number}: not JSON ({error}); {remedy}"
+                    ) from None
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error.strerror}); {remedy}") from None

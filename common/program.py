@@ -1,0 +1,63 @@
+"""How a program ends: one ladder from what went wrong to a line on the terminal and an exit
+code.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from .errors import InputError, printable
+
+
+class Stopped(BaseException):
+    """A program ends because a signal asked it to. Not an Exception: nobody handles it by
+    accident.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+def run_program(name: str, work: Callable[[], object], when_stopped: str = "stopped") -> int:
+    """Do a program's work; what is wrong is one line on stderr that names the thing and the remedy.
+
+    Returns the exit code: 0 done; 2 something must be mended; 130 stopped by Ctrl-C, and what
+    shells report for other signals (128 + number). `when_stopped` is said at Ctrl-C.
+    """
+    try:
+        work()
+        sys.stdout.flush()  # here, so that a pipe without a reader is noticed within the ladder
+    except BrokenPipeError:  # who reads a pipe may leave early, as `head` does
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes once more
+        return 0
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print(f"{name}: {when_stopped}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """An error that comes from outside as one line that names the thing and the remedy."""
+    if isinstance(error, OSError):
+        file = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or error
+        return printable(f"{file}{reason}; mend it, and the same command goes on")
+    if isinstance(error, MemoryError):
+        return "out of memory on this machine; lower prompts_per_step, group_size or max_new_tokens"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of memory on the GPU; lower eval_batch_prompts or micro_batch_tokens, "
+            "or set offload_optimizer"
+        )
+    return str(error)
