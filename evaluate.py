@@ -25,7 +25,7 @@ from common.config import Config
 from common.device import use_device
 from common.errors import InputError
 from common.hub import model_folder
-from common.terminal import said
+from common.program import one_line as said
 from data import load_vocabulary
 from data.choice import load_questions, prompt_encoder
 from evaluation.ask import ask, shown

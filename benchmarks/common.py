@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,3 +220,24 @@ def checkpoint_folder(name: str, folder: Path) -> Path:
             f"--checkpoint {name}: no such folder, and none of the shapes {', '.join(SHAPES)}"
         )
     return Path(name)
+
+
+class Stopwatch:
+    """Seconds of a step by phase: `laps` by name, and their `total`."""
+
+    def __init__(self, device: str) -> None:
+        self.laps: dict[str, float] = {}
+        self.device = device
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was spent on `phase`; it waits for the device to finish."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())

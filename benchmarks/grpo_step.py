@@ -11,7 +11,6 @@ are medians over the steps after a warm-up of two.
 import argparse
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -21,12 +20,13 @@ import grpo.sampler
 import model.cache
 import model.linear
 import training.run
+from common.config import Config
 from data import prompts_of_steps
 from model.attention import two_part_attention
 from model.logprobs import naive_logprobs
 from train import grpo_step
-from training.log import Stopwatch
-from training.run import prepare
+from training.run import Run, prepared
+from training.step import Step
 
 from .common import endless, on_checkpoint, program, step_config, summary
 
@@ -55,19 +55,21 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     for name in args.without:
         WITHOUT[name]()
     config = step_config(checkpoint, folder, args)
-    with redirect_stdout(sys.stderr):
-        run = prepare(config)
-    run = replace(run, vocabulary=endless(run.vocabulary, run.policy.config, args.ending))
+    with redirect_stdout(sys.stderr), prepared(config) as run:
+        return timed_steps(run, config, args)
+
+
+def timed_steps(run: Run, config: Config, args: argparse.Namespace) -> dict[str, object]:
+    run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)
     laps, counts, steps = [], [], range(config.steps)
-    for step, prompts in zip(
-        steps, prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)
-    ):
-        clock = Stopwatch(args.device)
-        rollout = grpo_step(run, config, step, prompts, clock).rollout
-        counts.append(int(rollout.mask_NGT.sum()))
+    prompts_of = prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)
+    for number, prompts in zip(steps, prompts_of, strict=True):
+        step = Step(number, prompts, args.device)
+        grpo_step(run, step, config)
+        counts.append(int(step.rollout.mask_NGT.sum()))
         assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
-        laps.append(clock.laps)
-        print(f"step {step}: {clock.total:.2f} s", file=sys.stderr)
+        laps.append(step.seconds)
+        print(f"step {number}: {sum(step.seconds.values()):.2f} s", file=sys.stderr)
     return summary(laps, counts, args) | {"prompt_tokens": len(prompts[0].tokens_P)}
 
 

@@ -20,9 +20,8 @@ from grpo.advantages import group_advantages
 from grpo.loss import grpo_loss
 from grpo.rollout import collate
 from model import read_config
-from training.log import Stopwatch
 
-from .common import endless, on_checkpoint, program, step_config, summary
+from .common import Stopwatch, endless, on_checkpoint, program, step_config, summary
 
 
 def repeated(prompt: Prompt, copies: int, image_token_id: int, device: str) -> dict[str, Tensor]:

@@ -1,32 +1,30 @@
-"""The command line of a run: `--config FILE`, and every field of the config as a flag, explained in
-its own words.
-"""
+"""The command line of a run: `--config FILE`, and every field of the config as a flag."""
 
 import argparse
 import ast
 import inspect
-import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
-from .config import Config, load_config
+from .config import HEADINGS, Config, load_config
 from .errors import InputError
 
 
 def parse_arguments(
     description: str, arguments: Sequence[str] | None = None
 ) -> tuple[Config, bool]:
-    """The command line, `--config FILE [--field value ...] [--dry-run]`; `arguments` default to the
-    program's own.
+    """Parse `--config FILE [--field value ...] [--dry-run]`, by default the program's own.
 
     Returns the config, and whether its plan alone is wanted.
     """
-    parser = config_parser(description, [field.name for field in fields(Config)])
+    parser = config_parser(description, [one.name for one in fields(Config)])
     parser.add_argument(
-        "--dry-run", action="store_true",
-        help="print what the run would read, the memory, time and disk that it would take, and do nothing",
-    )  # fmt: skip
+        "--dry-run",
+        action="store_true",
+        help="print what the run would read, the memory, time and disk that it would take, "
+        "and do nothing",
+    )
     given = vars(parser.parse_args(arguments))
     if given["config"] is None:
         raise InputError("--config FILE is missing; configs/ has those that come along")
@@ -35,38 +33,45 @@ def parse_arguments(
 
 def config_of(given: dict[str, Any]) -> Config:
     """The config of parsed arguments, which may hold others beside."""
-    names = {field.name for field in fields(Config)} & given.keys()
-    return load_config(
-        given["config"],
-        {k: tuple(given[k]) if isinstance(given[k], list) else given[k] for k in names},
-    )
+    overrides = {}
+    for one in fields(Config):
+        if one.name in given:
+            value = given[one.name]
+            overrides[one.name] = tuple(value) if isinstance(value, list) else value
+    return load_config(given["config"], overrides)
 
 
 def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser of `--config FILE` and of the config's fields `names`; one that is not given is not
-    in the result.
+    """A parser of `--config FILE` and of the config's fields `names`.
+
+    A field that is not given is not in the result, so that the file's value stands.
     """
     parser = _OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file of a run, with any field of common/config.py"
-    )
-    helps = _field_docstrings()
-    for field in (field for field in fields(Config) if field.name in names):
-        default = "required, here or in the file" if field.default is MISSING else field.default
-        extra = {"nargs": "*"} if field.type == tuple[str, ...] else {}
-        kind = str if extra else _boolean if field.type is bool else field.type
-        # The default shown is the dataclass's; the one parsed is "not given", so that the file's
-        # value stands.
-        text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
-        parser.add_argument(
-            f"--{field.name}",
-            type=kind,
-            metavar=kind.__name__.strip("_").upper(),
-            help=text,
-            default=argparse.SUPPRESS,
-            **extra,
-        )
+    file_help = "TOML file of a run, with any of its fields (common/config.py)"
+    parser.add_argument("--config", metavar="FILE", help=file_help)
+    for heading in HEADINGS:
+        helps = _field_docstrings(heading)
+        group = parser.add_argument_group(f"{heading.__name__.lower()}: {heading.__doc__}")
+        for one in fields(heading):
+            if one.name in names:
+                group.add_argument(
+                    f"--{one.name}", **_argument(one.type, one.default, helps[one.name])
+                )
     return parser
+
+
+def _argument(kind: Any, default: Any, description: str) -> dict[str, Any]:
+    """What argparse must know of a field."""
+    several = get_origin(kind) is tuple
+    shown = "required, here or in the file" if default is MISSING else default
+    parse: Any = str if several else _boolean if kind is bool else kind
+    argument = {
+        "type": parse,
+        "metavar": parse.__name__.strip("_").upper(),
+        "help": f"{description} (default: {shown})".replace("%", "%%"),
+        "default": argparse.SUPPRESS,
+    }
+    return argument | ({"nargs": "*"} if several else {})
 
 
 def _boolean(text: str) -> bool:
@@ -79,14 +84,13 @@ class _OneLineParser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help; fields are written with _)")
 
 
-def _field_docstrings() -> dict[str, str]:
-    """The string under each field, read from the source: what explains a field to a reader explains
-    it in --help.
-    """
-    body = ast.parse(textwrap.dedent(inspect.getsource(Config))).body[0].body
-    pairs = zip(body, body[1:])
-    return {
-        a.target.id: b.value.value
-        for a, b in pairs
-        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
-    }
+def _field_docstrings(heading: type) -> dict[str, str]:
+    """The string under each field, read from the source: one text for the reader and for --help."""
+    (definition,) = ast.parse(inspect.getsource(heading)).body
+    assert isinstance(definition, ast.ClassDef)
+    helps = {}
+    for statement, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(statement.target, ast.Name) and isinstance(below.value, ast.Constant)
+            helps[statement.target.id] = " ".join(str(below.value.value).split())
+    return helps

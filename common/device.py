@@ -25,16 +25,13 @@ def use_device(config: Config) -> None:
 def available_memory() -> int:
     """Bytes of memory that the host can still give this process; 0 where that can't be told."""
     try:
-        lines = Path("/proc/meminfo").read_text().split("\n")
-        free = 1024 * next(
-            int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")
-        )
-        group = Path("/sys/fs/cgroup")
-        limit = (
-            (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
-        )
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):  # not Linux
+        return 0
+    group = Path("/sys/fs/cgroup")  # a container may allow less than the machine has
+    if (group / "memory.max").exists():
+        limit = (group / "memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int((group / "memory.current").read_text()))
-        return free
-    except (OSError, ValueError, StopIteration):
-        return 0
+    return free

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from data import Prompt, Question, Vocabulary, load_image, option_letter
-from grpo.rollout import collate, completion_logprobs, padded
+from grpo.rollout import MicroBatch, collate, completion_logprobs, padded
 from model import Qwen2VL
 from rewards import think_text
 
@@ -120,9 +120,8 @@ def letter_logprobs(
         tails.append([row[common:] for row in rows])
     device = model.embed.weight.device
     tokens_NGT, mask_NGT = padded(tails, vocabulary.end_ids[0], device)
-    logp_NGT, _ = completion_logprobs(
-        model, collate(shared, device), tokens_NGT, mask_NGT, vocabulary.allowed_V, 1.0
-    )
+    batch = MicroBatch(slice(None), collate(shared, device), tokens_NGT, mask_NGT)
+    logp_NGT, _ = completion_logprobs(model, batch, vocabulary.allowed_V, 1.0)
     totals = logp_NGT.sum(-1).tolist()
     return [
         {option_letter(g): row[g] for g in range(len(group))}

@@ -15,8 +15,8 @@ def group_advantages(rewards_NG: Tensor, *, scale: str = "std") -> Tensor:
     Args:
         rewards_NG: one reward per completion, groups in the last dimension.
         scale: "std" divides by the group's standard deviation (GRPO); "none" does not (Dr. GRPO,
-            arXiv 2503.20783, which finds that the division favours questions that are nearly solved
-            or nearly hopeless).
+            arXiv 2503.20783, which finds that the division favours questions that are nearly
+            solved or nearly hopeless).
 
     Returns:
         fp32 (float64 if given float64), same shape. Zero for a group of equal rewards.
@@ -24,12 +24,11 @@ def group_advantages(rewards_NG: Tensor, *, scale: str = "std") -> Tensor:
     if scale not in ("std", "none"):
         raise ValueError(f"scale must be 'std' or 'none', not {scale!r}")
     rewards = rewards_NG if rewards_NG.dtype == torch.float64 else rewards_NG.float()
-    # Rounding can leave the mean of equal numbers a hair off them; so it is the rewards that decide
-    # what is equal.
+    # The mean of equal numbers may be rounded a hair off them: the rewards decide what is equal.
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":
-        centred = centred / torch.where(
-            equal, 1.0, rewards.std(-1, keepdim=True, correction=min(1, rewards.shape[-1] - 1))
-        )
-    return torch.where(equal, 0.0, centred)
+        bessel = 1 if rewards.shape[-1] > 1 else 0
+        std = rewards.std(-1, keepdim=True, correction=bessel)
+        advantages = advantages / std.where(~equal, 1.0)
+    return advantages.where(~equal, 0.0)

@@ -1,9 +1,7 @@
-"""The GRPO objective (DeepSeekMath, arXiv 2402.03300, equations 3 and 4), as pure functions of
-tensors.
+"""The GRPO objective (DeepSeekMath, arXiv 2402.03300, equations 3 and 4) as functions of tensors.
 
-The sum over tokens is weighted by explicit weights that are made once from the whole step's mask: a
-micro-batch gets its slice of them, so that neither the size of micro-batches nor the number of
-processes changes the gradient.
+The sum over tokens has explicit weights, made once from the whole step's mask. A micro-batch gets
+its slice of them, so that the size of micro-batches does not change the gradient.
 
 Departures: the clip range may differ below and above 1 (clip-higher, DAPO, arXiv 2503.14476); the
 average may be taken over tokens (DAPO) or against a constant (Dr. GRPO, arXiv 2503.20783) instead
@@ -20,23 +18,21 @@ def token_weights(
     """How much each token counts in the loss, float32 (N, G, T), zero outside the mask.
 
     Args:
-        mask_NGT: bool, the whole step's completion tokens, up to and including the first
-            end-of-turn.
-        average: "sequence" is equation 3, 1/(N G) sum_i 1/|o_i| sum_t; "token" gives every token of
-            the step the same weight, 1 / (all tokens); "constant" divides by N G max_new_tokens,
-            whatever the lengths.
-        max_new_tokens: the limit of the sampler, not the longest completion of this step; for
-            "constant".
+        mask_NGT: bool, the whole step's completion tokens, up to and including the end of turn.
+        average: "sequence" is equation 3, 1/(N G) sum_i 1/|o_i| sum_t; "token" gives every token
+            of the step the same weight, 1 / (all tokens); "constant" divides by
+            N G max_new_tokens, whatever the lengths.
+        max_new_tokens: the sampler's limit, not the longest completion; for "constant".
     """
     mask = mask_NGT.float()
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    sequences = mask.shape[:-1].numel()
+    completions = mask.shape[:-1].numel()
     if average == "sequence":
-        return mask / lengths / sequences
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+        return mask / lengths / completions
     if average == "token":
         return mask / mask.sum().clamp(min=1)
     if average == "constant" and max_new_tokens:
-        return mask / (sequences * max_new_tokens)
+        return mask / (completions * max_new_tokens)
     raise ValueError(
         f"average must be 'sequence', 'token' or, with max_new_tokens, 'constant', not {average!r}"
     )
@@ -76,35 +72,35 @@ def grpo_loss(
         mask: bool (..., T), which tokens are real.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         beta: weight of the KL term.
-        weights: (..., T) from `token_weights`, this micro-batch's part; None takes the tokens given
-            as the whole step.
+        weights: (..., T) from `token_weights`, this micro-batch's slice; None takes the tokens
+            given as the whole step.
 
     Returns:
         The scalar loss, and detached statistics, each summed over tokens with `weights` so that
-        they add up over micro-batches: "clip_fraction" (tokens whose gradient the clip cut off),
-        "ratio", and with a reference "kl".
+        they add up over micro-batches: "ratio"; "clip_ratio/low_mean" and "clip_ratio/high_mean",
+        the tokens whose gradient the clip removed below and above; with a reference "kl".
     """
     if weights is None:
         weights = token_weights(mask)
-    # What padding holds may be anything; it is put out of the way before exp() can make inf or NaN
-    # of it.
-    log_ratio = (logp - old).masked_fill(~mask, 0.0)
-    ratio = log_ratio.exp()
-    advantages = advantages.unsqueeze(-1)
-    surrogate = torch.minimum(
-        ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    )
+    # Padding may hold anything; it is zeroed before exp() can make inf or NaN of it.
+    logp, old = logp.masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0)
+    advantages = advantages.unsqueeze(-1)  # one for all tokens of a completion
+
+    ratio = (logp - old).exp()  # pi_theta / pi_old
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     per_token = -surrogate
-    clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | (
-        (ratio > 1 + clip_high) & (advantages > 0)
-    )
-    stats = {"clip_fraction": clipped.float(), "ratio": ratio}
+    # The minimum takes the clipped side, which has no gradient, only where it is the smaller one.
+    stats = {
+        "ratio": ratio,
+        "clip_ratio/low_mean": (ratio < 1 - clip_low) & (advantages < 0),
+        "clip_ratio/high_mean": (ratio > 1 + clip_high) & (advantages > 0),
+    }
     if ref is not None:
-        kl = k3_divergence(logp.masked_fill(~mask, 0.0), ref.masked_fill(~mask, 0.0))
+        kl = k3_divergence(logp, ref.masked_fill(~mask, 0.0))
         per_token = per_token + beta * kl
         stats["kl"] = kl
     elif beta:
         raise ValueError("beta is not 0, so the reference's log-probabilities are needed")
-    return (weights * per_token).sum(), {
-        name: (weights * value.detach()).sum() for name, value in stats.items()
-    }
+    sums = {name: (weights * value.detach()).sum() for name, value in stats.items()}
+    return (weights * per_token).sum(), sums

@@ -24,49 +24,46 @@ class MasterAdamW:
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.names, self.params = zip(
-            *((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        )
-        self.masters = [self._master(p, config.offload_optimizer) for p in self.params]
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.masters: list[Tensor] = []
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                self.names.append(name)
+                self.params.append(param)
+                self.masters.append(_master(param, config.offload_optimizer))
         self.max_grad_norm = config.max_grad_norm
-        betas = (config.adam_beta1, config.adam_beta2)
         self.adamw = torch.optim.AdamW(
-            self.masters, betas=betas, weight_decay=config.weight_decay, fused=True
+            self.masters,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-
-    @staticmethod
-    def _master(param: Tensor, offload: bool) -> Tensor:
-        if param.dtype == torch.float32 and not (offload and param.device.type != "cpu"):
-            return param
-        return param.detach().to("cpu" if offload else param.device, torch.float32).requires_grad_()
 
     def accumulate(self) -> None:
         """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose
         bits.
         """
-        for param, master in zip(self.params, self.masters):
+        for param, master in zip(self.params, self.masters, strict=True):
             if master is not param and param.grad is not None:
                 grad = param.grad.to(master.device)
                 master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
     def forget_gradients(self) -> None:
-        """Drop what was accumulated since the last update, and what a backward that broke off has
-        left.
-        """
+        """Drop what was accumulated since the last update, and what a broken backward has left."""
         for tensor in (*self.params, *self.masters):
             tensor.grad = None
 
     def step(self, learning_rate: float) -> dict[str, Tensor]:
         """Clip, update, round into the model, forget the gradients.
 
-        A gradient that is not finite changes nothing: the update is left out, and the returned norm
-            says so.
+        A gradient that is not finite changes nothing: the update is left out.
 
         Returns:
             "grad_norm", before clipping; and of an update that was made "bf16_lost", the share of
-            changed weights (of a sample, each tensor counting by its size) that bf16 weights would
-            have kept as they were, the update being rounded away.
+            changed weights that bf16 weights would have kept as they were, the update being rounded
+            away (of a sample, each tensor counting by its size).
         """
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         stats = {"grad_norm": norm}
@@ -75,9 +72,9 @@ class MasterAdamW:
                 group["lr"] = learning_rate
             before = self._sample()
             self.adamw.step()
-            stats["bf16_lost"] = self._lost(before)
+            stats["bf16_lost"] = self._lost_in_bf16(before)
             with torch.no_grad():
-                for param, master in zip(self.params, self.masters):
+                for param, master in zip(self.params, self.masters, strict=True):
                     if master is not param:
                         param.copy_(master)
         self.forget_gradients()
@@ -87,53 +84,59 @@ class MasterAdamW:
         """Some weights of every master, fp32 (n,)."""
         return torch.cat([master.detach().flatten()[:: _stride(master)] for master in self.masters])
 
-    def _lost(self, before: Tensor) -> Tensor:
+    def _lost_in_bf16(self, before: Tensor) -> Tensor:
         update = self._sample() - before
         rounded = before.bfloat16()
         lost = (rounded.float() + update).bfloat16() == rounded
-        stands_for = torch.cat(
-            [
-                torch.full((-(-m.numel() // _stride(m)),), _stride(m), device=m.device)
-                for m in self.masters
-            ]
-        )
-        changed = (update != 0) * stands_for
+        # A sampled weight stands for as many as its tensor's stride skips.
+        counts = []
+        for master in self.masters:
+            stride = _stride(master)
+            sampled = -(-master.numel() // stride)
+            counts.append(torch.full((sampled,), stride, device=master.device))
+        changed = (update != 0) * torch.cat(counts)
         return (lost * changed).sum() / changed.sum().clamp(min=1)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by parameter name: both moments, the step count, the masters if
-        separate.
-        """
+        """What a resumed run needs, by parameter name: moments, step count, separate masters."""
         tensors = {}
-        for name, param, master in zip(self.names, self.params, self.masters):
+        for name, param, master in zip(self.names, self.params, self.masters, strict=True):
             for key, value in self.adamw.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value.detach()
             if master is not param:
                 tensors[f"master.{name}"] = master.detach()
         return tensors
 
+    @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; fp32 weights are their own masters where it gave none.
-        KeyError if anything is missing, ValueError if it has another shape.
+        """Take back what `state` gave. KeyError if anything is missing, ValueError if misshapen.
+
+        fp32 weights are their own masters where it gave none: with `offload_optimizer` off, a state
+        of the one loads in the other.
         """
-        for name, param, master in zip(self.names, self.params, self.masters):
-            if any(f"{key}.{name}" in tensors for key in _MOMENTS):
-                moments = {key: tensors[f"{key}.{name}"].to(master.device) for key in _MOMENTS}
-                if any(
-                    moments[key].shape != (() if key == "step" else master.shape)
-                    for key in _MOMENTS
-                ):
-                    raise ValueError(f"the moments of {name} have another shape")
-                self.adamw.state[master] = {key: value.float() for key, value in moments.items()}
-            if master is not param and not (
-                param.dtype == torch.float32 and f"master.{name}" not in tensors
-            ):
-                with torch.no_grad():
-                    master.copy_(tensors[f"master.{name}"])
-                    param.copy_(master)
+        for name, param, master in zip(self.names, self.params, self.masters, strict=True):
+            if f"step.{name}" in tensors:
+                moments = {
+                    key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                for key, value in moments.items():
+                    if value.shape != (() if key == "step" else master.shape):
+                        raise ValueError(f"the moments of {name} have another shape")
+                    moments[key] = value.to(master.device).float()
+                self.adamw.state[master] = moments
+            own_master = param.dtype == torch.float32 and f"master.{name}" not in tensors
+            if master is not param and not own_master:
+                master.copy_(tensors[f"master.{name}"])
+                param.copy_(master)
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+def _master(param: Tensor, offload: bool) -> Tensor:
+    """The fp32 copy that is updated; the parameter itself where it can be."""
+    offload = offload and param.device.type != "cpu"
+    if param.dtype == torch.float32 and not offload:
+        return param
+    device = "cpu" if offload else param.device
+    return param.detach().to(device, torch.float32).requires_grad_()
 
 
 def _stride(tensor: Tensor) -> int:

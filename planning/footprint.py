@@ -14,7 +14,7 @@ from torch import Tensor
 from common.config import Config
 from data import Prompt, PromptEncoder, Question, Vocabulary
 from grpo.optimizer import MasterAdamW
-from grpo.rollout import PromptBatch, collate, completion_logprobs, with_image_features
+from grpo.rollout import MicroBatch, PromptBatch, collate, completion_logprobs, with_image_features
 from grpo.sampler import RolloutKind, growing_rows
 from model import Qwen2VL, Qwen2VLConfig
 
@@ -135,10 +135,9 @@ class Rehearsal:
         self, model: Qwen2VL, batch: PromptBatch, shape: tuple[int, int, int]
     ) -> Tensor:
         tokens, mask = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-        temperature = self.config.temperature
-        return completion_logprobs(
-            model, batch, tokens, mask, self.vocabulary.allowed_V, temperature
-        )[0]
+        micro_batch = MicroBatch(slice(None), batch, tokens, mask)
+        allowed_V = self.vocabulary.allowed_V
+        return completion_logprobs(model, micro_batch, allowed_V, self.config.temperature)[0]
 
     def _update(self, name: str, batch: PromptBatch, shape: tuple[int, int, int]) -> None:
         with self.meter.phase(name):

@@ -23,7 +23,7 @@ from common.hub import model_folder, weight_files
 from data import Question, load_vocabulary
 from data.choice import prompt_encoder
 from model import keep_freed_memory, read_config
-from training.checkpoint import resumable
+from training.folder import resumable
 
 from .footprint import SAVED, Rehearsal
 from .meter import Meter, Phase

@@ -10,7 +10,7 @@ import pytest
 from common.command_line import parse_arguments
 from common.config import Config, config_toml, load_config
 from common.errors import InputError
-from training.checkpoint import MAY_DIFFER
+from rewards import RULES
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = 'model = "m"\ntrain_questions = "q.json"\nrun_dir = "r"\n'
@@ -81,7 +81,7 @@ def test_a_wrong_config_is_one_line_that_names_the_key(tmp_path, text, named):
 def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
     with pytest.raises(InputError, match="nowhere.toml: can't read the config"):
         load_config(tmp_path / "nowhere.toml")
-    (tmp_path / "c.toml").write_text('model = "m"')
+    (tmp_path / "c.toml").write_text('model = "m"\nrun_dir = "r"')
     with pytest.raises(InputError, match="train_questions is missing"):
         load_config(tmp_path / "c.toml")
     file = written(tmp_path, "")
@@ -112,10 +112,10 @@ def test_help_explains_every_field_with_the_words_that_stand_under_it_in_the_sou
         parse_arguments("What it does.", ["--help"])
     shown = re.sub(r"\s", "", capsys.readouterr().out)  # the help is wrapped, also at hyphens
     assert stopped.value.code == 0
-    source = (ROOT / "grpo" / "config.py").read_text()
+    source = (ROOT / "common" / "config.py").read_text()
     for field in fields(Config):
         (words,) = re.findall(
-            rf'^    {field.name}: .*\n    """(.+)"""$', source, flags=re.MULTILINE
+            rf'^    {field.name}: .*\n    """((?:.|\n)+?)"""$', source, flags=re.MULTILINE
         )
         assert re.sub(r"\s", "", words) in shown, field.name
 
@@ -125,15 +125,19 @@ def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
     for file in [
         ROOT / "train.py",
         *(ROOT / "grpo").glob("*.py"),
+        *(ROOT / "data").glob("*.py"),
+        *(ROOT / "training").glob("*.py"),
         *(ROOT / "evaluation").glob("*.py"),
+        *(ROOT / "common").glob("*.py"),
     ]:
         for node in ast.walk(ast.parse(file.read_text())):
             if (
                 isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "config"
+                and isinstance(node.value, ast.Name | ast.Attribute)
+                and getattr(node.value, "id", getattr(node.value, "attr", "")) in ("config", "self")
             ):
                 read.add(node.attr)
+    read |= {f"{rule}_weight" for rule in RULES}  # by the rule's name: training/scoring.py
     assert {field.name for field in fields(Config)} <= read
     configs = list((ROOT / "configs").glob("*.toml"))
     assert configs
@@ -151,4 +155,12 @@ def test_the_config_for_24_gb_differs_from_the_papers_in_memory_and_speed_alone(
         for field in fields(Config)
         if getattr(paper, field.name) != getattr(small, field.name)
     }
-    assert different - {"run_dir"} <= MAY_DIFFER and "offload_optimizer" in different
+    may_change = {one.name for one in fields(Config) if one.metadata["may_change"]}
+    assert different <= may_change and "offload_optimizer" in different
+
+
+def test_a_key_may_stand_under_its_heading_and_a_heading_that_is_none_is_an_unknown_key(tmp_path):
+    file = written(tmp_path, "[loss]\nbeta = 0.5\n[rollout]\ngroup_size = 3\n")
+    assert (load_config(file).beta, load_config(file).group_size) == (0.5, 3)
+    with pytest.raises(InputError, match="unknown key 'losses'"):
+        load_config(written(tmp_path, "[losses]\nbeta = 0.5\n"))

@@ -16,7 +16,13 @@ from torch.utils._pytree import tree_leaves
 import grpo.sampler
 import model.linear
 from data import Vocabulary
-from grpo.rollout import collate, completion_logprobs, with_image_features
+from grpo.rollout import (
+    MicroBatch,
+    Rollout,
+    collate,
+    completion_logprobs,
+    with_image_features,
+)
 from grpo.sampler import inverse_cdf, naive_inverse_cdf
 from model import Qwen2VL
 from model.attention import merged_attention, two_part_attention
@@ -30,6 +36,11 @@ LENGTHS = {
     "groups of one": [[4], [1], [6], [2]],
     "full": [[5, 5], [5, 5], [5, 5], [5, 5]],
 }
+
+
+def whole(prompts, rollout: Rollout) -> MicroBatch:
+    """A rollout in one piece, after these prompts."""
+    return MicroBatch(slice(None), collate(prompts), rollout.tokens_NGT, rollout.mask_NGT)
 
 
 def mask_of(lengths: list[list[int]]) -> Tensor:
@@ -101,9 +112,7 @@ def test_decoding_in_bf16_agrees_with_the_update_about_its_log_probabilities(pro
     model = tiny_model().bfloat16()
     rollout, allowed = sampled(model, prompts, max_new_tokens=20)
     with torch.no_grad():
-        logp, _ = completion_logprobs(
-            model, collate(prompts), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3
-        )
+        logp, _ = completion_logprobs(model, whole(prompts, rollout), allowed, 1.3)
     gap = (logp - rollout.logp_NGT)[rollout.mask_NGT].abs()
     assert 0 < gap.mean() < 0.03
 
@@ -145,9 +154,7 @@ def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) ->
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             logp, _ = completion_logprobs(
                 model,
-                collate(prompts),
-                rollout.tokens_NGT,
-                rollout.mask_NGT,
+                whole(prompts, rollout),
                 allowed,
                 temperature=1.3,
             )
@@ -163,15 +170,13 @@ def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_
     model, found = tiny_model(), []
     model.visual.requires_grad_(False)
     for shown in (prompts, with_image_features(model, prompts)):
-        logp, _ = completion_logprobs(
-            model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3
-        )
+        logp, _ = completion_logprobs(model, whole(shown, rollout), allowed, 1.3)
         found.append((logp.detach(), gradients(model, logp.sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
     assert not any(name.startswith("visual.") for name in found[1][1])
     assert_close_gradients(found[1][1], found[0][1])
     model.visual.forward = None  # whoever would run it again fails
-    completion_logprobs(model, collate(shown), rollout.tokens_NGT, rollout.mask_NGT, allowed, 1.3)
+    completion_logprobs(model, whole(shown, rollout), allowed, 1.3)
     assert with_image_features(model, prompts[:1]) == list(
         prompts[:1]
     )  # a prompt without an image needs no tower

@@ -21,9 +21,9 @@ from tiny_hub import COMMITS, NAME, Hub
 from tiny_run import tiny_model
 
 from common.errors import InputError
-from common.hub import fetch_order, is_complete, model_folder
+from common.hub import INDEX, model_folder, weight_files
+from data import load_vocabulary
 from model import load_model, save_model
-from model.weights import INDEX
 
 EVIL = ("pytorch_model.bin", "modeling_evil.py", "older/model.safetensors")
 """What stands beside the checkpoint and must not be fetched."""
@@ -117,33 +117,13 @@ def test_without_weights_no_weights_are_fetched_and_later_only_they_are(hub: Hub
 def test_an_interrupted_download_is_completed_and_not_taken_for_whole(
     hub: Hub, missing: str
 ) -> None:
-    hub.refuse = lambda path: (503, {}) if path.endswith(missing) else None
-    assert "503" in refused()
+    hub.refuse = lambda path: (507, {}) if path.endswith(missing) else None
+    assert "507" in refused()
     hub.refuse, before = lambda path: None, set(hub.fetched())
     hub.asked.clear()
     folder = model_folder(NAME)
-    assert missing in hub.fetched() and is_complete(folder, weights=True)
+    assert missing in hub.fetched() and weight_files(folder)
     assert not before & set(hub.fetched()) - {missing}
-
-
-@pytest.mark.parametrize("weights", [True, False])
-@pytest.mark.parametrize("tokenizer", [["tokenizer.json"], ["merges.txt", "vocab.json"]])
-def test_at_whatever_file_a_download_breaks_off_the_folder_is_not_taken_for_whole(
-    repository: Path, tmp_path: Path, weights: bool, tokenizer: list[str]
-) -> None:
-    files = [
-        file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file()
-    ]
-    order = fetch_order(
-        [*set(files) - {"tokenizer.json"}, "generation_config.json", *tokenizer], weights
-    )
-    assert {"generation_config.json", *tokenizer} <= set(order) and not set(EVIL) & set(order)
-    for file in order:
-        assert not is_complete(tmp_path, weights)
-        (tmp_path / file).write_bytes(
-            (repository / file).read_bytes() if (repository / file).is_file() else b"{}"
-        )
-    assert is_complete(tmp_path, weights)
 
 
 def unreachable() -> str:
@@ -164,7 +144,7 @@ ANSWERS = {
     "gated, asked without a login": (401, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
     "gated, asked with a login": (403, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
     "forbidden": (403, {}, "accept the terms"),
-    "down": (503, {}, "the hub answers 503"),
+    "down": (507, {}, "the hub answers 507"),
 }
 
 
@@ -185,12 +165,9 @@ def test_a_hub_out_of_reach_is_one_line_at_once(
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("at", ["/api/models/", "config.json", "b.safetensors"])
-def test_a_hub_that_does_not_answer_is_given_up(
-    hub: Hub, at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_does_not_answer_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.hub.SECONDS", 0.5)
-    hub.refuse = lambda path: time.sleep(60) if at in path else None
+    hub.refuse = lambda path: time.sleep(60)
     start = time.monotonic()
     assert "can't be reached" in refused()
     assert time.monotonic() - start < 5
@@ -207,7 +184,7 @@ def test_a_page_in_place_of_the_hub_is_one_line(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("removed", ["config.json", "tokenizer.json", "b.safetensors", INDEX])
-def test_a_repository_that_is_no_whole_model_is_said_to_be_none(
+def test_a_repository_that_is_no_whole_model_is_one_line_when_it_is_loaded(
     hub: Hub, repository: Path, tmp_path: Path, removed: str
 ) -> None:
     hub.folder = tmp_path / "partial"
@@ -215,7 +192,9 @@ def test_a_repository_that_is_no_whole_model_is_said_to_be_none(
     for file in repository.iterdir():
         if file.is_file() and file.name != removed:
             (hub.folder / file.name).write_bytes(file.read_bytes())
-    assert "config.json" in (message := refused()) and "the hub" in message
+    folder = model_folder(NAME)
+    with pytest.raises(InputError, match="copy|hf download"):
+        load_vocabulary(folder, load_model(folder).config)
 
 
 def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: Hub) -> None:
@@ -282,7 +261,7 @@ def test_ctrl_c_ends_a_download_at_once_and_the_next_call_completes_it(
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert "KeyboardInterrupt" in errors
+    assert process.returncode == -signal.SIGINT and "Traceback" not in errors
     hub.seconds = 0
     output, _ = fetch_elsewhere(hub, tmp_path, FETCH).communicate(timeout=60)
-    assert is_complete(Path(output.strip().split("\n")[-1]), weights=True)
+    assert len(weight_files(Path(output.strip().split("\n")[-1]))) == 2

@@ -9,7 +9,7 @@ from test_train import vowel_score
 from tiny_run import write_run
 
 import train
-from training.session import Session
+from training.run import Run
 
 STEPS, SETTLED = 500, 150
 """By SETTLED steps the libraries are loaded, the allocator has its arenas and a checkpoint was
@@ -30,15 +30,15 @@ def held() -> tuple[float, int]:
 
 
 def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
-    whole, seen = Session.end_step, {}
+    whole, held_after = Run._end, {}
 
-    def watched(session, step, *args, **kwargs):
-        whole(session, step, *args, **kwargs)
-        if step >= SETTLED:
-            seen[step] = held()
+    def watched(run, step):
+        whole(run, step)
+        if step.number >= SETTLED:
+            held_after[step.number] = held()
 
-    monkeypatch.setattr(train, "score", vowel_score)
-    monkeypatch.setattr(Session, "end_step", watched)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
+    monkeypatch.setattr(Run, "_end", watched)
     config = write_run(
         tmp_path, steps=STEPS, prompts_per_step=1, group_size=2, max_new_tokens=6, save_every=50, test_questions=[],
         validation_fraction=0.3, validate_every=100,
@@ -46,7 +46,7 @@ def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
     assert train.main() == 0
     quarter = (STEPS - SETTLED) // 4
-    memory, files = ([x[i] for x in seen.values()] for i in (0, 1))
+    memory, files = ([x[i] for x in held_after.values()] for i in (0, 1))
     first, last = sorted(memory[:quarter])[quarter // 2], sorted(memory[-quarter:])[quarter // 2]
     print(
         f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}; at most {max(files)} files open"

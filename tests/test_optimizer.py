@@ -9,7 +9,7 @@ from torch import nn
 from common.config import Config
 from grpo.optimizer import MasterAdamW, scheduled_rate
 
-SETTINGS = Config("m", "q", "r", adam_beta2=0.95, weight_decay=0.1)
+SETTINGS = Config(model="m", train_questions="q", run_dir="r", adam_beta2=0.95, weight_decay=0.1)
 
 
 def linear(dtype=torch.float32) -> nn.Linear:
@@ -40,7 +40,7 @@ def test_step_is_adamw_written_out_by_hand():
 def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
     model = linear(torch.bfloat16)
     optimizer, start = (
-        MasterAdamW(model, Config("m", "q", "r", adam_beta2=0.95)),
+        MasterAdamW(model, Config(model="m", train_questions="q", run_dir="r", adam_beta2=0.95)),
         model.weight.detach().clone(),
     )
     for _ in range(100):
@@ -77,6 +77,11 @@ def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16
     assert share == pytest.approx(counted, abs=0.05) and least <= share <= most
 
 
+def copied(param, offload):
+    """A master apart from its parameter, as if the model were on another device."""
+    return param.detach().clone().requires_grad_()
+
+
 def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
     """Without a GPU: fp32 masters are then copies all the same, as if the model were on another
     device.
@@ -85,11 +90,7 @@ def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
     for apart in (False, True):
         model = linear()
         if apart:
-            monkeypatch.setattr(
-                MasterAdamW,
-                "_master",
-                staticmethod(lambda p, _: p.detach().clone().requires_grad_()),
-            )
+            monkeypatch.setattr("grpo.optimizer._master", copied)
         optimizer = MasterAdamW(model, SETTINGS)
         for _ in range(3):
             backward(model)
@@ -173,9 +174,7 @@ def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host
     optimizer = MasterAdamW(model, SETTINGS)
     backward(model)
     optimizer.step(1e-2)
-    monkeypatch.setattr(
-        MasterAdamW, "_master", staticmethod(lambda p, _: p.detach().clone().requires_grad_())
-    )
+    monkeypatch.setattr("grpo.optimizer._master", copied)
     again = MasterAdamW(model, SETTINGS)
     again.load_state({name: value.clone() for name, value in optimizer.state().items()})
     for one in (again, optimizer):
@@ -196,9 +195,20 @@ def test_moments_of_another_shape_are_refused_and_not_run_over(shape):
 
 
 def test_learning_rate_rises_over_the_warm_up_then_falls_to_the_final_ratio():
-    config = Config("m", "q", "r", learning_rate=1.0, warmup_steps=4, steps=9, final_lr_ratio=0.0)
+    config = Config(
+        model="m",
+        train_questions="q",
+        run_dir="r",
+        learning_rate=1.0,
+        warmup_steps=4,
+        steps=9,
+        final_lr_ratio=0.0,
+    )
     rates = [scheduled_rate(step, config) for step in range(9)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
     assert {
-        scheduled_rate(step, Config("m", "q", "r", learning_rate=2.0, steps=5)) for step in range(5)
+        scheduled_rate(
+            step, Config(model="m", train_questions="q", run_dir="r", learning_rate=2.0, steps=5)
+        )
+        for step in range(5)
     } == {2.0}

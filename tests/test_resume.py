@@ -15,15 +15,17 @@ from test_train import ROOT, rows, run, vowel_score
 from tiny_run import write_run
 
 import train
+import training.run
+from common.errors import InputError
 from training.checkpoint import checkpoints, damage_of
 from training.log import RunLog
+from training.run import Run
 from training.saving import Checkpoints
-from training.session import Session
 
 
 @pytest.fixture(autouse=True)
 def something_to_learn(monkeypatch):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
 
 
 def two_runs(folder: Path, monkeypatch, **fields: object) -> tuple[Path, Path]:
@@ -47,7 +49,7 @@ def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(tmp_pat
     fields = dict(validation_fraction=0.25, validate_every=2, save_every=100)
     whole, broken = two_runs(tmp_path, monkeypatch, **fields)
     with monkeypatch.context() as patch:
-        greedy, asked = train.answer_greedily, []
+        greedy, asked = training.run.answer_greedily, []
 
         def twice(*args, label, **kwargs):
             if label == "validation":
@@ -56,7 +58,7 @@ def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(tmp_pat
                     signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
             return greedy(*args, label=label, **kwargs)
 
-        patch.setattr(train, "answer_greedily", twice)
+        patch.setattr("training.run.answer_greedily", twice)
         assert run(patch, broken / "config.toml") == 143
     assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
     assert run(monkeypatch, broken / "config.toml") == 0
@@ -71,7 +73,7 @@ def test_a_disk_that_failed_once_does_not_cost_the_next_checkpoint(tmp_path, mon
     def failing(saving, final, *rest):
         if not failed:
             failed.append(1)
-            raise train.InputError("the disk is full")
+            raise InputError("the disk is full")
         write(saving, final, *rest)
 
     monkeypatch.setattr(Checkpoints, "_write", failing)
@@ -86,15 +88,15 @@ def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_
     tmp_path, monkeypatch, capsys
 ):
     whole, broken = two_runs(tmp_path, monkeypatch, save_every=2)
-    record = RunLog.record
+    record = RunLog.step
 
-    def full(log, step, *rest):
-        if step == 3:
+    def full(log, step):
+        if step.number == 3:
             raise OSError(28, "No space left on device")
-        record(log, step, *rest)
+        record(log, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "record", full)
+        patch.setattr(RunLog, "step", full)
         assert run(patch, broken / "config.toml") == 2
     assert f"{broken}/run: No space left on device" in capsys.readouterr().err
     assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
@@ -194,7 +196,7 @@ def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_be
             whole, calls = train.completion_logprobs, []
 
             def second_fails(*args):
-                calls.append(len(args[1].lengths_N))
+                calls.append(len(args[1].prompts.lengths_N))
                 if failing and len(calls) == 2:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 return whole(*args)
@@ -225,11 +227,17 @@ def test_a_bad_first_update_of_two_is_not_hidden_by_a_sound_second(tmp_path, mon
 
 def test_incidents_that_come_again_and_again_do_not_fill_the_disk(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[], steps=14, max_bad_steps=100)
-    monkeypatch.setattr(
-        Session, "end_step", lambda session, step, clock, rollout, stats, judged, whole=Session.end_step: whole(
-            session, step, clock, rollout, stats | {"loss": torch.tensor(float("nan"))}, judged
-        )
-    )  # fmt: skip
+    monkeypatch.setattr(Run, "_end", spoil_before(Run._end))
     assert run(monkeypatch, config) == 0
     assert len(rows(tmp_path / "run" / "incidents.jsonl")) >= 14
     assert len(list((tmp_path / "run" / "incidents").iterdir())) == 10
+
+
+def spoil_before(end):
+    """A step's end that takes it for one that was not finite."""
+
+    def ending(run, step):
+        step.finite = False
+        end(run, step)
+
+    return ending

@@ -8,7 +8,7 @@ from tiny import tiny_tokenizer
 from tiny_run import tiny_model
 
 from data import Vocabulary, allowed_tokens_V
-from grpo.rollout import completion_logprobs, rollout_logprobs
+from grpo.rollout import completion_logprobs
 from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
@@ -30,9 +30,11 @@ def sampled(model, prompts, places=None, group_size=5, max_new_tokens=7, ends=(E
 def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
-    recomputed = rollout_logprobs(
-        model, rollout, rollout.micro_batches(100), allowed, temperature=1.3
-    )
+    recomputed = torch.zeros_like(rollout.logp_NGT)
+    with torch.no_grad():
+        for batch in rollout.micro_batches(100):
+            logp, _ = completion_logprobs(model, batch, allowed, temperature=1.3)
+            batch.cut(recomputed).copy_(logp)
     assert rollout.mask_NGT.sum() > 60
     torch.testing.assert_close(recomputed, rollout.logp_NGT, atol=1e-4, rtol=0)
 
@@ -160,9 +162,9 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
     weights = torch.randn(rollout.mask_NGT.shape, generator=torch.Generator().manual_seed(0))
-    for groups, batch, tokens, mask in rollout.micro_batches(100):
-        logp, _ = completion_logprobs(model, batch, tokens, mask, allowed, 1.3)
-        (logp * weights[groups, :, : mask.shape[-1]]).sum().backward()
+    for batch in rollout.micro_batches(100):
+        logp, _ = completion_logprobs(model, batch, allowed, 1.3)
+        (logp * batch.cut(weights)).sum().backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for n, prompt in enumerate(prompts):
@@ -189,7 +191,7 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
     rollout, _ = sampled(tiny_model(), [*prompts, *prompts], places=range(6))
     prompt_sizes = [len(prompt.tokens_P) for prompt in rollout.prompts]
     longest = rollout.mask_NGT.sum(-1).amax(-1).tolist()
-    parts = [groups for groups, *_ in rollout.micro_batches(budget)]
+    parts = [batch.groups for batch in rollout.micro_batches(budget)]
     assert [n for part in parts for n in range(6)[part]] == list(range(6))
     for part, after in zip(parts, [*parts[1:], None]):
         one_more = slice(part.start, part.stop + 1)
@@ -199,6 +201,6 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
         ]
         assert size[0] <= budget or part.stop - part.start == 1
         assert after is None or size[1] > budget  # no more would have fitted
-    for groups, _, tokens, mask in rollout.micro_batches(budget):
-        assert torch.equal(tokens, rollout.tokens_NGT[groups, :, : mask.shape[-1]])
-        assert mask.sum() == rollout.mask_NGT[groups].sum()
+    for batch in rollout.micro_batches(budget):
+        assert torch.equal(batch.tokens_NGT, batch.cut(rollout.tokens_NGT))
+        assert batch.mask_NGT.sum() == rollout.mask_NGT[batch.groups].sum()

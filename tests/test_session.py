@@ -18,19 +18,19 @@ import train
 import training.saving
 from common.config import load_config
 from common.errors import InputError
+from grpo.optimizer import MasterAdamW
 from model import load_model
 from rewards import Verdict
-from training.checkpoint import damage_of
+from training.checkpoint import Progress, damage_of
 from training.incidents import main as incidents_program
 from training.incidents import replay, write_incident
-from training.run import prepare
+from training.run import Run, prepared
 from training.saving import Checkpoints
-from training.session import Session
 
 
 @pytest.fixture(autouse=True)
 def something_to_learn(monkeypatch):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -107,9 +107,9 @@ def score_that_fails(*steps: int):
     """A rule that gives NaN in these steps, for all of a step's 12 completions."""
     calls = []
 
-    def score(completion, answer, options):
+    def score(completion, answer):
         calls.append(1)
-        verdicts = vowel_score(completion, answer, options)
+        verdicts = vowel_score(completion, answer)
         bad = (len(calls) - 1) // 12 in steps
         return (Verdict("format", float("nan"), "broken"), *verdicts[1:]) if bad else verdicts
 
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_
     tmp_path, monkeypatch, capsys
 ):
     config = write_run(tmp_path, test_questions=[], save_every=1, keep_checkpoints=9)
-    monkeypatch.setattr(train, "score", score_that_fails(1, 2))
+    monkeypatch.setattr("training.scoring.score", score_that_fails(1, 2))
     assert run(monkeypatch, config) == 0
     saved = [
         load_file(tmp_path / "run" / "checkpoints" / f"step-00000{i}" / "model.safetensors")
@@ -145,18 +145,20 @@ def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_
         assert any("advantages_NG holds 12 numbers that are not finite" in line for line in lines)
         assert sum("gradient not finite" in line for line in lines) == 3
     monkeypatch.setattr("sys.argv", ["incidents", str(tmp_path)])
-    assert incidents_program() == 2 and "not the record of a step" in capsys.readouterr().err
+    assert (
+        incidents_program() == 2 and "name a folder runs/NAME/incidents" in capsys.readouterr().err
+    )
 
 
 def test_an_incident_played_again_gives_the_loss_and_gradient_that_it_had(tmp_path, monkeypatch):
     """Of a sound step, written down as if it had not been."""
-    whole = Session.end_step
+    whole = Run._end
 
-    def written(session, step, clock, rollout, stats, judged):
-        write_incident(session.config, step, load_model(tmp_path / "base"), rollout, judged, {})
-        whole(session, step, clock, rollout, stats, judged)
+    def written(run, step):
+        write_incident(run.config, step, load_model(tmp_path / "base"))
+        whole(run, step)
 
-    monkeypatch.setattr(Session, "end_step", written)
+    monkeypatch.setattr(Run, "_end", written)
     config = write_run(tmp_path, test_questions=[], steps=1)
     assert run(monkeypatch, config) == 0
     lines = replay(tmp_path / "run" / "incidents" / "step-000000")
@@ -177,7 +179,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and
     tmp_path, monkeypatch, capsys, method
 ):
     config = write_run(tmp_path, test_questions=[], max_bad_steps=2, save_every=100, method=method)
-    monkeypatch.setattr(train, "score", score_that_fails(1, 2, 3))
+    monkeypatch.setattr("training.scoring.score", score_that_fails(1, 2, 3))
     if method == "sft":
         nan = torch.tensor(float("nan"))
         monkeypatch.setattr("training.sft.accumulate_cross_entropy", lambda *_: (nan, nan))
@@ -207,16 +209,15 @@ def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> N
 
     def limited(model, batch, *rest):
         logp, entropy = whole(model, batch, *rest)
-        if len(batch.lengths_N) > groups:
+        if len(batch.prompts.lengths_N) > groups:
             if not after_backward:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             logp = Failing.apply(logp)
         return logp, entropy
 
     monkeypatch.setattr(train, "completion_logprobs", limited)
-    monkeypatch.setattr(
-        "grpo.rollout.completion_logprobs", limited if not after_backward else whole
-    )
+    reference = limited if not after_backward else whole
+    monkeypatch.setattr("training.run.completion_logprobs", reference)
 
 
 @pytest.mark.parametrize("after_backward", [False, True])
@@ -321,7 +322,7 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
     def greedy(policy, vocabulary, encoder, questions, *, config, label):
         return [next(answers)] * len(questions) if label == "validation" else [""] * len(questions)
 
-    monkeypatch.setattr(train, "answer_greedily", greedy)
+    monkeypatch.setattr("training.run.answer_greedily", greedy)
     config = write_run(
         tmp_path, validation_fraction=0.25, validate_every=1, keep_checkpoints=1, save_every=100
     )
@@ -344,7 +345,11 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
         "step": 2, "right": 2, "total": 2,
     }  # fmt: skip
     shown = capsys.readouterr().out
-    assert "best 100.0% of 2" in shown and "step-000002" in shown and "2 to validate on" in shown
+    assert (
+        "best 100.0 (34.2 to 100.0) % of 2" in shown
+        and "step-000002" in shown
+        and "2 to validate on" in shown
+    )
 
 
 def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monkeypatch, capsys):
@@ -366,36 +371,36 @@ def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(
     if memory == "none":
         monkeypatch.setattr(training.saving, "available_memory", lambda: 0)
     config = load_config(write_run(tmp_path, dtype="bfloat16"))
-    made = prepare(config)
-    saving = Checkpoints(config)
-    expected = [parameter.detach().clone() for parameter in made.policy.parameters()]
-    path = saving.save(made.policy, made.optimizer, made.progress | {"step": 1})
-    with torch.no_grad():
-        for tensor in (*made.policy.parameters(), *made.optimizer.masters):
-            tensor.fill_(7.0)
-    made.progress["late"] = True
-    saving.finish()
-    saving.close()
+    with prepared(config) as made:
+        expected = [parameter.detach().clone() for parameter in made.policy.parameters()]
+        made.progress.step = 1
+        path = made.checkpoints.save(made.policy, made.optimizer, made.progress)
+        with torch.no_grad():
+            for tensor in (*made.policy.parameters(), *made.optimizer.masters):
+                tensor.fill_(7.0)
+        made.progress.tokens = 7
+        made.checkpoints.finish()
     assert damage_of(path) == ""
-    made.claim.close()
-    again = prepare(config)
-    assert all(torch.equal(a, b) for a, b in zip(expected, again.policy.parameters()))
-    assert "late" not in again.progress and again.progress["step"] == 1
+    with prepared(config) as again:
+        kept = list(again.policy.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(expected, kept, strict=True))
+        assert (again.progress.step, again.progress.tokens) == (1, 0)
 
 
 def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(
     tmp_path, monkeypatch
 ):
     config = load_config(write_run(tmp_path))
-    made, saving = prepare(config), Checkpoints(config)
-    before = saving.save(made.policy, made.optimizer, made.progress | {"step": 1})
+    model = load_model(config.model)
+    saving, optimizer = Checkpoints(config), MasterAdamW(model, config)
+    before = saving.save(model, optimizer, Progress(step=1))
     saving.finish()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("training.saving.write_tensors", full)
-    saving.save(made.policy, made.optimizer, made.progress | {"step": 2})
+    saving.save(model, optimizer, Progress(step=2))
     with pytest.raises(
         InputError,
         match="step-000002: can't save .* No space left on device.* goes on from .*step-000001",

@@ -15,7 +15,7 @@ import train
 from common.config import load_config
 from data import Question, questions_of_step
 from grpo.rollout import written_rollout
-from training.run import prepare
+from training.run import prepared as run_of
 from training.sft import accumulate_cross_entropy, target
 
 
@@ -29,12 +29,9 @@ def prepared(tmp_path_factory):
     """A run made ready, and its first three prompts with right answers of different lengths."""
     folder = tmp_path_factory.mktemp("sft")
     config = load_config(write_run(folder, method="sft"))
-    made = prepare(config)
-    prompts = [
-        made.encoder.encode(question)
-        for question in questions_of_step(made.train_questions, 0, 3, 0)
-    ]
-    return config, made, prompts
+    with run_of(config) as made:
+        questions = questions_of_step(made.train_questions, 0, 3, 0)
+        yield config, made, [made.encoder.encode(question) for question in questions]
 
 
 def test_targets_are_the_letter_in_tags_bare_or_after_its_option():
@@ -127,9 +124,8 @@ def test_a_resumed_sft_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monke
     assert run(monkeypatch, write_run(whole, **fields)) == 0
     config = write_run(broken, **fields)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "training.sft.scheduled_rate", lambda step, config: 1e-3 if step < 3 else 1 / 0
-        )
+        rate = lambda step, config: 1e-3 if step < 3 else 1 / 0  # noqa: E731
+        patch.setattr("training.run.scheduled_rate", rate)
         with pytest.raises(ZeroDivisionError):
             run(patch, config)
     assert run(monkeypatch, config) == 0

@@ -22,21 +22,17 @@ from common.config import load_config
 from data.choice import load_questions
 from model import save_model
 from rewards import Verdict
-from training.session import Session
+from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 
 
-def vowel_score(completion: str, answer: str, options: tuple[str, ...]) -> tuple[Verdict, ...]:
+def vowel_score(completion: str, answer: str) -> tuple[Verdict, ...]:
     """A rule that even a random model can please: the real ones give it 0 throughout, and nothing
     would be learned.
     """
     share = sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
-    verdicts = (
-        Verdict("format", share, "vowels"),
-        Verdict("accuracy", float("e" in completion), "an e"),
-    )
-    return *verdicts, Verdict("consistency", 0.0, "none")
+    return Verdict("format", share, "vowels"), Verdict("accuracy", float("e" in completion), "an e")
 
 
 def run(monkeypatch, config: Path, *flags: str) -> int:
@@ -104,7 +100,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypatch, dtype):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     fields = dict(dtype=dtype, test_questions=[], inner_updates=2, learning_rate=1e-2)
     assert run(monkeypatch, write_run(whole, **fields)) == 0
     config = write_run(broken, **fields)
@@ -138,7 +134,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypat
 
 
 def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     results = []
     for size in (1, 100_000):
         (folder := tmp_path / str(size)).mkdir()
@@ -156,7 +152,7 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
 def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
     tmp_path, monkeypatch, method
 ):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     fields = dict(
         freeze_vision=True, method=method, test_questions=[], steps=3, save_every=1, train_count=5
     )
@@ -173,7 +169,7 @@ def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
     assert "seconds/vision" in rows(whole / "run" / "metrics.jsonl")[0] or method == "sft"
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "end_step", stop_after(2))
+        patch.setattr(Run, "_end", stop_after(2))
         assert run(patch, broken / "config.toml") == 130
     assert run(monkeypatch, broken / "config.toml") == 0
     resumed = load_file(broken / "run" / "model" / "model.safetensors")
@@ -181,19 +177,19 @@ def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
 
 
 def stop_after(steps: int):
-    """An `end_step` in which Ctrl-C is pressed once so many steps are done."""
-    whole = Session.end_step
+    """A step's end before which Ctrl-C is pressed, once so many steps are done."""
+    whole = Run._end
 
-    def ending(session, step, *args, **kwargs):
-        if step + 1 == steps:
+    def ending(run, step):
+        if step.number + 1 == steps:
             signal.raise_signal(signal.SIGINT)
-        whole(session, step, *args, **kwargs)
+        whole(run, step)
 
     return ending
 
 
 def test_recomputed_activations_do_not_change_what_is_learned(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     found = []
     for recompute in (False, True):
         (folder := tmp_path / str(recompute)).mkdir()
@@ -228,7 +224,7 @@ def test_a_step_says_where_its_seconds_went(finished):
 def test_an_image_that_breaks_during_the_run_ends_it_with_a_line_and_without_a_hanging_thread(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     config = write_run(tmp_path, test_questions=[])
     monkeypatch.setattr(
         train, "grpo_step", lambda *args: break_images(tmp_path) or grpo_step(*args)
@@ -247,22 +243,6 @@ def break_images(folder: Path) -> None:
     """Every image file, torn after its first bytes."""
     for file in (folder / "questions").glob("*.png"):
         file.write_bytes(file.read_bytes()[:60])
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_consistency_is_measured_in_any_case_and_rewarded_only_if_asked(
-    tmp_path, monkeypatch, weight
-):
-    verdicts = [
-        Verdict("format", 1.0, ""),
-        Verdict("accuracy", 0.0, ""),
-        Verdict("consistency", 1.0, ""),
-    ]
-    monkeypatch.setattr(train, "score", lambda completion, answer, options: tuple(verdicts))
-    config = write_run(tmp_path, steps=1, test_questions=[], consistency_weight=weight)
-    assert run(monkeypatch, config) == 0
-    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
-    assert row["reward"] == 1.0 + weight and row["rewards/consistency"] == 1.0
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path, monkeypatch):
@@ -361,7 +341,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(
 
 
 def test_a_saved_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     happened, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(
         os, "fsync", lambda fd: happened.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd)

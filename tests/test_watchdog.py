@@ -9,12 +9,11 @@ import pytest
 from test_train import rows, run, vowel_score
 from tiny_run import write_run
 
-import train
 from training.watchdog import LONG, RULES, WINDOW, alarms, recent
 
 SOUND = {
-    "reward": 1.0, "rewards/format": 0.6, "rewards/accuracy": 0.4, "kl": 0.02, "completion_tokens": 100.0, "cut_off": 0.05,
-    "groups_without_spread": 0.2, "sampler_gap": 1e-3,
+    "reward": 1.0, "rewards/format": 0.6, "rewards/accuracy": 0.4, "kl": 0.02, "completions/mean_length": 100.0, "completions/clipped_ratio": 0.05,
+    "frac_reward_zero_std": 0.2, "sampler_gap": 1e-3,
 }  # fmt: skip
 
 
@@ -37,9 +36,9 @@ def first_alarm(steps: list[dict[str, float]], name: str) -> int:
     ("name", "last", "hint"),
     [
         ("KL blow-up", {"kl": 3.0}, "learning_rate"),
-        ("length collapse", {"completion_tokens": 5.0}, "beta"),
-        ("cut off", {"cut_off": 1.0}, "max_new_tokens"),
-        ("all groups equal", {"groups_without_spread": 1.0}, "group_size"),
+        ("length collapse", {"completions/mean_length": 5.0}, "beta"),
+        ("truncated", {"completions/clipped_ratio": 1.0}, "max_new_tokens"),
+        ("all groups equal", {"frac_reward_zero_std": 1.0}, "group_size"),
         ("only the form", {"rewards/format": 1.0, "reward": 1.4}, "image"),
         ("sampler apart", {"sampler_gap": 0.5}, "float32"),
     ],
@@ -59,14 +58,14 @@ def test_a_run_that_learns_raises_no_alarm_however_it_wobbles():
         "rewards/accuracy": 0.95,
         "reward": 1.95,
         "kl": 0.2,
-        "groups_without_spread": 0.8,
+        "frac_reward_zero_std": 0.8,
     }
-    steps = curve(300, **good, completion_tokens=60.0)
+    steps = curve(300, **good, **{"completions/mean_length": 60.0})
     odd = SOUND | {
         "kl": 9.0,
-        "completion_tokens": 1.0,
-        "cut_off": 1.0,
-        "groups_without_spread": 1.0,
+        "completions/mean_length": 1.0,
+        "completions/clipped_ratio": 1.0,
+        "frac_reward_zero_std": 1.0,
     }
     steps[100] = steps[200] = odd  # one odd batch is no failure
     kl = [row | {"kl": min(row["kl"], 5.0)} for row in steps]
@@ -79,7 +78,7 @@ def test_steps_without_rewards_or_numbers_are_passed_over():
 
 
 def test_what_is_kept_of_a_long_run_is_all_that_the_rules_look_at():
-    for last in ({"kl": 3.0}, {"completion_tokens": 5.0}, {"rewards/format": 1.0}):
+    for last in ({"kl": 3.0}, {"completions/mean_length": 5.0}, {"rewards/format": 1.0}):
         steps = curve(400, **last)
         kept = []
         for row in steps:
@@ -89,7 +88,7 @@ def test_what_is_kept_of_a_long_run_is_all_that_the_rules_look_at():
 
 
 def test_a_run_that_blows_up_says_so_once_also_over_a_resume(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "score", vowel_score)
+    monkeypatch.setattr("training.scoring.score", vowel_score)
     config = write_run(tmp_path, test_questions=[], learning_rate=0.03, steps=16, save_every=13)
     assert run(monkeypatch, config) == 0
     (tmp_path / "run" / "checkpoints" / "step-000016").rename(tmp_path / "gone")

@@ -50,20 +50,17 @@ class Handler(BaseHTTPRequestHandler):
         hub.asked.append((self.command, path))
         if refusal := hub.refuse(path):
             return self.send(*refusal, b"", body)
-        if path == f"/api/models/{NAME}":
-            files = sorted(
-                file.relative_to(hub.folder).as_posix()
-                for file in hub.folder.rglob("*")
-                if file.is_file()
-            )
-            info = {
-                "id": NAME,
-                "sha": hub.commit,
-                "siblings": [{"rfilename": file} for file in files],
-            }
-            return self.send(
-                200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body
-            )
+        files = [file for file in sorted(hub.folder.rglob("*")) if file.is_file()]
+        names = [file.relative_to(hub.folder).as_posix() for file in files]
+        if path == f"/api/models/{NAME}/revision/main" or path == f"/api/models/{NAME}":
+            siblings = [{"rfilename": name} for name in names]
+            return self.send_json({"id": NAME, "sha": hub.commit, "siblings": siblings}, body)
+        if path == f"/api/models/{NAME}/tree/{hub.commit}":
+            tree = []
+            for file, name in zip(files, names, strict=True):
+                size, oid = file.stat().st_size, f"{hub.commit[:8]}-{file.name}"
+                tree.append({"type": "file", "path": name, "size": size, "oid": oid})
+            return self.send_json(tree, body)
         for revision in ("main", hub.commit):
             file = hub.folder / path.removeprefix(f"/{NAME}/resolve/{revision}/")
             if path.startswith(f"/{NAME}/resolve/{revision}/") and file.is_file():
@@ -74,6 +71,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self.send(200, headers, file.read_bytes(), body)
         known = path.startswith(f"/{NAME}/")
         self.send(404, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}, b"", body)
+
+    def send_json(self, value: object, body: bool) -> None:
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode(), body)
 
     def send(self, status: int, headers: dict[str, str], content: bytes, body: bool) -> None:
         self.send_response(status)

@@ -4,8 +4,8 @@
 
 The folder needs nothing from outside: prompts with their patches, completions, rewards and
 log-probabilities (batch.safetensors), questions and texts to read (batch.json), and the weights
-that the step began with (model/; steps that follow one another share it, since none of them changed
-a weight; with several updates per rollout they are those that the step had come to).
+(model/). Those are the weights that the step began with; with several updates per rollout, those
+that it had come to. Steps that follow one another share them, since none changed a weight.
 """
 
 import argparse
@@ -17,27 +17,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
+from common.files import read_json
+from common.program import run_program
 from data import Prompt, Question, load_vocabulary
 from grpo.loss import grpo_loss
-from grpo.rollout import Rollout, completion_logprobs
+from grpo.rollout import MicroBatch, Rollout, completion_logprobs
 from model import Qwen2VL, load_model, save_model
 from model.weights import write_tensors
 
-from .saving import commit
-
-_OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
-_SETTINGS = ("clip_low", "clip_high", "beta", "temperature", "dtype", "model")
-
+from .checkpoint import commit
+from .step import Step
 
 MOST = 10
 """Steps of a run that are written down whole: each may take as much room as the model."""
+
+_OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
+_OF_ROLLOUT = ("tokens_NGT", "mask_NGT", "logp_NGT", "ended_NG")
+_SETTINGS = ("clip_low", "clip_high", "beta", "temperature", "dtype")
+_REMEDY = "name a folder runs/NAME/incidents/step-..."
 
 
 def room_for_incident(config: Config) -> bool:
@@ -45,59 +48,19 @@ def room_for_incident(config: Config) -> bool:
     return len(list((Path(config.run_dir) / "incidents").glob("step-*"))) < MOST
 
 
-def write_incident(
-    config: Config,
-    step: int,
-    policy: Qwen2VL,
-    rollout: Rollout,
-    judged: dict[str, Tensor],
-    stats: dict[str, float],
-) -> Path:
-    """Write `incidents/step-NNNNNN` in the run's folder and return it.
-
-    Args:
-        judged: what the loss took beside the completions, tensors (N, G) or (N, G, T):
-            "advantages_NG" and the like; empty for supervised fine-tuning.
-        stats: the step's numbers.
-    """
-    folder = Path(config.run_dir) / "incidents" / f"step-{step:06d}"
-    partial, before = folder.with_suffix(".partial"), folder.with_name(f"step-{step - 1:06d}")
+def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path:
+    """Write `incidents/step-NNNNNN` in the run's folder and return it."""
+    folder = Path(config.run_dir) / "incidents" / f"step-{step.number:06d}"
+    partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model = "model"
-        if (
-            before.is_dir() and config.inner_updates == 1
-        ):  # which may itself share the weights of one before
-            model = json.loads((before / "batch.json").read_text(encoding="utf-8"))["model"]
-            model = f"../{before.name}/model" if model == "model" else model
-        else:
+        model = _shared_weights(config, folder, step)
+        if model == "model":
             save_model(policy, partial / "model")
-        tensors = {
-            "tokens_NGT": rollout.tokens_NGT,
-            "mask_NGT": rollout.mask_NGT,
-            "logp_NGT": rollout.logp_NGT,
-            **judged,
-        }
-        for n, prompt in enumerate(rollout.prompts):
-            tensors |= {f"prompt.{n}.{name}": getattr(prompt, name) for name in _OF_PROMPT}
-        write_tensors(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-            partial / "batch.safetensors",
-        )
-        told = {
-            "step": step,
-            "model": model,
-            "stats": {
-                name: value if math.isfinite(value) else str(value) for name, value in stats.items()
-            },
-            "config": {name: getattr(config, name) for name in _SETTINGS},
-            "questions": [asdict(prompt.question) for prompt in rollout.prompts],
-            "texts": rollout.texts,
-        }
-        (partial / "batch.json").write_text(
-            json.dumps(told, indent=1, ensure_ascii=False, default=str), encoding="utf-8"
-        )
+        write_tensors(_tensors(step), partial / "batch.safetensors")
+        text = json.dumps(_description(config, step, model), indent=1, ensure_ascii=False)
+        (partial / "batch.json").write_text(text, encoding="utf-8")
         commit(partial, folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -105,98 +68,110 @@ def write_incident(
     return folder
 
 
+def _shared_weights(config: Config, folder: Path, step: Step) -> str:
+    """Where the weights are, from the folder: the step before's, if it was an incident too."""
+    before = folder.with_name(f"step-{step.number - 1:06d}")
+    if config.inner_updates > 1 or not before.is_dir():
+        return "model"
+    model = read_json(before / "batch.json", _REMEDY)["model"]
+    return f"../{before.name}/model" if model == "model" else model
+
+
+def _tensors(step: Step) -> dict[str, Tensor]:
+    assert step.rollout is not None
+    tensors = {name: getattr(step.rollout, name) for name in _OF_ROLLOUT} | step.tensors
+    for n, prompt in enumerate(step.rollout.prompts):
+        for name in _OF_PROMPT:
+            tensors[f"prompt.{n}.{name}"] = getattr(prompt, name)
+    return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+
+
+def _description(config: Config, step: Step, model: str) -> dict[str, Any]:
+    assert step.rollout is not None
+    stats = {}
+    for name, value in step.stats.items():
+        stats[name] = float(value) if math.isfinite(value) else str(float(value))
+    questions = []
+    for prompt in step.rollout.prompts:
+        fields = asdict(prompt.question)
+        questions.append(fields | {"images": [str(image) for image in fields["images"]]})
+    return {
+        "step": step.number,
+        "model": model,
+        "stats": stats,
+        "config": {name: getattr(config, name) for name in _SETTINGS},
+        "questions": questions,
+        "texts": step.rollout.texts,
+    }
+
+
 def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tensor]]:
-    """What `write_incident` wrote: batch.json, the rollout, and all tensors by name. InputError if
-    it is not whole.
-    """
+    """batch.json, the rollout, and all tensors by name. InputError if the folder is not whole."""
+    description = read_json(folder / "batch.json", _REMEDY)
     try:
-        told = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "batch.safetensors")
         prompts = []
-        for n, fields in enumerate(told["questions"]):
-            fields |= {
-                "images": tuple(map(Path, fields["images"])),
-                "options": tuple(fields["options"]),
-            }
-            prompts.append(
-                Prompt(Question(**fields), *(tensors[f"prompt.{n}.{name}"] for name in _OF_PROMPT))
-            )
-        shape = tensors["mask_NGT"].shape[:2]
-        rollout = Rollout(
-            prompts, *(tensors[name] for name in ("tokens_NGT", "mask_NGT", "logp_NGT")),
-            torch.ones(shape, dtype=torch.bool), told["texts"],
-        )  # fmt: skip
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        SafetensorError,
-    ) as error:
-        raise InputError(
-            f"{folder}: not the record of a step ({error}); name a folder runs/NAME/incidents/step-..."
-        ) from None
-    return told, rollout, tensors
+        for n, fields in enumerate(description["questions"]):
+            images = tuple(Path(image) for image in fields["images"])
+            question = Question(**fields | {"images": images, "options": tuple(fields["options"])})
+            of_prompt = [tensors[f"prompt.{n}.{name}"] for name in _OF_PROMPT]
+            prompts.append(Prompt(question, *of_prompt))
+        of_rollout = {name: tensors[name] for name in _OF_ROLLOUT}
+        rollout = Rollout(prompts=prompts, **of_rollout, texts=description["texts"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder}: not the record of a step ({error}); {_REMEDY}") from None
+    return description, rollout, tensors
 
 
 def replay(folder: Path) -> list[str]:
-    """Loss and gradient of each group of an incident, computed again on the CPU; a line for each,
-    and what they mean.
-    """
-    told, rollout, tensors = read_incident(folder)
-    settings = told["config"]
-    policy = load_model(folder / told["model"], "cpu", settings["dtype"])
-    allowed_V = load_vocabulary(folder / told["model"], policy.config).allowed_V
-    lines = [
-        f"step {told['step']}: {len(rollout.prompts)} groups of {rollout.mask_NGT.shape[1]}, {settings['dtype']}"
-    ]
-    lines += [f"{name} holds {int((~x.isfinite()).sum())} numbers that are not finite" for name, x in tensors.items()
-              if x.is_floating_point() and not x.isfinite().all()]  # fmt: skip
-    for groups, batch, tokens, mask in rollout.micro_batches(1):
-        part = groups, slice(None), slice(mask.shape[-1])
-        logp, _ = completion_logprobs(
-            policy, batch, tokens, mask, allowed_V, settings["temperature"]
-        )
-        loss = -logp.sum()  # of supervised fine-tuning
-        if "advantages_NG" in tensors:
-            ref = tensors["ref_NGT"][part] if "ref_NGT" in tensors else None
-            old = tensors["old_NGT"][part] if "old_NGT" in tensors else logp.detach()
-            knobs = {name: settings[name] for name in ("clip_low", "clip_high", "beta")}
-            loss, _ = grpo_loss(logp, old, ref, tensors["advantages_NG"][groups], mask, **knobs)
+    """Loss and gradient of each group of an incident, computed again on the CPU, in lines."""
+    description, rollout, tensors = read_incident(folder)
+    settings, weights = description["config"], folder / description["model"]
+    policy = load_model(weights, "cpu", settings["dtype"])
+    allowed_V = load_vocabulary(weights, policy.config).allowed_V
+    size = f"{len(rollout.prompts)} groups of {rollout.mask_NGT.shape[1]}"
+    lines = [f"step {description['step']}: {size}, {settings['dtype']}"]
+    for name, x in tensors.items():
+        if x.is_floating_point() and not x.isfinite().all():
+            lines.append(f"{name} holds {int((~x.isfinite()).sum())} numbers that are not finite")
+    for batch in rollout.micro_batches(1):  # one group each
+        logp, _ = completion_logprobs(policy, batch, allowed_V, settings["temperature"])
+        loss = _loss(logp, batch, tensors, settings)
         loss.backward()
-        bad = [
-            name
-            for name, p in policy.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        bad = []
+        for name, param in policy.named_parameters():
+            if param.grad is not None and not param.grad.isfinite().all():
+                bad.append(name)
         policy.zero_grad(set_to_none=True)
-        source = rollout.prompts[groups.start].question.source
-        told_bad = f"not finite in {len(bad)} tensors, first {bad[0]}" if bad else "finite"
-        lines.append(
-            f"{source}: lowest log-probability {logp.min():.3g}, loss {loss:.3g}, gradient {told_bad}"
-        )
+        source = rollout.prompts[batch.groups.start].question.source
+        gradient = f"not finite in {len(bad)} tensors, first {bad[0]}" if bad else "finite"
+        numbers = f"lowest log-probability {logp.min():.3g}, loss {loss:.3g}"
+        lines.append(f"{source}: {numbers}, gradient {gradient}")
     return lines
+
+
+def _loss(
+    logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> Tensor:
+    if "advantages_NG" not in tensors:  # supervised fine-tuning
+        return -logp.sum()
+    ref = batch.cut(tensors["ref_NGT"]) if "ref_NGT" in tensors else None
+    old = batch.cut(tensors["old_NGT"]) if "old_NGT" in tensors else logp.detach()
+    knobs = {name: settings[name] for name in ("clip_low", "clip_high", "beta")}
+    advantages = tensors["advantages_NG"][batch.groups]
+    return grpo_loss(logp, old, ref, advantages, batch.mask_NGT, **knobs)[0]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.incidents", description=__doc__.split("\n")[0]
     )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        help="runs/NAME/incidents/step-..., or runs/NAME for the newest one there",
-    )
+    folder_help = "runs/NAME/incidents/step-..., or runs/NAME for the newest one there"
+    parser.add_argument("folder", type=Path, help=folder_help)
     folder = parser.parse_args().folder
     steps = sorted([*folder.glob("step-*/batch.json"), *folder.glob("incidents/step-*/batch.json")])
-    try:
-        print("\n".join(replay(steps[-1].parent if steps else folder)))
-    except InputError as error:
-        print(f"training.incidents: {error}", file=sys.stderr)
-        return 2
-    return 0
+    newest = steps[-1].parent if steps else folder
+    return run_program("training.incidents", lambda: print("\n".join(replay(newest))))
 
 
 if __name__ == "__main__":

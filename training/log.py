@@ -1,25 +1,23 @@
-"""What a run tells: a progress bar, TensorBoard, `metrics.jsonl`, `completions.jsonl` and
-`incidents.jsonl`.
-"""
+"""The records of a run: a progress bar, TensorBoard, and files of JSON lines in its folder."""
 
 import json
 import math
 import os
 import threading
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import numpy as np
-import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.config import Config
 from common.errors import InputError, printable
-from data import load_image
-from grpo.rollout import StepRecord
+from common.files import read_json_lines
+from data import load_image, option_letter
 
+from .step import Step
 from .watchdog import alarms, recent
 
 _BAR = {
@@ -30,212 +28,203 @@ _BAR = {
     "probability": "p(answer)",
     "tokens_per_second": "tok/s",
 }
-
-
-class Stopwatch:
-    """Seconds of a step by phase: `laps` by name, and their `total`. A lap waits for the device to
-    finish.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.laps: dict[str, float] = {}
-        self._synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """The time since the last lap was spent on `phase`; laps of one name add up."""
-        self._synchronize()
-        now = time.perf_counter()
-        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        return sum(self.laps.values())
+"""Metric -> what the progress bar calls it."""
 
 
 class RunLog:
-    """Writes a run's record. A resumed run's record loses what came after the checkpoint, and goes
-    on from there.
+    """Writes a run's records, from `first_step` on.
+
+    A resumed run's records lose what came after its checkpoint. Of each step: its numbers to
+    `metrics.jsonl`, every completion with its rewards and why to `completions.jsonl`. Of the run:
+    `incidents.jsonl` and `validation.jsonl`.
     """
 
-    def __init__(self, run_dir: str | Path, method: str, first_step: int, steps: int) -> None:
-        folder = Path(run_dir)
-        self.metrics, self._rows = _reopened(folder / "metrics.jsonl", first_step)
-        self.completions, _ = _reopened(folder / "completions.jsonl", first_step)
-        self.incidents, known = _reopened(folder / "incidents.jsonl", first_step)
-        self.validations, _ = _reopened(folder / "validation.jsonl", first_step)
-        self.kinds = Counter(str(row.get("kind")) for row in known)
-        self._alarms = alarms(recent(self._rows))
-        # The writer's thread raises in the caller too; what it prints besides would be a traceback.
-        self._hook, threading.excepthook = threading.excepthook, _hide_os_errors
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    def __init__(self, config: Config, first_step: int) -> None:
+        # Here, because it loads for a second: a mistake in the config is told at once.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(config.run_dir)
+        self._rows = recent(self._kept("metrics", first_step))
+        self.incidents = Counter(str(row["kind"]) for row in self._kept("incidents", first_step))
+        self._kept("completions", first_step), self._kept("validation", first_step)
+        self._files: dict[str, TextIO] = {}
+        self._alarms = alarms(self._rows)
+        # The writer's thread hands a full disk's error to us too; what it prints is a traceback.
+        self._hook, threading.excepthook = threading.excepthook, _silent_on_os_errors
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+        self.bar: tqdm[Any] | None = None
+
+    def begin(self, config: Config, first_step: int) -> None:
+        """Show the progress bar, whose clock starts now."""
         self.bar = tqdm(
-            total=steps, initial=first_step, desc=method.upper(), unit="step", dynamic_ncols=True
+            total=config.steps,
+            initial=first_step,
+            desc=config.method.upper(),
+            unit="step",
+            dynamic_ncols=True,
         )
 
-    def step(self, step: int, that: StepRecord, clock: Stopwatch) -> None:
-        """Record a step: its numbers to file, board and bar, every completion with its rewards and
-        why to file.
+    def end(self) -> None:
+        """Close the progress bar: what is printed next comes below it."""
+        if self.bar is not None:
+            self.bar.close()
 
-        A verdict has `rule`, `score` and `why`; `that.stats` are the update's scalars.
-        """
-        tokens = int(that.rollout.mask_NGT.sum())
-        metrics = rollout_metrics(that) | {name: float(x) for name, x in that.stats.items()}
-        self.record(step, metrics | {"tokens_per_second": tokens / clock.total}, clock)
-        for n, prompt in enumerate(that.rollout.prompts):
-            for g, text in enumerate(that.rollout.texts[n]):
-                rewards = {
-                    v.rule: {"score": v.score, "why": v.why} for v in that.verdicts_NGR[n][g]
-                }
-                row = {
-                    "step": step,
-                    "question": prompt.question.source,
-                    "answer": prompt.question.answer,
-                }
-                row |= {
-                    "completion": text,
-                    "rewards": rewards,
-                    "advantage": that.advantages_NG[n, g].item(),
-                }
-                self.completions.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.completions.flush()
-
-    def record(self, step: int, metrics: dict[str, float], clock: Stopwatch) -> None:
-        """A step's numbers, to file, board and bar; says what the watchdog finds in them that it
-        did not find before.
-        """
-        metrics = metrics | {"seconds": clock.total}
-        metrics |= {f"seconds/{phase}": seconds for phase, seconds in clock.laps.items()}
-        self.metrics.write(_json_line(step, metrics))
-        self.metrics.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
-        shown = {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        self._rows = recent([*self._rows, metrics])
+    def step(self, step: Step) -> None:
+        """Record a step, and say what the watchdog finds in it that it did not find before."""
+        self._metrics(step)
+        if step.rollout is not None and step.verdicts_NG:
+            self._completions(step)
         before, self._alarms = self._alarms, alarms(self._rows)
         for name, line in self._alarms.items():
             if name not in before:
-                self.incident(step, "watchdog", f"{name}: {line}")
+                self.incident(step.number, "watchdog", f"{name}: {line}")
 
-    def incident(self, step: int, kind: str, says: str) -> None:
-        """Something that whoever slept through it should know: to the terminal and to
-        incidents.jsonl, at once.
-        """
-        self.kinds[kind] += 1
-        self.bar.write(printable(f"step {step}: {says}"))
-        self.incidents.write(
-            json.dumps({"step": step, "kind": kind, "says": says}, ensure_ascii=False) + "\n"
-        )
-        self.incidents.flush()
-        self.board.add_text("incidents", f"    {printable(says)}", step)
+    def incident(self, step: int, kind: str, line: str) -> None:
+        """What whoever slept through it should know: on the terminal and in the file, at once."""
+        self.incidents[kind] += 1
+        tqdm.write(printable(f"step {step}: {line}"))
+        self._write("incidents", {"step": step, "kind": kind, "says": line})
+        self.board.add_text("incidents", f"    {printable(line)}", step)
 
     def validation(self, step: int, right: int, total: int) -> None:
         """Greedy accuracy on the validation questions after this step."""
-        self.validations.write(
-            _json_line(step, {"right": right, "total": total, "accuracy": right / total})
-        )
-        self.validations.flush()
-        self.board.add_scalar("validation/accuracy", right / total, step)
-        self.bar.write(
-            f"after {step + 1} steps: validation accuracy {right / total:.1%} of {total}"
-        )
+        rate = right / total
+        self._write("validation", {"step": step, "right": right, "total": total, "accuracy": rate})
+        self.board.add_scalar("validation/accuracy", rate, step)
+        tqdm.write(f"after {step + 1} steps: validation accuracy {rate:.1%} of {total}")
 
-    def sample(self, step: int, that: StepRecord) -> None:
-        """One group for the eye: its image, its question and all of its completions with their
-        rewards.
-        """
-        rollout, rewards_NG, question = (
-            that.rollout,
-            that.rewards_NG,
-            that.rollout.prompts[0].question,
-        )
-        lines = [
-            question.question,
-            *(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", question.options)),
-        ]
+    def sample(self, step: Step) -> None:
+        """One group for the eye: its image, its question, all of its completions and rewards."""
+        assert step.rollout is not None
+        question, texts = step.rollout.prompts[0].question, step.rollout.texts[0]
+        lines = [question.question]
+        for index, option in enumerate(question.options):
+            lines.append(f"{option_letter(index)}) {option}")
         lines += [f"correct: {question.answer}", ""]
-        lines += [
-            f"[{reward:.2g}] {text}"
-            for reward, text in zip(rewards_NG[0].tolist(), rollout.texts[0])
-        ]
+        for reward, text in zip(step.tensors["rewards_NG"][0].tolist(), texts, strict=True):
+            lines.append(f"[{reward:.2g}] {text}")
         # Four spaces make a code block: what the model wrote is shown as it is, never rendered.
-        self.board.add_text(
-            "samples", "\n".join(f"    {line}" for text in lines for line in text.split("\n")), step
-        )
+        block = "\n".join(lines).replace("\n", "\n    ")
+        self.board.add_text("samples", f"    {block}", step.number)
         if question.images:
             try:
-                self.board.add_image(
-                    "samples", np.asarray(load_image(question.images[0])), step, dataformats="HWC"
-                )
-            except (
-                InputError
-            ) as error:  # it could be read when the step began; a picture less is no reason to stop
-                self.incident(step, "image", str(error))
+                image = np.asarray(load_image(question.images[0]))
+                self.board.add_image("samples", image, step.number, dataformats="HWC")
+            except InputError as error:  # readable when the step began: no reason to stop
+                self.incident(step.number, "image", str(error))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
         threading.excepthook = self._hook
-        for file in (self.board, self.metrics, self.completions, self.incidents, self.validations):
-            file.close()
+        for file in (self.board, *self._files.values()):
+            try:
+                file.close()
+            except OSError as full:
+                if error is None:  # else what could not be written before can't be now
+                    raise OSError(full.errno, full.strerror, str(self.folder)) from None
+
+    def _metrics(self, step: Step) -> None:
+        seconds = sum(step.seconds.values())
+        metrics = {name: float(value) for name, value in step.stats.items()}
+        if step.verdicts_NG:
+            metrics |= rollout_metrics(step)
+            metrics["tokens_per_second"] = metrics.pop("completion_tokens") / seconds
+        metrics["seconds"] = seconds
+        metrics |= {f"seconds/{phase}": spent for phase, spent in step.seconds.items()}
+
+        self._write("metrics", {"step": step.number, **_json_numbers(metrics)})
+        for name, value in metrics.items():
+            tag = name if "/" in name else f"train/{name}"
+            self.board.add_scalar(tag, value, step.number)
+        postfix = {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
+        if self.bar is not None:
+            self.bar.set_postfix(postfix, refresh=False)
+            self.bar.update()
+        self._rows = recent([*self._rows, metrics])
+
+    def _completions(self, step: Step) -> None:
+        """In the form that `evaluation.audits` read, and with what the loss made of each."""
+        assert step.rollout is not None
+        advantages_NG = step.tensors["advantages_NG"].tolist()
+        for n, prompt in enumerate(step.rollout.prompts):
+            question = prompt.question
+            asked = {
+                "step": step.number,
+                "id": question.source,
+                "model": "policy",
+                "modality": question.modality,
+                "question_type": question.question_type,
+                "question": question.question,
+                "options": list(question.options),
+                "ground_truth": question.answer,
+            }
+            for g, text in enumerate(step.rollout.texts[n]):
+                verdicts = step.verdicts_NG[n][g]
+                rewards = {v.rule: {"score": v.score, "why": v.why} for v in verdicts}
+                answered = {
+                    "completion": text,
+                    "rewards": rewards,
+                    "advantage": advantages_NG[n][g],
+                }
+                self._write("completions", asked | answered)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = (self.folder / f"{name}.jsonl").open("a", encoding="utf-8")
+        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+    def _kept(self, name: str, first_step: int) -> list[dict[str, Any]]:
+        """Drop a file's rows from `first_step` on, and what a crash has left of a row.
+
+        Returns the rows that stay; not those of completions, which may be too many to hold.
+        """
+        file, partial, kept = self.folder / f"{name}.jsonl", self.folder / f"{name}.partial", []
+        with partial.open("w", encoding="utf-8") as out:
+            for _, row in read_json_lines(file, f"move {file} away") if file.exists() else ():
+                if row["step"] < first_step:
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    if name != "completions":
+                        kept.append(row)
+        os.replace(partial, file)
+        return kept
 
 
-def rollout_metrics(that: StepRecord) -> dict[str, float]:
-    """What a rollout's rewards and lengths say; means over its completions, or over its groups."""
-    rollout, rewards_NG = that.rollout, that.rewards_NG
-    lengths = rollout.mask_NGT.sum(-1)
-    scores: dict[str, list[float]] = {}
-    for verdict in (verdict for group in that.verdicts_NGR for rules in group for verdict in rules):
-        scores.setdefault(f"rewards/{verdict.rule}", []).append(verdict.score)
-    return {
+def rollout_metrics(step: Step) -> dict[str, float]:
+    """What a step's rewards and lengths say: means over its completions, or over its groups.
+
+    Names are TRL's where they mean the same.
+    """
+    assert step.rollout is not None
+    rewards_NG = step.tensors["rewards_NG"]
+    lengths_NG = step.rollout.mask_NGT.sum(-1)
+    equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
+    metrics = {
         "reward": rewards_NG.mean().item(),
-        **{name: sum(values) / len(values) for name, values in scores.items()},
-        "reward_spread": rewards_NG.std(-1, correction=0).mean().item(),
-        "groups_without_spread": (rewards_NG.amax(-1) == rewards_NG.amin(-1)).float().mean().item(),
-        "completion_tokens": lengths.float().mean().item(),
-        "cut_off": 1 - rollout.ended_NG.float().mean().item(),
+        "reward_std": rewards_NG.std(-1).mean().item(),
+        "frac_reward_zero_std": equal_N.float().mean().item(),
+        "completions/mean_length": lengths_NG.float().mean().item(),
+        "completions/clipped_ratio": 1 - step.rollout.ended_NG.float().mean().item(),
+        "completion_tokens": lengths_NG.sum().item(),
     }
+    scores: dict[str, list[float]] = {}
+    for group in step.verdicts_NG:
+        for verdicts in group:
+            for verdict in verdicts:
+                scores.setdefault(f"rewards/{verdict.rule}", []).append(verdict.score)
+    return metrics | {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-def _hide_os_errors(args: threading.ExceptHookArgs) -> None:
+def _silent_on_os_errors(args: threading.ExceptHookArgs) -> None:
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
 
 
-def _json_line(step: int, numbers: dict[str, float]) -> str:
-    """A row of numbers; what is not finite becomes null, since JSON knows no NaN."""
-    row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return json.dumps({"step": step, **row}) + "\n"
-
-
-def _reopened(path: Path, first_step: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Open for appending, without the rows from `first_step` on and without what a crash has left
-    of a row; and those that were kept (for files of short rows: completions are not held).
-    """
-    partial, rows = path.with_suffix(".partial"), []
-    with partial.open("w", encoding="utf-8") as kept:
-        # Iterating a file splits at line ends only; str.splitlines would also split at U+2028 in a
-        # completion.
-        for line in (
-            path.open(encoding="utf-8", errors="replace", newline="\n") if path.exists() else ()
-        ):
-            try:
-                row = json.loads(line)
-                wanted = line.endswith("\n") and row["step"] < first_step
-                if path.stem == "metrics":
-                    wanted = wanted and all(
-                        isinstance(value, int | float | None) for value in row.values()
-                    )
-            except (ValueError, KeyError, TypeError, RecursionError):
-                wanted = False
-            if wanted:
-                kept.write(line)
-                if path.stem != "completions":
-                    rows.append(row)
-    os.replace(partial, path)
-    return path.open("a", encoding="utf-8"), rows
+def _json_numbers(numbers: dict[str, float]) -> dict[str, float | None]:
+    """What is not finite becomes null, since JSON knows no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

@@ -1,14 +1,13 @@
-"""What a run consists of, made ready: questions, models, tokens, optimiser, and how far it has
-come.
-"""
+"""A run: what it consists of, its steps, and what is done between and around them."""
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,42 +16,43 @@ from common.config import Config
 from common.device import use_device
 from common.errors import InputError
 from common.hub import model_folder
-from data import (
-    PromptEncoder,
-    Question,
-    Vocabulary,
-    load_vocabulary,
-)
+from common.program import Stopped
+from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary, prompts_of_steps
 from data.choice import load_questions, prompt_encoder, refuse_overlap
-from grpo.optimizer import MasterAdamW
-from grpo.rollout import MicroBatch, Rollout
+from evaluation.accuracy import tally
+from evaluation.answers import answer_greedily
+from grpo.optimizer import MasterAdamW, scheduled_rate
+from grpo.rollout import MicroBatch, Rollout, completion_logprobs, with_image_features
 from model import Qwen2VL, keep_freed_memory, load_model
+from model.weights import read_companions
 
-from .checkpoint import (
-    claim_run_dir,
+from .checkpoint import Progress, load_progress
+from .folder import (
+    claimed,
     find_checkpoint,
-    load_checkpoint_model,
-    load_progress,
     questions_digest,
-    same_contents,
+    refuse_other_contents,
     weights_digest,
     write_config,
 )
-from .stop import StopRequest
+from .incidents import room_for_incident, write_incident
+from .log import RunLog
+from .saving import Checkpoints
+from .step import Step
+from .stop import FROM_LAST, StopRequest
 
-T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-@dataclass(slots=True)
+@dataclass
 class Run:
-    """`reference` is None where none is needed. `progress` holds "step" (finished ones), "seconds",
-    "tokens" and what else a resumed run must know.
+    """`reference` is None where none is needed.
 
-    `claim` keeps other processes out of the run's folder until it is closed. `stop` says whether
-    the run is asked to end, and `micro_batch_tokens` may become smaller than the config's where a
-    GPU's memory does not suffice. `tell` takes down an incident, its kind and what it says.
+    `micro_batch_tokens` becomes smaller than the config's where a GPU's memory does not suffice.
     """
 
+    config: Config
     train_questions: list[Question]
     validation_questions: list[Question]
     test_questions: list[Question]
@@ -61,98 +61,297 @@ class Run:
     vocabulary: Vocabulary
     encoder: PromptEncoder
     optimizer: MasterAdamW
-    progress: dict[str, Any]
-    claim: IO[str]
-    stop: StopRequest
+    progress: Progress
+    checkpoints: Checkpoints
+    log: RunLog
     micro_batch_tokens: int
-    tell: Callable[[str, str], None]
+    stop: StopRequest = field(default_factory=StopRequest)
+    saved_step: int = 0
 
-    def micro_batches(self, rollout: Rollout) -> Iterator[MicroBatch]:
-        """As `Rollout.micro_batches`; between two of them a request to stop is obeyed."""
-        for part in rollout.micro_batches(self.micro_batch_tokens):
-            self.stop.check()
-            yield part
-
-    def fitted(self, rollout: Rollout, work: Callable[[], T]) -> T:
-        """`work()`, which goes through the micro-batches of the rollout; done anew with smaller
-        ones if a GPU's memory does not suffice. That changes no gradient: the divisor of the loss
-        does not depend on them.
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left; each is recorded, and saved where that is due, after its body.
 
         Raises:
-            InputError: not even one group fits.
+            InputError: an image can't be read, too many steps in a row were not finite, or a
+                checkpoint can't be saved.
+            Stopped: the run was asked to stop.
         """
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                pass  # left before going on: the error holds on to the tensors of what failed
-            self.optimizer.forget_gradients()
-            torch.cuda.empty_cache()
-            before = self.micro_batch_tokens
-            self.micro_batch_tokens = rollout.smaller_micro_batches(before)
-            self.tell(
-                "memory",
-                f"out of memory with micro_batch_tokens = {before}; going on with {self.micro_batch_tokens}",
-            )
+        config = self.config
+        numbers = range(self.progress.step, config.steps)
+        prompts_of = prompts_of_steps(
+            self.encoder,
+            self.train_questions,
+            numbers,
+            config.prompts_per_step,
+            config.seed,
+            self._leave_out if config.bad_images == "skip" else None,
+        )
+        if self._validate_if_due():  # a stop came before it could
+            self._save()
+        self.log.begin(config, self.progress.step)
+        for number in numbers:
+            step = Step(number, (), config.device)
+            with step.phase("prompts"):
+                step.prompts = self._next(prompts_of)
+            if config.freeze_vision:  # all models and passes of the step share what it computes
+                with step.phase("vision"):
+                    step.prompts = with_image_features(self.policy, step.prompts)
+            if step.prompts:
+                yield step
+            self._end(step)
 
-    def update(self, rate: float, loss: Tensor) -> dict[str, Tensor]:
-        """The optimiser's step on the gradients so far; left out, with a norm that says so, if the
-        loss is not finite.
+    def _next(self, prompts_of: Iterator[list[Prompt]]) -> list[Prompt]:
+        try:
+            return next(prompts_of)
+        except InputError as error:
+            remedy = "or go on without such images, by --bad_images skip"
+            raise InputError(f"{error}; {remedy}") from None
 
-        From here on the step must come to its end before the run may stop.
+    def _leave_out(self, error: InputError) -> None:
+        self.log.incident(self.progress.step, "image", f"question left out: {error}")
+
+    def micro_batches(self, rollout: Rollout) -> Iterator[MicroBatch]:
+        """Whole groups, as many as memory allows; between two a request to stop is obeyed."""
+        for batch in rollout.micro_batches(self.micro_batch_tokens):
+            self.stop.check()
+            yield batch
+
+    def watch(self, tokens: Tensor) -> None:
+        """Between two tokens of the rollout a request to stop is obeyed."""
+        self.stop.check()
+
+    def update(self, step: Step, stats: dict[str, Tensor]) -> bool:
+        """The optimiser's step on the gradients so far; adds `stats`, and its own, to the step's.
+
+        Returns False if loss or gradient is not finite: then no weight was changed. From here on
+        the step must be finished before the run may stop.
         """
         self.stop.deferred = True
-        if not torch.isfinite(loss):
+        rate = scheduled_rate(step.number, self.config)
+        if torch.isfinite(stats["loss"]):
+            stats = stats | self.optimizer.step(rate)
+        else:
             self.optimizer.forget_gradients()
-            return {"grad_norm": loss.detach()}
-        return self.optimizer.step(rate)
+            stats = stats | {"grad_norm": stats["loss"]}
+        step.stats |= stats
+        step.stats["learning_rate"] = rate
+        step.finite = bool(torch.isfinite(stats["grad_norm"]))
+        return step.finite
+
+    def answers(self, questions: Sequence[Question], label: str) -> list[str]:
+        """The policy's greedy answers as it stands; `label` is the progress bar's."""
+        return answer_greedily(
+            self.policy, self.vocabulary, self.encoder, questions, config=self.config, label=label
+        )
+
+    def _end(self, step: Step) -> None:
+        """Record and count a step, validate and save where that is due, or stop."""
+        config, progress, number = self.config, self.progress, step.number
+        self.log.step(step)
+        if step.finite:
+            progress.bad_steps = 0
+        else:
+            progress.bad_steps += 1
+            self._record_incident(step)
+        if config.method == "grpo" and step.rollout and number % config.log_samples_every == 0:
+            self.log.sample(step)
+        progress.step = number + 1
+        progress.seconds += sum(step.seconds.values())
+        if step.rollout is not None:
+            progress.tokens += int(step.rollout.mask_NGT.sum())
+        self.stop.deferred = False
+
+        validated = self._validate_if_due()
+        if progress.bad_steps >= config.max_bad_steps:
+            progress.bad_steps = 0  # who goes on from here gets as many again
+            raise InputError(
+                f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; "
+                f"`python -m training.incidents {config.run_dir}` tells more; begin anew in "
+                "another --run_dir, with a lower learning_rate"
+            )
+        last = progress.step == config.steps
+        if validated or last or progress.step % config.save_every == 0:
+            self._save()
+        self.stop.check()
+
+    def _record_incident(self, step: Step) -> None:
+        line = "loss or gradient is not finite, no update"
+        if room_for_incident(self.config):
+            folder = write_incident(self.config, step, self.policy)
+            line += f"; all of it is in {folder}"
+        self.log.incident(step.number, "not finite", line)
+
+    def _validate_if_due(self) -> bool:
+        """Validate every `validate_every` steps and after the last; once, also if stopped there."""
+        progress, config, done = self.progress, self.config, self.progress.step
+        due = done > 0 and (done % config.validate_every == 0 or done == config.steps)
+        if not self.validation_questions or not due or progress.validated == done:
+            return False
+        letters = [question.answer for question in self.validation_questions]
+        accuracy = tally(letters, self.answers(self.validation_questions, "validation"))
+        self.log.validation(done - 1, accuracy.right, accuracy.total)
+        progress.validated = done
+        if not progress.best or accuracy.right > progress.best["right"]:
+            progress.best = {"step": done, "right": accuracy.right, "total": accuracy.total}
+        return True
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.policy, self.optimizer, self.progress)
+        self.saved_step = self.progress.step
+
+    def save_last_whole_step(self, error: BaseException) -> None:
+        """Save it, if weights and progress are those of a whole step; another fault gets a line."""
+        self.optimizer.forget_gradients()
+        unsaved = not self.stop.deferred and self.progress.step > self.saved_step
+        for work in (self.checkpoints.finish, self._save, self.checkpoints.finish):
+            try:
+                if work != self._save or unsaved:
+                    work()
+            except InputError as other:
+                if str(other) != str(error):
+                    print(f"\n{other}", file=sys.stderr)
 
 
-def prepare(config: Config) -> Run:
+def smaller_if_memory_is_full(
+    work: Callable[Concatenate[Run, Rollout, Arguments], Result],
+) -> Callable[Concatenate[Run, Rollout, Arguments], Result]:
+    """`work(run, rollout, ...)`, which goes through micro-batches: anew with smaller ones if a
+    GPU's memory does not suffice.
+
+    That changes no gradient: the divisor of the loss does not depend on micro-batches. InputError
+    if not even one group fits.
+    """
+
+    @wraps(work)
+    def fitted(
+        run: Run, rollout: Rollout, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        while True:
+            try:
+                return work(run, rollout, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                pass  # left before going on: the error holds the tensors of what failed
+            run.optimizer.forget_gradients()
+            torch.cuda.empty_cache()
+            before = run.micro_batch_tokens
+            run.micro_batch_tokens = rollout.smaller_micro_batches(before)
+            line = f"out of memory with micro_batch_tokens = {before}"
+            line += f"; going on with {run.micro_batch_tokens}"
+            run.log.incident(run.progress.step, "memory", line)
+
+    return fitted
+
+
+@smaller_if_memory_is_full
+@torch.no_grad()
+def rollout_logprobs(run: Run, rollout: Rollout, model: Qwen2VL) -> Tensor:
+    """log pi (N, G, T) of a whole rollout under a model as it stands; 0 outside the mask."""
+    logp_NGT = torch.zeros_like(rollout.logp_NGT)
+    for batch in run.micro_batches(rollout):
+        logp, _ = completion_logprobs(
+            model, batch, run.vocabulary.allowed_V, run.config.temperature
+        )
+        batch.cut(logp_NGT).copy_(logp)
+    return logp_NGT
+
+
+@contextmanager
+def saving_at_the_end(run: Run) -> Iterator[None]:
+    """Within, the run is trained, and signals ask it to stop.
+
+    Whatever comes from outside (bad files, a full disk, a signal) leaves a checkpoint of the last
+    whole step behind, if one can be written, before it goes on to the caller.
+    """
+    with run.stop.listening():
+        try:
+            yield
+            run.log.end()
+            run.checkpoints.finish()
+        except Stopped as stopped:
+            run.save_last_whole_step(stopped)
+            raise Stopped(stopped.signal, _goes_on_from(run)) from None
+        except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            run.save_last_whole_step(error)
+            if isinstance(error, OSError):  # it says why, but not always where
+                error.filename = error.filename or run.config.run_dir
+            raise
+    if run.stop.signal:  # it came while the last checkpoint was written
+        raise Stopped(run.stop.signal, _goes_on_from(run))
+
+
+def _goes_on_from(run: Run) -> str:
+    return f"stopped; {FROM_LAST.replace('the last checkpoint', run.checkpoints.newest())}"
+
+
+@contextmanager
+def prepared(config: Config) -> Iterator[Run]:
     """Begin or resume the run that `config` describes, and say on the terminal what it is.
-    InputError for bad input.
+
+    Its folder is this process's own until the context is left. InputError for bad input.
     """
     keep_freed_memory()
     use_device(config)
     questions = load_questions(config)
     refuse_overlap(*questions)
-    claim = claim_run_dir(config)
-    checkpoint = find_checkpoint(config)
-    folder = model_folder(config.model)
-    load_base = partial(load_model, folder, config.device, config.dtype)
-    policy = load_checkpoint_model(config, checkpoint, folder) if checkpoint else load_base()
-    reference = (
-        load_base().requires_grad_(False) if config.beta and config.method == "grpo" else None
-    )
+    with claimed(config):
+        checkpoint = find_checkpoint(config)
+        folder = model_folder(config.model)
+        policy, reference = _models(config, folder, checkpoint)
+        vocabulary = load_vocabulary(folder, policy.config, config.device)
+        encoder = prompt_encoder(vocabulary, policy.config, config)
+        train, validation, test = _fitting(encoder, config, *questions)
+
+        optimizer = MasterAdamW(policy, config)
+        progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
+        contents = {
+            "base weights": weights_digest(folder),
+            "training questions": questions_digest(train),
+            "validation questions": questions_digest(validation),
+            "test questions": questions_digest(test),
+        }
+        refuse_other_contents(config, progress.contents or contents, contents)
+        progress.contents = contents
+        write_config(config)
+        _warn_of_a_full_disk(config, policy, optimizer)
+        if checkpoint:
+            print(f"going on from {checkpoint}")
+        with Checkpoints(config) as checkpoints, RunLog(config, progress.step) as log:
+            yield Run(
+                config=config,
+                train_questions=train,
+                validation_questions=validation,
+                test_questions=test,
+                policy=policy,
+                reference=reference,
+                vocabulary=vocabulary,
+                encoder=encoder,
+                optimizer=optimizer,
+                progress=progress,
+                checkpoints=checkpoints,
+                log=log,
+                micro_batch_tokens=config.micro_batch_tokens,
+                saved_step=progress.step,
+            )
+
+
+def _models(
+    config: Config, folder: Path, checkpoint: Path | None
+) -> tuple[Qwen2VL, Qwen2VL | None]:
+    """The policy, as the checkpoint has it or the base, and the frozen reference, or None."""
+    policy = load_model(checkpoint or folder, config.device, config.dtype)
+    policy.companions = read_companions(folder)  # tokenizer files come from the base in any case
     policy.recompute = config.activation_checkpointing
+    reference = None
+    if config.beta and config.method == "grpo":
+        reference = load_model(folder, config.device, config.dtype).requires_grad_(False)
     if config.freeze_vision:
         policy.visual.requires_grad_(False)
         if reference is not None:
             reference.visual = policy.visual  # one tower in memory
-    vocabulary = load_vocabulary(folder, policy.config, config.device)
-    encoder = prompt_encoder(vocabulary, policy.config, config)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    print(
-        f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {config.dtype} on {config.device}"
-    )
-    train, validation, test = _fitting(encoder, config, *questions)
-    optimizer = MasterAdamW(policy, config)
-    progress = (
-        load_progress(checkpoint, optimizer)
-        if checkpoint
-        else {"step": 0, "seconds": 0.0, "tokens": 0}
-    )
-    names = "training questions", "validation questions", "test questions"
-    digests = dict(zip(names, map(questions_digest, (train, validation, test))))
-    same_contents(config, progress, {"base weights": weights_digest(folder), **digests})
-    write_config(config)
-    _warn_of_a_full_disk(config, policy, optimizer)
-    if checkpoint:
-        print(f"going on from {checkpoint}")
-    return Run(
-        train, validation, test, policy, reference, vocabulary, encoder, optimizer, progress, claim, StopRequest(),
-        config.micro_batch_tokens, lambda kind, says: print(says, file=sys.stderr),
-    )  # fmt: skip
+    place = f"{config.dtype} on {config.device}"
+    print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {place}")
+    return policy, reference
 
 
 def _fitting(
@@ -172,33 +371,27 @@ def _fitting(
     validating = f"{len(validation)} to validate on, " if validation else ""
     print(f"{len(train)} questions to train on, {validating}{len(test)} to test")
     if skipped or skipped_validation or skipped_tests:
-        limit = f"left out as longer than {config.max_prompt_tokens} tokens"
-        print(
-            f"{limit}: {skipped} of training, {skipped_validation} of validation, {skipped_tests} of test"
+        counts = (
+            f"{skipped} of training, {skipped_validation} of validation, {skipped_tests} of test"
         )
+        print(f"left out as longer than {config.max_prompt_tokens} tokens: {counts}")
     if unreadable:
-        print(
-            f"left out when their turn comes, as their images can't be read: {len(unreadable)}, first {unreadable[0]}"
-        )
+        count = f"{len(unreadable)}, first {unreadable[0]}"
+        print(f"left out when their turn comes, as their images can't be read: {count}")
     return train, validation, test
 
 
 def _warn_of_a_full_disk(config: Config, policy: Qwen2VL, optimizer: MasterAdamW) -> None:
-    """Before the night and not in the middle of it: checkpoints that are kept, the best, one being
-    written.
-    """
+    """Before the night and not in it: checkpoints that are kept, the best, one being written."""
     masters = sum(4 * param.numel() for param in optimizer.params)
     weights = sum(param.nbytes for param in policy.parameters())
-    each = weights + (2 if config.dtype == "float32" else 3) * masters
-    needed = each * (
-        config.keep_checkpoints
-        + 1
-        + bool(config.validation_questions or config.validation_fraction)
-    )
-    there = sum(
-        file.stat().st_size for file in Path(config.run_dir).glob("checkpoints/step-??????/*")
-    )
-    free = shutil.disk_usage(config.run_dir).free + there
+    copies = 2 if config.dtype == "float32" else 3  # both moments, and masters if separate
+    best = bool(config.validation_questions or config.validation_fraction)
+    needed = (weights + copies * masters) * (config.keep_checkpoints + 1 + best)
+    run_dir = Path(config.run_dir)
+    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-??????/*"))
+    free = shutil.disk_usage(run_dir).free + held
     if needed > free:
-        print(f"! checkpoints may take {needed / 1e9:.1f} GB here, but only {free / 1e9:.1f} GB are free for them in "
-              f"{config.run_dir}: lower keep_checkpoints or make room", file=sys.stderr)  # fmt: skip
+        line = f"checkpoints may take {needed / 1e9:.1f} GB here, but only {free / 1e9:.1f} GB are"
+        remedy = "lower keep_checkpoints or make room"
+        print(f"! {line} free for them in {run_dir}: {remedy}", file=sys.stderr)

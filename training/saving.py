@@ -1,13 +1,11 @@
-"""Writing checkpoints while training goes on, so that each is whole on the disk before it has its
-name.
-"""
+"""Saving checkpoints while training goes on."""
 
-import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,50 +17,43 @@ from grpo.optimizer import MasterAdamW
 from model import Qwen2VL, save_model
 from model.weights import published_tensors, write_tensors
 
-from .checkpoint import MANIFEST, checkpoints, sha256_of
+from .checkpoint import Progress, checkpoints, commit, progress_json
 
 
 class Checkpoints:
-    """Saves a run's checkpoints, in a thread of its own wherever memory allows a copy of what is
-    saved.
+    """Saves a run's checkpoints, in a thread of its own where memory allows a copy of them.
 
-    Kept are the newest `config.keep_checkpoints`, and the best on validation
-    (`progress["best"]["step"]`).
+    Kept are the newest `config.keep_checkpoints`, and the best on validation. Leaving the context
+    ends the thread, after what it is saving.
     """
 
     def __init__(self, config: Config) -> None:
-        self.folder, self.kept = Path(config.run_dir) / "checkpoints", config.keep_checkpoints
+        self.folder = Path(config.run_dir) / "checkpoints"
+        self.kept = config.keep_checkpoints
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
-    def save(self, model: Qwen2VL, optimizer: MasterAdamW, progress: dict[str, Any]) -> Path:
-        """Write `step-NNNNNN`; `progress` holds the finished steps ("step") and all else to resume
-        from.
+    def save(self, model: Qwen2VL, optimizer: MasterAdamW, progress: Progress) -> Path:
+        """Write `step-NNNNNN`.
 
-        It may still be on its way when this returns: `finish` waits for it, and so does the next
-            one.
+        It may still be on its way when this returns: `finish` waits for it, and so does the next.
 
         Raises:
             InputError: this one, or the one before, can't be written.
         """
         self.finish()
-        if not bool(torch.stack([param.isfinite().all() for param in model.parameters()]).all()):
-            raise InputError(
-                f"{self.folder.parent}: the weights are not finite any more and are not saved: training has diverged; "
-                f"begin anew in another --run_dir with a lower learning_rate (the last sound weights: {self.newest()})"
-            )
-        told = json.dumps(progress)  # as it is now
-        final = self.folder / f"step-{progress['step']:06d}"
-        best = progress.get("best", {}).get("step")
+        self._refuse_diverged(model)
+        final = self.folder / f"step-{progress.step:06d}"
+        text = progress_json(progress)  # as it is now
+        best = progress.best.get("step", 0)
         state = optimizer.state()
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *state.values()))
         if available_memory() < 2 * size:  # the copy, and as much again for the run
-            self._write(final, model, None, state, told, best)
+            self._write(final, model, None, state, text, best)
         else:
+            weights = published_tensors(model)
             copies = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-            self._saving = self._pool.submit(
-                self._write, final, model, published_tensors(model), copies, told, best
-            )
+            self._saving = self._pool.submit(self._write, final, model, weights, copies, text, best)
         return final
 
     def finish(self) -> None:
@@ -71,13 +62,27 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def close(self) -> None:
-        """End the thread, after what it is saving."""
-        self._pool.shutdown()
-
     def newest(self) -> str:
         """Where a run that ended now would go on from, in words."""
-        return str(["the beginning", *checkpoints(self.folder.parent)][-1])
+        saved = checkpoints(self.folder.parent)
+        return str(saved[-1]) if saved else "the beginning"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+    def _refuse_diverged(self, model: Qwen2VL) -> None:
+        finite = torch.stack([param.isfinite().all() for param in model.parameters()]).all()
+        if not finite:
+            raise InputError(
+                f"{self.folder.parent}: the weights are not finite any more and are not saved: "
+                "training has diverged; begin anew in another --run_dir with a lower learning_rate "
+                f"(the last sound weights: {self.newest()})"
+            )
 
     def _write(
         self,
@@ -86,11 +91,11 @@ class Checkpoints:
         weights: dict[str, Tensor] | None,
         state: dict[str, Tensor],
         progress: str,
-        best: int | None,
+        best: int,
     ) -> None:
         partial = final.with_suffix(".partial")
         try:
-            for leftover in self.folder.glob("*.partial"):
+            for leftover in self.folder.glob("*.partial"):  # of a kill
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             save_model(model, partial, weights)
             write_tensors(state, partial / "optimizer.safetensors")
@@ -99,45 +104,16 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older checkpoints and "
-                f"incidents/*/model may go) or mend the disk, and the same command goes on from {self.newest()}"
+                f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older "
+                "checkpoints and incidents/*/model may go) or mend the disk, and the same command "
+                f"goes on from {self.newest()}"
             ) from None
+        self._delete_old(best)
+
+    def _delete_old(self, best: int) -> None:
         for old in checkpoints(self.folder.parent)[: -self.kept]:
-            if old.name != f"step-{best or 0:06d}":
-                going = old.with_suffix(
-                    ".partial"
-                )  # a kill while it is deleted leaves nothing that looks whole
+            if old.name != f"step-{best:06d}":
+                # Renamed first: a kill while it is deleted leaves nothing that looks whole.
+                going = old.with_suffix(".partial")
                 os.replace(old, going)
                 shutil.rmtree(going)
-
-
-def commit(partial: Path, final: Path) -> None:
-    """Give a folder that is written its manifest and its name; before it has that name, all of it
-    is on the disk.
-    """
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in files
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in (*files, partial / MANIFEST, partial):
-        _flush(path)
-    if (
-        final.exists()
-    ):  # saved once more: out of the way first, so that the name never means a torn one
-        os.replace(final, aside := final.with_suffix(".old.partial"))
-        os.replace(partial, final)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,62 +11,47 @@ from torch import Tensor
 
 from common.config import Config
 from data import Question
-from grpo.optimizer import scheduled_rate
-from grpo.rollout import Rollout, completion_logprobs, with_image_features, written_rollout
+from grpo.rollout import Rollout, completion_logprobs, written_rollout
 
-from .run import Run
-from .session import Session
+from .run import Run, smaller_if_memory_is_full
+
+TARGETS = {
+    "tags": "<answer>{letter}</answer>",
+    "bare": "{letter}",
+    "named": "<think>The answer is {option}.</think><answer>{letter}</answer>",
+}
 
 
-def fine_tune(session: Session, run: Run, config: Config) -> None:
+def fine_tune(run: Run, config: Config) -> None:
     """Train `run.policy` by cross-entropy on the right answers; leaves metrics and checkpoints."""
-    for step, prompts, clock in session:
-        if config.freeze_vision:
-            prompts = with_image_features(run.policy, prompts)
-        targets = [
-            [target(prompt.question, config.sft_answer)] for prompt in prompts
-        ]  # a group of one
-        answers = written_rollout(run.vocabulary, prompts, targets, config.device)
-
-        loss, probability = run.fitted(answers, lambda: accumulate_cross_entropy(run, answers))
-        rate = scheduled_rate(step, config)
-        stats = {"loss": loss, "probability": probability, **run.update(rate, loss)}
-        clock.lap("update")
-
-        session.log.record(
-            step, {name: float(x) for name, x in stats.items()} | {"learning_rate": rate}, clock
-        )
-        session.end_step(step, clock, answers, stats)
+    for step in run.steps():
+        targets = [[target(prompt.question, config.sft_answer)] for prompt in step.prompts]
+        answers = written_rollout(run.vocabulary, step.prompts, targets, config.device)
+        with step.phase("update"):
+            loss, probability = accumulate_cross_entropy(run, answers)
+            run.update(step, {"loss": loss, "probability": probability})
+        step.finish(answers)
 
 
 def target(question: Question, form: str) -> str:
-    """The completion that is trained on: the right letter in answer tags ("tags"), alone ("bare"),
-    or in tags after a think block that names its option ("named").
-    """
-    right = question.options[ord(question.answer) - ord("A")]
-    forms = {
-        "tags": "<answer>{0}</answer>",
-        "bare": "{0}",
-        "named": "<think>The answer is {1}.</think><answer>{0}</answer>",
-    }
-    return forms[form].format(question.answer, right)
+    """The completion that is trained on, in one of the forms of `TARGETS`."""
+    option = question.options[ord(question.answer) - ord("A")]
+    return TARGETS[form].format(letter=question.answer, option=option)
 
 
+@smaller_if_memory_is_full
 def accumulate_cross_entropy(run: Run, answers: Rollout) -> tuple[Tensor, Tensor]:
-    """Gradient of the mean cross-entropy over all answer tokens, end of turn included, a
-    micro-batch at a time.
+    """Gradient of the mean cross-entropy over all answer tokens, end of turn included.
 
     Returns the loss (nats per token), and the mean probability of a whole answer.
     """
-    total = answers.mask_NGT.sum()  # the divisor, fixed before anything is split
+    tokens = answers.mask_NGT.sum()  # the divisor, fixed before anything is split
     loss, probability = answers.logp_NGT.new_zeros(()), answers.logp_NGT.new_zeros(())
-    for _, prompts, tokens, mask in run.micro_batches(answers):
-        logp, _ = completion_logprobs(
-            run.policy, prompts, tokens, mask, run.vocabulary.allowed_V, temperature=1.0
-        )
-        part = -logp.sum() / total
-        part.backward()
+    for batch in run.micro_batches(answers):
+        logp, _ = completion_logprobs(run.policy, batch, run.vocabulary.allowed_V, temperature=1.0)
+        batch_loss = -logp.sum() / tokens
+        batch_loss.backward()
         run.optimizer.accumulate()
-        loss += part.detach()
+        loss += batch_loss.detach()
         probability += logp.detach().sum(-1).exp().sum() / len(answers.prompts)
     return loss, probability

@@ -1,0 +1,93 @@
+"""train.py from the command line to the table: a run between two measurements of accuracy."""
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from common.command_line import parse_arguments
+from common.config import Config
+from common.program import run_program
+from common.terminal import patient_output
+from evaluation.accuracy import accuracy_by_modality, comparison_table, run_summary
+from evaluation.audits.blind import blind_credits, by_modality
+from evaluation.statistics import percent, percent_with_interval
+from model import save_model
+
+from .run import Run, prepared, saving_at_the_end
+from .sft import fine_tune
+from .stop import FROM_LAST, stop_at_once
+
+Method = Callable[[Run, Config], None]
+
+
+def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) -> int:
+    """Do what train.py's command line asks for, and return its exit code.
+
+    0 done; 2 something must be mended, as the one line says; 130, 143 or 129 stopped by Ctrl-C,
+    SIGTERM or SIGHUP, with a checkpoint of the last whole step.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stop_at_once)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, stop_at_once)
+
+    def work() -> None:
+        config, plan_only = parse_arguments(description)
+        if plan_only:
+            dry_run(config)
+        else:
+            with prepared(config) as run:
+                measured(run, {"grpo": grpo, "sft": fine_tune}[config.method])
+
+    with patient_output():
+        return run_program("train.py", work, when_stopped=f"stopped at once; {FROM_LAST}")
+
+
+def measured(run: Run, method: Method) -> None:
+    """Train between two measurements of accuracy; leaves model and summary, prints the table."""
+    folder, questions, progress = Path(run.config.run_dir), run.test_questions, run.progress
+    if progress.answers_before is None:
+        progress.answers_before = run.answers(questions, "accuracy before")
+    with saving_at_the_end(run):
+        method(run, run.config)
+    save_model(run.policy, folder / "model")
+
+    before = accuracy_by_modality(questions, progress.answers_before)
+    after = accuracy_by_modality(questions, run.answers(questions, "accuracy after"))
+    blind = by_modality(questions, blind_credits(run.train_questions, questions))
+    totals = {"steps": progress.step, "seconds": progress.seconds, "tokens": progress.tokens}
+    summary = run_summary(before, after, blind, **totals)
+    if progress.best:
+        summary["validation"] = progress.best
+    text = json.dumps(summary, indent=2) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+
+    tokens = f"{progress.tokens:,} completion tokens"
+    print(f"\n{progress.step} steps in {progress.seconds:.0f} s, {tokens}")
+    for kind, count in run.log.incidents.items():
+        print(f"incidents: {count} of kind {kind!r}, see {folder / 'incidents.jsonl'}")
+    if progress.best:
+        print(_best_validation(run, folder))
+    if after:
+        table = comparison_table(before, after, blind)
+        print(f"Greedy accuracy in percent (95 % interval):\n\n{table}\n")
+    print(f"model:  {folder / 'model'}\ncurves: tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def _best_validation(run: Run, folder: Path) -> str:
+    """The best on validation, beside the best guess that sees no image, and where it was saved."""
+    questions, best = run.validation_questions, run.progress.best
+    counts = Counter(question.modality for question in questions)
+    guesses = by_modality(questions, blind_credits(run.train_questions, questions))
+    rates = []
+    for rate_of in guesses.values():
+        credit = sum(rate_of[modality] * count for modality, count in counts.items())
+        rates.append(credit / len(questions))
+    accuracy = percent_with_interval(best["right"], best["total"])
+    checkpoint = folder / "checkpoints" / f"step-{best['step']:06d}"
+    return (
+        f"validation: best {accuracy} % of {best['total']} (the best guess without the image "
+        f"{percent(max(rates))} %) after {best['step']} steps: {checkpoint}"
+    )

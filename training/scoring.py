@@ -1,0 +1,26 @@
+"""The rules of `rewards`, applied to a whole rollout."""
+
+import torch
+from torch import Tensor
+
+from common.config import Config
+from grpo.rollout import Rollout
+from rewards import Verdict, score
+
+
+def score_rollout(rollout: Rollout) -> list[list[tuple[Verdict, ...]]]:
+    """Every rule's verdict on every completion: N groups of G tuples."""
+    verdicts_NG = []
+    for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
+        verdicts_NG.append([score(text, prompt.question.answer) for text in texts])
+    return verdicts_NG
+
+
+def weighted_sum(verdicts_NG: list[list[tuple[Verdict, ...]]], config: Config) -> Tensor:
+    """Rewards (N, G): each rule's score times its weight, which is `config.<rule>_weight`."""
+    rewards_NG = torch.zeros(len(verdicts_NG), len(verdicts_NG[0]))
+    for n, group in enumerate(verdicts_NG):
+        for g, verdicts in enumerate(group):
+            for verdict in verdicts:
+                rewards_NG[n, g] += getattr(config, f"{verdict.rule}_weight") * verdict.score
+    return rewards_NG.to(config.device)
