@@ -2,14 +2,13 @@
 other packages.
 """
 
-from .letter import LETTERS, Parsed, parse_letter
+from .letter import LETTERS, parse_letter
 from .rules import Verdict, accuracy_reward, answer_text, format_reward, read_letter, think_text
 from .scoring import RULES, score
 
 __all__ = [
     "LETTERS",
     "RULES",
-    "Parsed",
     "Verdict",
     "accuracy_reward",
     "answer_text",

@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 
-from .letter import LETTERS, VISIBLE, excerpt, parse_letter
+from .letter import LETTERS, excerpt, parse_letter, visible
 
 _ANY_TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE | re.ASCII)
 _OPEN = re.compile(r"<answer>", re.IGNORECASE | re.ASCII)
@@ -93,7 +93,7 @@ def read_letter(completion: str) -> str | None:
         if thought is None and _THINK.search(completion):
             return None  # it never came to an end of its reasoning
         text = completion[thought.end() :] if thought else completion
-    return parse_letter(text).letter
+    return parse_letter(text)
 
 
 def judge_format(completion: str) -> Verdict:
@@ -117,7 +117,7 @@ def judge_format(completion: str) -> Verdict:
         if text.strip():
             return Verdict("format", 0.0, f"text {name}: {excerpt(text.strip())}")
     for name, text in (("think", think), ("answer", answer)):
-        if not VISIBLE.search(text):
+        if not visible(text):
             return Verdict("format", 0.0, f"the {name} block is empty")
     return Verdict("format", 1.0, "one think block, then one answer block, and nothing else")
 
@@ -132,9 +132,13 @@ def judge_accuracy(completion: str, answer: str) -> Verdict:
     text = answer_text(completion)
     if text is None:
         return Verdict("accuracy", 0.0, "no <answer>...</answer> block")
-    parsed = parse_letter(text)
-    if parsed.letter is None:
-        return Verdict("accuracy", 0.0, parsed.why)
-    if parsed.letter != right:
-        return Verdict("accuracy", 0.0, f"{parsed.why}; {right} is right")
-    return Verdict("accuracy", 1.0 if parsed.exact else 0.5, parsed.why)
+    letter = parse_letter(text)
+    if letter is None:
+        why = f"the answer {excerpt(text)} chooses no single option letter"
+        return Verdict("accuracy", 0.0, why)
+    if letter != right:
+        return Verdict("accuracy", 0.0, f"the answer chooses {letter}; {right} is right")
+    if visible(text).upper() != right:
+        why = f"the answer chooses {right} with something added: {excerpt(text)}"
+        return Verdict("accuracy", 0.5, why)
+    return Verdict("accuracy", 1.0, f"the answer is exactly {right}")
