@@ -188,10 +188,7 @@ def score_rollout(rollout: Rollout) -> tuple[list[list[tuple[Verdict, ...]]], Te
     """Every rule's verdict on every completion, and their scores as a tensor (N, G, R)."""
     groups = zip(rollout.prompts, rollout.texts, strict=True)
     asked = ((prompt.question, texts) for prompt, texts in groups)
-    verdicts = [
-        [score(text, question.answer, question.options) for text in texts]
-        for question, texts in asked
-    ]
+    verdicts = [[score(text, question.answer) for text in texts] for question, texts in asked]
     scores = [[[verdict.score for verdict in rules] for rules in group] for group in verdicts]
     return verdicts, torch.tensor(scores)
 

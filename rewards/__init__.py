@@ -3,8 +3,16 @@ other packages.
 """
 
 from .letter import LETTERS, parse_letter
-from .rules import Verdict, accuracy_reward, answer_text, format_reward, read_letter, think_text
-from .scoring import RULES, score
+from .rules import (
+    RULES,
+    Verdict,
+    accuracy_reward,
+    answer_text,
+    format_reward,
+    read_letter,
+    score,
+    think_text,
+)
 
 __all__ = [
     "LETTERS",

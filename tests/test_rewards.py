@@ -378,19 +378,37 @@ def test_a_lenient_reader_finds_the_letter_without_tags_but_never_inside_the_rea
     assert read_letter(completion) == letter
 
 
-def test_score_gives_every_rule_in_the_order_of_the_registry() -> None:
-    assert list(RULES) == ["format", "accuracy", "consistency"]
-    verdicts = score(
-        "<think>It is the heart.</think><answer>B) Heart</answer>", "b", ("Lung", "Heart")
+def test_score_gives_every_rule_in_the_order_of_the_table() -> None:
+    assert list(RULES) == ["format", "accuracy"]
+    assert score("<think>It is the heart.</think><answer>B) Heart</answer>", "b") == (
+        Verdict("format", 1.0, "one think block, then one answer block, and nothing else"),
+        Verdict("accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'"),
     )
-    assert [(v.rule, v.score) for v in verdicts] == [
-        ("format", 1.0),
-        ("accuracy", 0.5),
-        ("consistency", 1.0),
-    ]
-    assert verdicts[1] == Verdict(
-        "accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'"
-    )
+
+
+def test_another_reward_is_one_more_entry_of_the_table(monkeypatch) -> None:
+    def judge_brevity(completion: str, answer: str) -> tuple[float, str]:
+        return 1.0 / len(completion), "shorter is better"
+
+    monkeypatch.setitem(RULES, "brevity", judge_brevity)
+    assert score("four", "B")[2] == Verdict("brevity", 0.25, "shorter is better")
+
+
+@pytest.mark.parametrize(
+    ("completion", "rule", "why"),
+    [
+        ("B", 0, "the tags are '', not <think> </think> <answer> </answer>"),
+        ("Well: <think>t</think><answer>B</answer>", 0, "text outside the blocks: 'Well:'"),
+        ("<think> </think><answer>B</answer>", 0, "the think block is empty"),
+        ("<think>t</think><answer> </answer>", 0, "the answer block is empty"),
+        ("B", 1, "no <answer>...</answer> block"),
+        ("<answer>A or B</answer>", 1, "the answer 'A or B' chooses no single option letter"),
+        ("<answer>A) Lung</answer>", 1, "the answer chooses A; B is right"),
+        ("<answer>b</answer>", 1, "the answer is exactly B"),
+    ],
+)
+def test_each_way_to_be_scored_has_its_own_reason(completion: str, rule: int, why: str) -> None:
+    assert score(completion, "B")[rule].why == why
 
 
 # Hostile completions
@@ -474,19 +492,15 @@ def test_the_command_prints_each_rule_and_why() -> None:
     run = command("--answer", "B", answered("B) Heart"))
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines() == [
-        "format       1.0  one think block, then one answer block, and nothing else",
-        "accuracy     0.5  the answer chooses B with something added: 'B) Heart'",
+        "format    1.0  one think block, then one answer block, and nothing else",
+        "accuracy  0.5  the answer chooses B with something added: 'B) Heart'",
     ]
-    run = command("--answer", "B", answered("B"), "--options", "Lung", "Heart")
-    assert run.stdout.splitlines()[2].startswith(
-        "consistency  0.0  "
-    )  # the reasoning names the lung, option A
 
 
 def test_the_command_reads_standard_input_and_prints_no_escape_sequence() -> None:
     run = command("--answer", "B", "-", stdin=answered("\x1b[31m心脏"), encoding="ascii")
     assert run.returncode == 0 and "\x1b" not in run.stdout and run.stdout.isascii()
-    assert run.stdout.splitlines()[1].startswith("accuracy     0.0  ")
+    assert run.stdout.splitlines()[1].startswith("accuracy  0.0  ")
 
 
 @pytest.mark.parametrize(
@@ -512,8 +526,8 @@ def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[st
     "completion, answer, expected",
     [
         (
-            "<think>\nThe heart and lungs appear normal, and there are no signs of fluid accumulation.\n</think>\n\n"
-            "<answer>R</answer>",
+            "<think>\nThe heart and lungs appear normal, and there are no signs of fluid "
+            "accumulation.\n</think>\n\n<answer>R</answer>",
             "D",
             (1.0, 0.0),
         ),  # a letter that is no option
@@ -578,16 +592,14 @@ LAYOUTS = [
 ]
 
 
-def test_letter_and_option_text_of_the_published_test_set_score_half_and_the_text_alone_nothing() -> (
-    None
-):
+def test_real_options_score_half_after_their_letter_and_nothing_alone() -> None:
     questions = json.loads(shared("medvlm_r1_test_questions.json"))
     assert len(questions) == 900
     for question in questions:
         right = question["solution"]
         for layout in LAYOUTS:
             assert parse_letter(layout.format(right, question["answer"])) == right
-        for letter, option in zip("ABCD", question["options"]):
+        for letter, option in zip("ABCD", question["options"], strict=False):
             assert parse_letter(option) is None, option
             assert accuracy_reward(answered(letter), right) == (letter == right), question
             assert accuracy_reward(answered(f"{letter}) {option}"), right) == 0.5 * (

@@ -107,9 +107,9 @@ def score_that_fails(*steps: int):
     """A rule that gives NaN in these steps, for all of a step's 12 completions."""
     calls = []
 
-    def score(completion, answer, options):
+    def score(completion, answer):
         calls.append(1)
-        verdicts = vowel_score(completion, answer, options)
+        verdicts = vowel_score(completion, answer)
         bad = (len(calls) - 1) // 12 in steps
         return (Verdict("format", float("nan"), "broken"), *verdicts[1:]) if bad else verdicts
 
