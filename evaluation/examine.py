@@ -209,7 +209,7 @@ def forced_letters(
 
 def _prediction(question: Question, answers: list[Answer]) -> Row:
     (answer,) = answers
-    verdicts = score(answer.text, question.answer, question.options)
+    verdicts = score(answer.text, question.answer)
     return {
         "modality": question.modality,
         "question_type": question.question_type,

@@ -2,14 +2,21 @@
 other packages.
 """
 
-from .letter import LETTERS, Parsed, parse_letter
-from .rules import Verdict, accuracy_reward, answer_text, format_reward, read_letter, think_text
-from .scoring import RULES, score
+from .letter import LETTERS, parse_letter
+from .rules import (
+    RULES,
+    Verdict,
+    accuracy_reward,
+    answer_text,
+    format_reward,
+    read_letter,
+    score,
+    think_text,
+)
 
 __all__ = [
     "LETTERS",
     "RULES",
-    "Parsed",
     "Verdict",
     "accuracy_reward",
     "answer_text",

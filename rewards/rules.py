@@ -1,5 +1,8 @@
-"""The two rules of MedVLM-R1's reward: is the completion in the asked format, and is its letter
+"""The two rules of MedVLM-R1's reward: is the completion in the requested format, and is its letter
 right?
+
+Another reward is another function `(completion, answer) -> (score, why)`, its entry in `RULES` at
+the end, and its weight in train.py.
 
 Source: MedVLM-R1 (arXiv 2502.19634), section on the reward design (a format reward of 1 for
 `<think>` then `<answer>` and nothing else; an accuracy reward of 1 for exactly the right letter,
@@ -8,29 +11,31 @@ Source: MedVLM-R1 (arXiv 2502.19634), section on the reward design (a format rew
 - format: white space around the whole completion is allowed, an empty think or answer block is not,
   and neither are tags inside a block or a second pair of blocks (its `.*?` runs across them);
 - accuracy: a letter is what a reader would take for one (see `rewards.letter`), not any of the
-  characters A-J. Its code gives 0 to "B, there is no clear ..." and to most correct "B) option
-  text" answers, and 0.5 to some that choose no letter;
+  characters A-J;
 - accuracy: it takes the first `<answer>...</answer>`. Here the answer runs from the first
   `<answer>` to the last `</answer>`, so that a completion that answers twice gets at most 0.5, and
   nothing if it names two letters.
 
-As there, no answer block, or one that is cut off before its end tag, scores 0, and accuracy (but
-not format) takes tags in any case. Each rule is deterministic and linear in the completion's
-length.
+As there, a missing or truncated answer block scores 0, and accuracy (but not format) takes tags in
+any case. Each rule is deterministic and linear in the completion's length.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
-from .letter import LETTERS, VISIBLE, excerpt, parse_letter
+from .letter import LETTERS, excerpt, parse_letter, visible
 
-_ANY_TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE | re.ASCII)
-_OPEN = re.compile(r"<answer>", re.IGNORECASE | re.ASCII)
-_CLOSE = re.compile(r"</answer>", re.IGNORECASE | re.ASCII)
-_THINK = re.compile(r"<think>", re.IGNORECASE | re.ASCII)
-_THOUGHT = re.compile(r"</think>", re.IGNORECASE | re.ASCII)
-_FORMAT = ["<think>", "</think>", "<answer>", "</answer>"]
+_FORMAT = "<think> </think> <answer> </answer>"
+# Tags in any case, so that format refuses a second answer in capitals, which accuracy would read.
+_FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL
+_TAG = re.compile(r"</?(?:think|answer)>", _FLAGS)
+# "(?>...)" never goes on to a second opening tag: a thousand without an end would cost a thousand
+# readings.
+_ANSWER = re.compile(r"(?>.*?<answer>)(.*)</answer>", _FLAGS)
+_THINK = re.compile(r"(?>.*?<think>)(.*?)</think>", _FLAGS)
+_THINK_BEGIN = re.compile(r"<think>", _FLAGS)
+_THINK_END = re.compile(r"</think>", _FLAGS)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ def format_reward(completion: str) -> float:
     """1 if the completion is one think block, then one answer block, neither blank, and nothing
     else; otherwise 0.
     """
-    return judge_format(completion).score
+    score, _ = judge_format(completion)
+    return score
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
@@ -57,84 +63,84 @@ def accuracy_reward(completion: str, answer: str) -> float:
 
     Raises ValueError if `answer` is not one of the letters A-J (in either case).
     """
-    return judge_accuracy(completion, answer).score
+    score, _ = judge_accuracy(completion, answer)
+    return score
 
 
 def answer_text(completion: str) -> str | None:
-    """What stands between the first `<answer>` and the last `</answer>`, or None if there is no
-    such block.
+    """The text between the first `<answer>` and the last `</answer>`, or None if there is no such
+    block.
     """
-    opened = _OPEN.search(completion)
-    closed = None
-    for closed in _CLOSE.finditer(completion, opened.end() if opened else len(completion)):
-        pass
-    return completion[opened.end() : closed.start()] if opened and closed else None
+    block = _ANSWER.match(completion)
+    return block[1] if block else None
 
 
 def think_text(completion: str) -> str | None:
-    """What stands between the first `<think>` and the first `</think>` after it, or None if there
-    is no such block.
+    """The text between the first `<think>` and the first `</think>` after it, or None if there is
+    no such block.
     """
-    opened = _THINK.search(completion)
-    closed = _THOUGHT.search(completion, opened.end()) if opened else None
-    return completion[opened.end() : closed.start()] if opened and closed else None
+    block = _THINK.match(completion)
+    return block[1] if block else None
 
 
 def read_letter(completion: str) -> str | None:
     """The letter that a lenient reader takes a completion to choose, for evaluation.
 
-    It is the one that the accuracy rule finds in the answer block; but where a completion has no
+    It is the letter that the accuracy rule reads in the answer block; but where a completion has no
     such block, what follows its `</think>` is read, or, if it has no think block either, all of it.
     So a model that answers "B" without any tag is not taken for one that does not know.
     """
     text = answer_text(completion)
     if text is None:
-        thought = _THOUGHT.search(completion)
-        if thought is None and _THINK.search(completion):
-            return None  # it never came to an end of its reasoning
-        text = completion[thought.end() :] if thought else completion
-    return parse_letter(text).letter
+        *reasoning, text = _THINK_END.split(completion, maxsplit=1)
+        if not reasoning and _THINK_BEGIN.search(completion):
+            return None  # truncated in its reasoning, where a letter is no answer
+    return parse_letter(text)
 
 
-def judge_format(completion: str) -> Verdict:
-    """The format rule; see `format_reward`."""
-    tags = list(islice(_ANY_TAG.finditer(completion), len(_FORMAT) + 1))
-    if [tag[0] for tag in tags] != _FORMAT:
-        found = " ".join(tag[0] for tag in tags[: len(_FORMAT)]) + (
-            " ..." if len(tags) > len(_FORMAT) else ""
-        )
-        return Verdict("format", 0.0, f"the tags are {found or 'missing'}, not {' '.join(_FORMAT)}")
-    ends = [0, *(tag.end() for tag in tags)]
-    starts = [*(tag.start() for tag in tags), len(completion)]
-    before, think, between, answer, after = (
-        completion[end:start] for end, start in zip(ends, starts)
-    )
-    for name, text in (
-        ("before <think>", before),
-        ("between the blocks", between),
-        ("after </answer>", after),
-    ):
-        if text.strip():
-            return Verdict("format", 0.0, f"text {name}: {excerpt(text.strip())}")
-    for name, text in (("think", think), ("answer", answer)):
-        if not VISIBLE.search(text):
-            return Verdict("format", 0.0, f"the {name} block is empty")
-    return Verdict("format", 1.0, "one think block, then one answer block, and nothing else")
+def judge_format(completion: str, answer: str = "") -> tuple[float, str]:
+    """The format rule; see `format_reward`. The right letter does not matter."""
+    tags = " ".join(_TAG.findall(completion))
+    if tags != _FORMAT:
+        return 0.0, f"the tags are {excerpt(tags)}, not {_FORMAT}"
+    before, think, between, answer_block, after = _TAG.split(completion)
+    outside = (before + between + after).strip()
+    if outside:
+        return 0.0, f"text outside the blocks: {excerpt(outside)}"
+    if not visible(think):
+        return 0.0, "the think block is empty"
+    if not visible(answer_block):
+        return 0.0, "the answer block is empty"
+    return 1.0, "one think block, then one answer block, and nothing else"
 
 
-def judge_accuracy(completion: str, answer: str) -> Verdict:
+def judge_accuracy(completion: str, answer: str) -> tuple[float, str]:
     """The accuracy rule; see `accuracy_reward`."""
     right = answer.strip().upper()
-    if len(right) != 1 or right not in LETTERS:
-        raise ValueError(
-            f"the answer must be one letter, {LETTERS[0]} to {LETTERS[-1]}, not {excerpt(answer)}"
-        )
+    if right not in list(LETTERS):
+        raise ValueError(f"the answer must be one letter, A to J, not {excerpt(answer)}")
     text = answer_text(completion)
     if text is None:
-        return Verdict("accuracy", 0.0, "no <answer>...</answer> block")
-    parsed = parse_letter(text)
-    if parsed.letter is None:
-        return Verdict("accuracy", 0.0, parsed.why)
-    if parsed.letter != right:
-        return Verdict("accuracy", 0.0, f"{parsed.why}; {right} is right")
-    return Verdict("accuracy", 1.0 if parsed.exact else 0.5, parsed.why)
+        return 0.0, "no <answer>...</answer> block"
+    letter = parse_letter(text)
+    if letter is None:
+        return 0.0, f"the answer {excerpt(text)} chooses no single option letter"
+    if letter != right:
+        return 0.0, f"the answer chooses {letter}; {right} is right"
+    if visible(text).upper() != right:
+        return 0.5, f"the answer chooses {right} with something added: {excerpt(text)}"
+    return 1.0, f"the answer is exactly {right}"
+
+
+RULES: dict[str, Callable[[str, str], tuple[float, str]]] = {
+    "format": judge_format,
+    "accuracy": judge_accuracy,
+}
+"""Name -> rule(completion, right letter), in the order of their weights in train.py."""
+
+
+def score(completion: str, answer: str) -> tuple[Verdict, ...]:
+    """The verdict of every rule, in the order of `RULES`. Raises ValueError if `answer` is not a
+    letter A-J.
+    """
+    return tuple(Verdict(name, *rule(completion, answer)) for name, rule in RULES.items())

@@ -244,7 +244,7 @@ def test_ten_thousand_hostile_characters_are_scored_at_once(unit):
         f"<think>{text}</think><answer>{text[:900]}</answer>",
         f"<answer>{text}",
     ):
-        verdicts = score(completion, "B", ("no mass", "Mass (MRI), large.", "the left lung", "Yes"))
+        verdicts = score(completion, "B")
         assert all(verdict.why.isprintable() for verdict in verdicts)
         assert read_letter(completion) in (None, *"ABCDEFGHIJ")
     assert (

@@ -112,7 +112,7 @@ def test_format_refuses_anything_else(completion: str) -> None:
 # Accuracy
 
 
-@pytest.mark.parametrize("answer", ["B", " B ", "\nB\n", "b", "Ｂ", "Ⓑ", "𝐁", "\u200bB\ufeff"])
+@pytest.mark.parametrize("answer", ["B", " B ", "\nB\n", "b", "\u200bB\ufeff"])
 def test_the_right_letter_alone_scores_one(answer: str) -> None:
     assert accuracy_reward(answered(answer), "B") == 1.0
     assert accuracy_reward(answered(answer), "A") == 0.0
@@ -127,7 +127,7 @@ def test_the_right_letter_alone_scores_one(answer: str) -> None:
         "B.",
         "Answer: B",
         "The answer is B",
-        # an opening label
+        # opening the answer or a line
         "B)",
         "(b)",
         "b.",
@@ -135,38 +135,25 @@ def test_the_right_letter_alone_scores_one(answer: str) -> None:
         "B: Lung",
         "B - Lung",
         "B – Lung",
-        "B -- Lung",
         "B; Lung",
-        "B = Lung",
         "B.Lung",
-        "B (Lung)",
         "[B] Lung",
         "B\nLung",
+        "Lung\nB",
         "- B",
-        "1) B",
         "B!",
         "B?",
-        "B，心脏",
-        "B。",
-        "B…",
-        "B Lung",
-        "B left lung",
-        "B is correct",
-        "B because the lung is clear",
-        "B as seen in the T2 image",
         # mark-up
         "**B**",
         "**B** Lung",
         "*B*. Lung",
-        "__B__",
         "`B`",
         "'B'",
         '"B"',
         "<B>",
         "<b>B</b>",
         r"\boxed{B}",
-        r"$\boxed{\text{B}}$",
-        r"\(B\)",
+        r"$\boxed{B}$",
         '{"answer": "B"}',
         "## B",
         # announced
@@ -177,41 +164,16 @@ def test_the_right_letter_alone_scores_one(answer: str) -> None:
         "The correct answer is (B).",
         "The best choice is: B) Lung",
         "Final answer: **B**",
-        "I choose B",
-        "I think B",
-        "It's B",
-        "Therefore, B.",
-        "Heart (B)",
-        "Heart. B",
-        "Heart, B",
-        "答案是B",
-        "答案：B",
-        "选B。",
-        "B是正确的",
+        "Therefore, the answer is option B.",
         # further words that name no further choice
         "B) A mass",
         "(B) A large mass in the lung",
         "B, a mass",
         "B. I think so",
         "B) Hepatitis B",
-        "B) Vitamin D deficiency",
         "B) CT",
         "B) X-ray",
-        "B) E. coli infection",
-        "B B",
-        "B/B",
-        "B) I can't say for sure, but it looks abnormal.",
-        # other letters only denied
-        "not A but B",
-        "B, not A",
-        "B not A",
-        "Not A. B.",
-        "neither A nor C, so B",
-        "The answer is not A, it is B",
-        "B is more likely than C",
-        "B. A, C and D are wrong.",
-        "B because A and C are not seen",
-        "不选A选B",
+        "B) I can't say for sure, e.g. it looks C-shaped.",
     ],
 )
 def test_the_right_letter_with_something_added_scores_half(answer: str) -> None:
@@ -236,7 +198,7 @@ def test_the_right_letter_with_something_added_scores_half(answer: str) -> None:
         "В",
         "B\u0336",
         "none of the above",
-        # ambiguous
+        # several letters
         "A or B",
         "A, B",
         "A/B",
@@ -269,19 +231,23 @@ def test_the_right_letter_with_something_added_scores_half(answer: str) -> None:
         "A. 7\nB. 6\nC. 5",
         "~~B~~ C",
         "B: no, C",
+        "B, C are possible",
+        "B, not A",
         # denied
         "not B",
         "It is not B",
         "The answer is not B",
         "B is wrong",
+        "(B) is wrong",
         "B is not correct",
+        "**B** is not correct",
         "B isn't right",
-        "B isn’t right",
+        "B) isn’t right",
         "I would not choose B",
         "anything but B",
-        "B, not B",
         "neither A nor B",
-        # part of a word or of a name
+        # followed by a word, part of a word or of a name
+        "B Heart",
         "B-cell lymphoma",
         "B cell lymphoma",
         "B lymphocytes",
@@ -306,7 +272,7 @@ def test_a_wrong_missing_or_ambiguous_letter_scores_nothing(answer: str) -> None
     [
         "a mass",
         "A mass in the left lung",
-        "A large tumour",
+        "A chest X-ray",
         "A Mass",
         "The answer is a mass",
         "The answer is A mass",
@@ -322,10 +288,17 @@ def test_a_wrong_missing_or_ambiguous_letter_scores_nothing(answer: str) -> None
         "A–P view",
         "an A-line",
         "Influenza A",
+        "I think it is the heart",
+        "I can't say",
+        "I'm not sure",
+        "e.g. the heart",
+        # "ı".upper() is "I", and re.IGNORECASE takes "İ" for one
+        "ı",
+        "İ",
     ],
 )
-def test_an_article_is_no_letter(answer: str) -> None:
-    assert parse_letter(answer).letter is None
+def test_an_article_a_pronoun_or_a_look_alike_is_no_letter(answer: str) -> None:
+    assert parse_letter(answer) is None
 
 
 @pytest.mark.parametrize(
@@ -337,34 +310,14 @@ def test_an_article_is_no_letter(answer: str) -> None:
         "A: a mass",
         "A, a large mass",
         "A) A mass",
-        "A (Heart)",
-        "A is correct",
-        "A because",
         "Option A",
-        "Option A Heart",
         "Answer: a",
-        "I think A",
         "**A** Heart",
         r"\boxed{A}",
-        "A not B",
-        "A是正确的",
-        "I, as a radiologist, choose A",
     ],
 )
-def test_a_marked_a_is_a_letter_all_the_same(answer: str) -> None:
-    assert parse_letter(answer).letter == "A"
-
-
-@pytest.mark.parametrize("answer", ["I", "i", "I)", "I. Ninth option"])
-def test_i_is_a_letter_alone_or_as_a_label(answer: str) -> None:
-    assert parse_letter(answer).letter == "I"
-
-
-@pytest.mark.parametrize(
-    "answer", ["I think it is the heart", "I, the radiologist", "I can't say", "I'm not sure"]
-)
-def test_i_is_otherwise_a_pronoun(answer: str) -> None:
-    assert parse_letter(answer).letter is None
+def test_a_closed_a_is_a_letter_all_the_same(answer: str) -> None:
+    assert parse_letter(answer) == "A"
 
 
 @pytest.mark.parametrize(
@@ -409,7 +362,8 @@ def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
         ("<think>x</think>\n\nThe answer is B.", "B"),
         ("<think>A</think><answer>B", "B"),
         ("B", "B"),
-        ("Heart (B)", "B"),
+        ("The scan shows a mass, so the answer is B.", "B"),
+        ("Heart (B)", None),
         ("<think>The answer is B", None),
         ("<think>The answer is B</think>", None),
         ("<think>x</think><answer>A or B</answer>", None),
@@ -424,19 +378,37 @@ def test_a_lenient_reader_finds_the_letter_without_tags_but_never_inside_the_rea
     assert read_letter(completion) == letter
 
 
-def test_score_gives_every_rule_in_the_order_of_the_registry() -> None:
-    assert list(RULES) == ["format", "accuracy", "consistency"]
-    verdicts = score(
-        "<think>It is the heart.</think><answer>B) Heart</answer>", "b", ("Lung", "Heart")
+def test_score_gives_every_rule_in_the_order_of_the_table() -> None:
+    assert list(RULES) == ["format", "accuracy"]
+    assert score("<think>It is the heart.</think><answer>B) Heart</answer>", "b") == (
+        Verdict("format", 1.0, "one think block, then one answer block, and nothing else"),
+        Verdict("accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'"),
     )
-    assert [(v.rule, v.score) for v in verdicts] == [
-        ("format", 1.0),
-        ("accuracy", 0.5),
-        ("consistency", 1.0),
-    ]
-    assert verdicts[1] == Verdict(
-        "accuracy", 0.5, "the answer chooses B with something added: 'B) Heart'"
-    )
+
+
+def test_another_reward_is_one_more_entry_of_the_table(monkeypatch) -> None:
+    def judge_brevity(completion: str, answer: str) -> tuple[float, str]:
+        return 1.0 / len(completion), "shorter is better"
+
+    monkeypatch.setitem(RULES, "brevity", judge_brevity)
+    assert score("four", "B")[2] == Verdict("brevity", 0.25, "shorter is better")
+
+
+@pytest.mark.parametrize(
+    ("completion", "rule", "why"),
+    [
+        ("B", 0, "the tags are '', not <think> </think> <answer> </answer>"),
+        ("Well: <think>t</think><answer>B</answer>", 0, "text outside the blocks: 'Well:'"),
+        ("<think> </think><answer>B</answer>", 0, "the think block is empty"),
+        ("<think>t</think><answer> </answer>", 0, "the answer block is empty"),
+        ("B", 1, "no <answer>...</answer> block"),
+        ("<answer>A or B</answer>", 1, "the answer 'A or B' chooses no single option letter"),
+        ("<answer>A) Lung</answer>", 1, "the answer chooses A; B is right"),
+        ("<answer>b</answer>", 1, "the answer is exactly B"),
+    ],
+)
+def test_each_way_to_be_scored_has_its_own_reason(completion: str, rule: int, why: str) -> None:
+    assert score(completion, "B")[rule].why == why
 
 
 # Hostile completions
@@ -520,19 +492,15 @@ def test_the_command_prints_each_rule_and_why() -> None:
     run = command("--answer", "B", answered("B) Heart"))
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines() == [
-        "format       1.0  one think block, then one answer block, and nothing else",
-        "accuracy     0.5  the answer chooses B with something added: 'B) Heart'",
+        "format    1.0  one think block, then one answer block, and nothing else",
+        "accuracy  0.5  the answer chooses B with something added: 'B) Heart'",
     ]
-    run = command("--answer", "B", answered("B"), "--options", "Lung", "Heart")
-    assert run.stdout.splitlines()[2].startswith(
-        "consistency  0.0  "
-    )  # the reasoning names the lung, option A
 
 
 def test_the_command_reads_standard_input_and_prints_no_escape_sequence() -> None:
     run = command("--answer", "B", "-", stdin=answered("\x1b[31m心脏"), encoding="ascii")
     assert run.returncode == 0 and "\x1b" not in run.stdout and run.stdout.isascii()
-    assert run.stdout.splitlines()[1].startswith("accuracy     0.0  ")
+    assert run.stdout.splitlines()[1].startswith("accuracy  0.0  ")
 
 
 @pytest.mark.parametrize(
@@ -558,8 +526,8 @@ def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[st
     "completion, answer, expected",
     [
         (
-            "<think>\nThe heart and lungs appear normal, and there are no signs of fluid accumulation.\n</think>\n\n"
-            "<answer>R</answer>",
+            "<think>\nThe heart and lungs appear normal, and there are no signs of fluid "
+            "accumulation.\n</think>\n\n<answer>R</answer>",
             "D",
             (1.0, 0.0),
         ),  # a letter that is no option
@@ -624,18 +592,15 @@ LAYOUTS = [
 ]
 
 
-def test_letter_and_option_text_of_the_published_test_set_score_half_and_the_text_alone_nothing() -> (
-    None
-):
+def test_real_options_score_half_after_their_letter_and_nothing_alone() -> None:
     questions = json.loads(shared("medvlm_r1_test_questions.json"))
     assert len(questions) == 900
     for question in questions:
         right = question["solution"]
         for layout in LAYOUTS:
-            parsed = parse_letter(layout.format(right, question["answer"]))
-            assert (parsed.letter, parsed.exact) == (right, False), parsed.why
-        for letter, option in zip("ABCD", question["options"]):
-            assert parse_letter(option).letter is None, option
+            assert parse_letter(layout.format(right, question["answer"])) == right
+        for letter, option in zip("ABCD", question["options"], strict=False):
+            assert parse_letter(option) is None, option
             assert accuracy_reward(answered(letter), right) == (letter == right), question
             assert accuracy_reward(answered(f"{letter}) {option}"), right) == 0.5 * (
                 letter == right

@@ -37,7 +37,7 @@ from typing import Any
 
 from common.errors import InputError, printable
 from rewards import read_letter, think_text
-from rewards.letter import VISIBLE, excerpt
+from rewards.letter import excerpt, visible
 
 from ..statistics import wilson
 from .completions import Completion, read_completions
@@ -71,7 +71,7 @@ class Reading:
 def read(completion: Completion) -> Reading:
     """Read one completion."""
     think, answer = think_text(completion.completion), read_letter(completion.completion)
-    if think is None or not VISIBLE.search(think):
+    if think is None or not visible(think):
         return Reading(None, False, None, answer, answer == completion.answer)
     return Reading(
         words=tuple(_TOKEN.findall(mask_options(think, completion.options, f" {MASK} ").lower())),

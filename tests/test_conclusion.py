@@ -1,16 +1,10 @@
-"""Which option a reasoning names, denies and concludes, and whether the answer agrees."""
+"""Which option a reasoning names, denies and concludes."""
 
 import time
 
 import pytest
 
-from evaluation.audits.conclusion import (
-    conclusion,
-    consistency_reward,
-    judge_consistency,
-    mask_options,
-    named_options,
-)
+from evaluation.audits.conclusion import conclusion, mask_options, named_options
 from rewards import LETTERS
 
 MODALITY = ["MRI", "CT", "CT angiography", "X-ray"]
@@ -58,7 +52,7 @@ STATE = ["Normal", "Abnormal"]
     ],
 )
 def test_an_option_is_named_by_its_own_words_or_its_announced_letter_only(text, options, letters):
-    assert "".join(named_options(text, options)) == letters
+    assert named_options(text, options) == set(letters)
 
 
 @pytest.mark.parametrize(
@@ -92,41 +86,6 @@ def test_the_conclusion_is_what_is_asserted_last_or_concluded(think, options, le
     assert conclusion(think, options) == letter
 
 
-@pytest.mark.parametrize(
-    ("completion", "score", "why"),
-    [
-        (
-            "<think>The body part is the knee.</think><answer>B</answer>",
-            1.0,
-            "concludes B, as the answer does",
-        ),
-        ("<think>The body part is the knee.</think>B", 1.0, "concludes B, as the answer does"),
-        (
-            "<think>The body part is the knee.</think><answer>A</answer>",
-            0.0,
-            "concludes B, the answer is A",
-        ),
-        (
-            "<think>The body part is the knee.</think><answer>\x1b[2J</answer>",
-            0.0,
-            "chooses no option letter",
-        ),
-        ("<think>Let me look.</think><answer>A</answer>", 0.0, "names no option"),
-        (
-            "<think>A knee or a brain.</think><answer>A</answer>",
-            0.0,
-            "names A and B but concludes no single option",
-        ),
-        ("<think> \u200b\n</think><answer>A</answer>", 0.0, "the think block is empty"),
-        ("The body part is the knee. <answer>B</answer>", 0.0, "no <think>"),
-    ],
-)
-def test_each_way_to_be_inconsistent_has_its_own_reason(completion, score, why):
-    verdict = judge_consistency(completion, ["brain", "knee"])
-    assert (verdict.rule, verdict.score) == ("consistency", score) and why in verdict.why
-    assert verdict.why.isprintable() and consistency_reward(completion, ["brain", "knee"]) == score
-
-
 def test_masking_takes_out_every_option_and_nothing_else():
     assert (
         mask_options("The CT, or B) MRI, shows a mass.", MODALITY, "_")
@@ -153,7 +112,7 @@ def test_masking_takes_out_every_option_and_nothing_else():
 def test_a_megabyte_of_hostile_text_takes_no_more_than_linear_time(unit):
     text = unit * (1_000_000 // len(unit))
     started = time.process_time()
-    judge_consistency(f"<think>{text}</think>A", FINDING)
+    conclusion(text, FINDING)
     mask_options(text[:100_000], FINDING)
     assert time.process_time() - started < 5
 
@@ -162,5 +121,5 @@ def test_hostile_options_are_texts_not_patterns():
     options = ["(", "a" * 2000 + "!", ".*", "[", "\\", "(?P<x>", "x{9999}", "|", "\x00", "ß" * 50][
         : len(LETTERS)
     ]
-    assert named_options("everything ( [ | \\ and x 9999", options) == ["G"]
+    assert named_options("everything ( [ | \\ and x 9999", options) == {"G"}
     assert conclusion("a" * 2000, options) == "B"
