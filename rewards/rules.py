@@ -2,7 +2,7 @@
 right?
 
 Another reward is another function `(completion, answer) -> (score, why)`, its entry in `RULES` at
-the end, and its weight in train.py.
+the end, and its weight in common/config.py.
 
 Source: MedVLM-R1 (arXiv 2502.19634), section on the reward design (a format reward of 1 for
 `<think>` then `<answer>` and nothing else; an accuracy reward of 1 for exactly the right letter,
@@ -136,7 +136,7 @@ RULES: dict[str, Callable[[str, str], tuple[float, str]]] = {
     "format": judge_format,
     "accuracy": judge_accuracy,
 }
-"""Name -> rule(completion, right letter), in the order of their weights in train.py."""
+"""Name -> rule(completion, right letter); the weight of rule "x" is the config's `x_weight`."""
 
 
 def score(completion: str, answer: str) -> tuple[Verdict, ...]:
