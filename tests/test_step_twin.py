@@ -1,0 +1,359 @@
+"""Whole training steps, from the command line to the saved weights, against the slow twin of them.
+
+The twin makes every update from its own weights and moments: it is given what was sampled, never
+what was computed from that. So a fault anywhere in the loop moves its numbers and ours apart, in
+that step and in those after it.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train
+from data import Prompt, PromptEncoder
+from grpo.optimizer import MasterAdamW
+from model.config import read_config
+from model.weights import checkpoint_layout
+from rewards import Verdict
+from step_twin import RULES, Group, Outcome, StepTwin, rule_scores
+from tiny import tiny_tokenizer
+from tiny_run import VISION_TOKENS, write_run
+
+
+@dataclass
+class RunOfOurs:
+    """What a run of train.py worked on, and what it left."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    rollouts: list[Any] = field(default_factory=list)
+    # One dict for each update, before the norm is clipped.
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs:
+    """A run of train.py, observed. All that depends on our internals is here and in `METRICS`."""
+    ours, generator = RunOfOurs(), torch.Generator().manual_seed(0)
+    layout = checkpoint_layout(read_config(folder / "base"))
+    sample, update, assemble = train.sample_groups, MasterAdamW.step, PromptEncoder.assemble
+
+    def observed_sampler(*args, **kwargs):
+        rollout = sample(*args, **kwargs)
+        # A sampler that agrees with the trainer hides which of the two a number came from.
+        noise_NGT = 0.2 * torch.randn(rollout.logp_NGT.shape, generator=generator)
+        rollout = replace(rollout, logp_NGT=rollout.logp_NGT + noise_NGT * rollout.mask_NGT)
+        ours.rollouts.append(rollout)
+        return rollout
+
+    def observed_update(optimizer, *args, **kwargs):
+        grads = [master.grad for master in optimizer.masters]
+        gradients = dict(zip(optimizer.names, grads, strict=True))
+        published = {}
+        for name, slot in layout.items():  # our fused matrices hold several published ones
+            if gradients.get(slot.parameter) is not None:  # frozen ones have none
+                rows = gradients[slot.parameter][slot.start : slot.stop]
+                published[name] = rows.clone().reshape(slot.shape)
+        ours.gradients.append(published)
+        return update(optimizer, *args, **kwargs)
+
+    def observed_assemble(*args, **kwargs):
+        ours.prompts.append(assemble(*args, **kwargs))
+        return ours.prompts[-1]
+
+    def score(text: str, letter: str, options: tuple[str, ...]) -> tuple[Verdict, ...]:
+        scores = rule_scores(text, letter, options)
+        return tuple(Verdict(rule, score, "") for rule, score in zip(RULES, scores, strict=True))
+
+    patch.setattr(train, "sample_groups", observed_sampler)
+    patch.setattr(train, "score", score)
+    patch.setattr(MasterAdamW, "step", observed_update)
+    patch.setattr(PromptEncoder, "assemble", observed_assemble)
+    patch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    assert train.main() == 0
+    ours.metrics = json_lines(folder / "run" / "metrics.jsonl")
+    ours.completions = json_lines(folder / "run" / "completions.jsonl")
+    ours.weights = load_file(folder / "run" / "model" / "model.safetensors")
+    return ours
+
+
+METRICS = {
+    "format": "rewards/format",
+    "accuracy": "rewards/accuracy",
+    "consistency": "rewards/consistency",
+    "reward_std": "reward_spread",
+    "equal_groups": "groups_without_spread",
+    "mean_length": "completion_tokens",
+    "truncated": "cut_off",
+}
+"""The twin's name of a statistic -> its name in metrics.jsonl, where they differ."""
+
+KNOBS = {
+    "method": "grpo",
+    "sft_answer": "tags",
+    "steps": 2,
+    "prompts_per_step": 3,
+    "group_size": 4,
+    "max_new_tokens": 8,
+    "micro_batch_tokens": 100_000,  # all groups at once; 600 holds two of the three, 1 holds one
+    "temperature": 1.3,
+    "inner_updates": 1,
+    "clip_low": 0.1,
+    "clip_high": 0.15,
+    "beta": 0.0,
+    "advantage_scale": "std",
+    "loss_average": "sequence",
+    "format_weight": 2.0,
+    "accuracy_weight": 0.5,
+    "consistency_weight": 0.0,
+    "learning_rate": 5e-4,
+    "warmup_steps": 0,
+    "final_lr_ratio": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "freeze_vision": False,
+}
+"""What the twin reads of a config, and the values that the settings below depart from."""
+
+GRPO = {
+    "one update, with a reference": {
+        "steps": 3,
+        "learning_rate": 2e-3,
+        "warmup_steps": 2,
+        "beta": 0.04,
+        "micro_batch_tokens": 1,
+    },
+    "three updates, token average, no reference": {
+        "inner_updates": 3,
+        "loss_average": "token",
+        "advantage_scale": "none",
+        "temperature": 0.8,
+        "weight_decay": 0.1,
+        "consistency_weight": 0.7,
+        "max_grad_norm": 0.2,
+    },
+    "three updates, constant average, with a reference": {
+        "inner_updates": 3,
+        "loss_average": "constant",
+        "micro_batch_tokens": 600,
+        "beta": 0.3,
+        "clip_low": 0.15,
+        "clip_high": 0.1,
+        "adam_beta1": 0.8,
+    },
+    "three updates, frozen vision": {
+        "inner_updates": 3,
+        "micro_batch_tokens": 1,
+        "beta": 0.1,
+        "advantage_scale": "none",
+        "freeze_vision": True,
+        "final_lr_ratio": 0.1,
+        "max_grad_norm": 100.0,
+    },
+    "groups of equal rewards, none truncated": {
+        "prompts_per_step": 4,
+        "group_size": 2,
+        "seed": 6,
+        "max_new_tokens": 60,
+        "loss_average": "constant",
+        "format_weight": 0.0,
+        "consistency_weight": 0.3,
+    },
+}
+SFT = {
+    "tags": {"steps": 4, "warmup_steps": 2, "final_lr_ratio": 0.1, "micro_batch_tokens": 1},
+    "bare": {"sft_answer": "bare", "weight_decay": 0.1},
+    "named": {"sft_answer": "named", "micro_batch_tokens": 600, "freeze_vision": True},
+}
+
+END_IDS = [*range(100, 150), 322]
+"""So many that a random model ends some completions at once and others never."""
+
+RELATIVE = 1e-4
+"""Of a statistic, a gradient's norm, the way that weights moved. Rounding takes up to a third."""
+
+
+class Pair:
+    """A run of ours and its twin's outcome of every step."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path, fields: dict[str, Any]) -> None:
+        values = {**KNOBS, **fields}
+        self.knobs = SimpleNamespace(**values)
+        config = write_run(folder, test_questions=[], **values)
+        ends = json.dumps({"eos_token_id": END_IDS})
+        (folder / "base" / "generation_config.json").write_text(ends)
+        self.base = load_file(folder / "base" / "model.safetensors")
+        self.ours = run_ours(patch, config, folder)
+
+        ids = tiny_tokenizer().convert_tokens_to_ids
+        forbidden = [ids(token) for token in VISION_TOKENS.values()]
+        allowed = [i for i in range(len(tiny_tokenizer())) if i not in forbidden]
+        twin = StepTwin(folder / "base", allowed, END_IDS, self.knobs)
+        self.outcomes = [self.twin_step(twin, step) for step in range(self.knobs.steps)]
+        self.weights = twin.weights()
+
+    def twin_step(self, twin: StepTwin, step: int) -> Outcome:
+        """The twin's step on the prompts and completions of ours."""
+        N = self.knobs.prompts_per_step
+        prompts = self.ours.prompts[step * N : (step + 1) * N]
+        if self.knobs.method == "sft":
+            return twin.sft_step(step, [group_of(prompt, [], []) for prompt in prompts])
+        rollout, groups = self.ours.rollouts[step], []
+        for n, prompt in enumerate(prompts):
+            masks = rollout.mask_NGT[n]
+            completions = [o[mask].tolist() for o, mask in zip(rollout.tokens_NGT[n], masks)]
+            logps = [logp[mask] for logp, mask in zip(rollout.logp_NGT[n], masks)]
+            groups.append(group_of(prompt, completions, logps))
+        return twin.grpo_step(step, groups)
+
+
+def group_of(prompt: Prompt, completions: list[list[int]], logps: list[Tensor]) -> Group:
+    """A prompt of ours and its completions as the twin takes them."""
+    question = prompt.question
+    return Group(
+        prompt=prompt.tokens_P.tolist(),
+        patches=prompt.patches_SC,
+        grids=prompt.grids_I3,
+        letter=question.answer,
+        options=question.options,
+        completions=completions,
+        sampled_logps=logps,
+    )
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=GRPO)
+def grpo(request, one_thread, tmp_path_factory) -> Pair:
+    with pytest.MonkeyPatch.context() as patch:
+        return Pair(patch, tmp_path_factory.mktemp("grpo"), GRPO[request.param])
+
+
+@pytest.fixture(scope="module", params=SFT)
+def sft(request, one_thread, tmp_path_factory) -> Pair:
+    fields = {"method": "sft", **SFT[request.param]}
+    with pytest.MonkeyPatch.context() as patch:
+        return Pair(patch, tmp_path_factory.mktemp("sft"), fields)
+
+
+def test_the_rollouts_hold_every_case_that_the_comparison_is_for(grpo):
+    """Else the tests below would pass without having compared anything."""
+    limit = grpo.knobs.max_new_tokens
+    lengths = [length for outcome in grpo.outcomes for length in outcome.lengths]
+    assert 1 in lengths and any(1 < length < limit for length in lengths)
+    for outcome in grpo.outcomes:
+        if limit == KNOBS["max_new_tokens"]:
+            assert 0 < outcome.metrics["truncated"] < 1
+        else:  # the constant of the average is the limit, not the longest completion
+            assert max(outcome.lengths) < limit
+        if grpo.knobs.inner_updates > 1:
+            assert outcome.clipped_below and outcome.clipped_above
+            assert 0.05 < outcome.metrics["clip_fraction"] < 0.95
+            assert outcome.ratio_margin > 1e-5  # rounding decides of no token whether it is clipped
+        if not grpo.knobs.format_weight:
+            assert 0 < outcome.metrics["equal_groups"] < 1
+
+
+def test_texts_rewards_and_advantages_are_those_of_the_twin(grpo):
+    rows = iter(grpo.ours.completions)
+    for step, outcome in enumerate(grpo.outcomes):
+        for n, texts in enumerate(outcome.texts):
+            for g, text in enumerate(texts):
+                row = next(rows)
+                assert (row["step"], row["completion"]) == (step, text)
+                scores = [row["rewards"][rule]["score"] for rule in RULES]
+                assert scores == pytest.approx(outcome.scores[n][g], rel=1e-6)
+                expected = outcome.advantages[n][g]
+                assert row["advantage"] == pytest.approx(expected, rel=RELATIVE, abs=1e-6)
+    assert not list(rows)
+
+
+def test_every_statistic_of_grpo_is_the_twins(grpo):
+    assert_same_statistics(grpo)
+    for row, outcome in zip(grpo.ours.metrics, grpo.outcomes):
+        tokens = row["tokens_per_second"] * row["seconds"]
+        assert tokens == pytest.approx(sum(outcome.lengths))
+
+
+def test_the_gradient_of_every_grpo_update_is_that_of_equation_3(grpo):
+    assert_same_gradients(grpo)
+
+
+def test_the_weights_after_grpo_are_those_of_plain_adamw(grpo):
+    assert_same_weights(grpo)
+
+
+def test_every_statistic_of_sft_is_the_twins(sft):
+    assert_same_statistics(sft)
+
+
+def test_the_gradient_of_every_sft_update_is_that_of_cross_entropy(sft):
+    assert_same_gradients(sft)
+
+
+def test_the_weights_after_sft_are_those_of_plain_adamw(sft):
+    assert_same_weights(sft)
+
+
+def assert_same_statistics(pair: Pair) -> None:
+    """Every number of metrics.jsonl, but for times."""
+    for step, (row, outcome) in enumerate(zip(pair.ours.metrics, pair.outcomes, strict=True)):
+        expected = {METRICS.get(name, name): value for name, value in outcome.metrics.items()}
+        expected["step"] = step
+        numbers = {name: value for name, value in row.items() if "second" not in name}
+        lost, twins_lost = numbers.pop("bf16_lost"), expected.pop("bf16_lost")
+        assert numbers == pytest.approx(expected, rel=RELATIVE, abs=2e-7)
+        assert lost == pytest.approx(twins_lost, abs=0.02)  # ours counts a sample of the weights
+
+
+def assert_same_gradients(pair: Pair) -> None:
+    """Of every update, every tensor."""
+    expected = [gradients for outcome in pair.outcomes for gradients in outcome.gradients]
+    for gradients, twins in zip(pair.ours.gradients, expected, strict=True):
+        assert gradients.keys() == twins.keys()
+        for name, twin in twins.items():
+            assert twin.norm() > 0, name
+            assert (gradients[name] - twin).norm() < RELATIVE * twin.norm(), name
+
+
+def assert_same_weights(pair: Pair) -> None:
+    """Measured by how far they moved: one learning rate moves them by little.
+
+    AdamW turns the rounding of a gradient near 0 into a whole update. So a few weights may differ
+    by more, but neither half of a tensor nor the sum over the model.
+    """
+    assert pair.ours.weights.keys() == pair.weights.keys()
+    all_moved = all_errors = 0.0
+    for name, twin in pair.weights.items():
+        moved = (twin - pair.base[name]).abs()
+        error = (pair.ours.weights[name] - twin).abs()
+        if pair.knobs.freeze_vision and name.startswith("visual."):
+            assert moved.max() == error.max() == 0, name
+            continue
+        assert (error / moved)[moved > 0].median() < RELATIVE, name
+        all_moved += moved.sum().item()
+        all_errors += error.sum().item()
+    assert all_errors < RELATIVE * all_moved
