@@ -1,12 +1,18 @@
-"""Prompts that several files of tests share."""
+"""What all tests share: one thread, and some prompts."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_tokenizer
 
 from data import Prompt, PromptEncoder, Question
+
+# Tiny matrices only wait for a second thread. The variable is for the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ class Group(NamedTuple):
     patches: Tensor
     grids: Tensor
     letter: str
-    options: tuple[str, ...]
+    option: str
     completions: list[list[int]]
     sampled_logps: list[Tensor]
 
@@ -47,14 +47,13 @@ class Outcome:
     ratio_margin: float = math.inf  # how near a ratio came to the edge of the clip range
 
 
-RULES = ("format", "accuracy", "consistency")
+RULES = ("format", "accuracy")
 
 
-def rule_scores(text: str, letter: str, options: tuple[str, ...]) -> tuple[float, float, float]:
-    """Rules that random texts satisfy to different degrees; two of them depend on the question."""
+def rule_scores(text: str, letter: str) -> tuple[float, float]:
+    """Rules that random texts satisfy to different degrees; one of them depends on the question."""
     vowels = sum(character in "aeiou" for character in text) / max(1, len(text))
-    fits = float(len(text) % len(options) == 0)
-    return vowels, fits, float(letter in text or len(text) > 3 * len(options))
+    return vowels, float(letter in text or len(text) % 3 == 0)
 
 
 class StepTwin:
@@ -102,12 +101,12 @@ class StepTwin:
     def score(self, group: Group, outcome: Outcome) -> list[float]:
         """The rewards of a group: the rules' scores on its texts, weighted (line 8)."""
         knobs = self.knobs
-        weights = knobs.format_weight, knobs.accuracy_weight, knobs.consistency_weight
+        weights = knobs.format_weight, knobs.accuracy_weight
         texts = []
         for completion in group.completions:
             ended = completion[-1] in self.end_ids
             texts.append(self.tokenizer.decode(completion[:-1] if ended else completion))
-        scores = [rule_scores(text, group.letter, group.options) for text in texts]
+        scores = [rule_scores(text, group.letter) for text in texts]
         outcome.texts.append(texts)
         outcome.scores.append(scores)
         return [sum(w * s for w, s in zip(weights, row, strict=True)) for row in scores]
@@ -140,8 +139,11 @@ class StepTwin:
 
                 cut_T = clipped_T < unclipped_T  # these tokens have no gradient, the clip took it
                 gap_T = (logp_T - group.sampled_logps[i]).abs()
-                values = {"clip_fraction": cut_T.double(), "ratio": ratio_T}
-                values |= {"entropy": entropy_T, "policy_gap": gap_T}
+                values = {"ratio": ratio_T, "entropy": entropy_T, "policy_gap": gap_T}
+                values |= {
+                    "clipped_low": cut_T * (ratio_T < 1),
+                    "clipped_high": cut_T * (ratio_T > 1),
+                }
                 if knobs.beta:
                     values["kl"] = kl_T
                 for name, value_T in values.items():
@@ -171,12 +173,11 @@ class StepTwin:
 
     def target(self, group: Group) -> list[int]:
         """The ids of the right answer in the form that the config asks for."""
-        option = group.options["ABCDEFGHIJ".index(group.letter)]
         text = f"<answer>{group.letter}</answer>"
         if self.knobs.sft_answer == "bare":
             text = group.letter
         if self.knobs.sft_answer == "named":
-            text = f"<think>The answer is {option}.</think>{text}"
+            text = f"<think>The answer is {group.option}.</think>{text}"
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.end_ids[0]]
 
     def logprobs(
@@ -250,15 +251,15 @@ def advantages(rewards: list[float], scale: str) -> list[float]:
     if max(rewards) == min(rewards):  # nothing to learn, and no 0 / 0
         return [0.0 for _ in rewards]
     mean = sum(rewards) / len(rewards)
-    divisor = std(rewards, correction=1) if scale == "std" else 1.0
+    divisor = std(rewards) if scale == "std" else 1.0
     return [(r - mean) / divisor for r in rewards]
 
 
-def std(values: list[float], correction: int) -> float:
-    """Standard deviation, with Bessel's correction if that is 1."""
+def std(values: list[float]) -> float:
+    """Standard deviation with Bessel's correction."""
     mean = sum(values) / len(values)
     squares = sum((value - mean) ** 2 for value in values)
-    return math.sqrt(squares / (len(values) - correction))
+    return math.sqrt(squares / (len(values) - 1))
 
 
 def token_weight(length: int, lengths: list[int], knobs: SimpleNamespace) -> float:
@@ -286,8 +287,10 @@ def rollout_metrics(
     count = len(completions)
     metrics = {"reward": sum(map(sum, rewards)) / count}
     for r, name in enumerate(RULES):
-        metrics[name] = sum(row[r] for group in outcome.scores for row in group) / count
-    metrics["reward_std"] = sum(std(group, correction=0) for group in rewards) / len(groups)
+        metrics[f"rewards/{name}"] = (
+            sum(row[r] for group in outcome.scores for row in group) / count
+        )
+    metrics["reward_std"] = sum(std(group) for group in rewards) / len(groups)
     metrics["equal_groups"] = sum(max(group) == min(group) for group in rewards) / len(groups)
     metrics["mean_length"] = sum(map(len, completions)) / count
     metrics["truncated"] = sum(completion[-1] not in end_ids for completion in completions) / count
