@@ -4,14 +4,15 @@ BIN := .venv/bin
 CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
 
-.PHONY: help setup train sft eval bench test questions base tensorboard clean
+.PHONY: help setup train sft eval bench test check questions base tensorboard clean
 
 help:
 	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for another run)"
 	@echo "make sft          the baseline beside it: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make eval         the table, the audits and the report of base, SFT and GRPO (trains the SFT baseline if need be)"
 	@echo "make bench        what a step costs here, beside transformers and (if installed) TRL; rewrites BENCHMARKS.md"
-	@echo "make test         all tests"
+	@echo "make test         all tests, on two cores"
+	@echo "make check        format, lint and types: ruff format, ruff check, mypy"
 	@echo "make tensorboard  curves, completions and images of the runs"
 	@echo "make base         make the miniature's base model anew from nothing (half an hour)"
 	@echo "make clean        remove the environment and the generated questions (never a run)"
@@ -41,7 +42,12 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 test: questions
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 base: setup
 	$(BIN)/python -m miniature.base --out miniature/base
