@@ -19,6 +19,7 @@ from common.hub import model_folder
 from common.program import Stopped
 from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary, prompts_of_steps
 from data.choice import load_questions, prompt_encoder, refuse_overlap
+from data.pixel_limits import with_pixel_limits
 from evaluation.accuracy import tally
 from evaluation.answers import answer_greedily
 from grpo.optimizer import MasterAdamW, scheduled_rate
@@ -339,7 +340,9 @@ def _models(
 ) -> tuple[Qwen2VL, Qwen2VL | None]:
     """The policy, as the checkpoint has it or the base, and the frozen reference, or None."""
     policy = load_model(checkpoint or folder, config.device, config.dtype)
-    policy.companions = read_companions(folder)  # tokenizer files come from the base in any case
+    # Tokenizer files come from the base in any case; the limits of an image are the run's.
+    companions = read_companions(folder)
+    policy.companions = with_pixel_limits(companions, config.min_pixels, config.max_pixels)
     policy.recompute = config.activation_checkpointing
     reference = None
     if config.beta and config.method == "grpo":
