@@ -3,36 +3,37 @@ against scipy.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from operator import gt, lt
 
 
 def wilson(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """Score interval of a rate (Wilson 1927, JASA 22:209), 95 % by default; `total` at least 1.
 
-    Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays within 0 and 1 and holds its level
+    Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays within 0 and 1, and close to its level
     near both.
     """
-    p = right / total
-    centre = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, (centre - spread) / (1 + z * z / total)), min(
-        1.0, (centre + spread) / (1 + z * z / total)
-    )
+    p, zz = right / total, z * z
+    centre = p + zz / (2 * total)
+    half_width = z * math.sqrt(p * (1 - p) / total + zz / (4 * total * total))
+    scale = 1 + zz / total
+    # Rounding may leave the ends of 0 and 1 by a hair.
+    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
 def binomial_tail(right: int, total: int, chance: float) -> float:
-    """Probability of at least `right` of `total` by luck alone, where each is right with
-    probability `chance`.
-    """
-    if chance in (0, 1):
+    """Probability of at least `right` of `total` by luck, each right with probability `chance`."""
+    if chance in (0, 1):  # the logarithm of 0 does not exist
         return float(right == 0 or chance == 1)
+    densities = (math.exp(_log_density(k, total, chance)) for k in range(right, total + 1))
+    return min(1.0, sum(densities))
 
-    def log_density(
-        k: int,
-    ) -> float:  # logarithms, because the coefficients overflow at some 1,000 questions
-        ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
-        return ways + k * math.log(chance) + (total - k) * math.log1p(-chance)
 
-    return min(1.0, sum(math.exp(log_density(k)) for k in range(right, total + 1)))
+def _log_density(k: int, total: int, chance: float) -> float:
+    # Logarithms, because the coefficients overflow at some 1,000 questions.
+    ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+    return ways + k * math.log(chance) + (total - k) * math.log1p(-chance)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -43,6 +44,19 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**n)
+
+
+def discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """How many questions only the first of two models has right, and how many only the second."""
+    return sum(map(gt, first, second)), sum(map(lt, first, second))  # True is above False
+
+
+def places_by(keys: Iterable[str]) -> dict[str, list[int]]:
+    """Where each key stands, in the order of their first occurrence: rows grouped by modality."""
+    places = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    return places
 
 
 def percent(rate: float) -> str:
