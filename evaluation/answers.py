@@ -2,87 +2,90 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
 from common.config import Config
-from data import PromptEncoder, Question, Vocabulary
+from data import PromptEncoder, Question, Vocabulary, load_vocabulary
+from data.choice import prompt_encoder
 from data.encode import LoadImage
 from data.images import load_image
 from grpo.sampler import sample_groups, sampling_noise
-from model import Qwen2VL
+from model import Qwen2VL, load_model
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion's text; its length, end of turn included; whether it ended by itself, or at the
-    limit.
-    """
+    """A completion's text; its length, end of turn included; whether it ended before the limit."""
 
     text: str
     tokens: int
     ended: bool
 
 
-def answer_questions(
-    model: Qwen2VL,
-    vocabulary: Vocabulary,
-    encoder: PromptEncoder,
-    questions: Sequence[Question],
-    *,
-    config: Config,
-    label: str,
-    places: Sequence[int] | None = None,
-    samples: int = 0,
-    load: LoadImage = load_image,
-) -> Iterator[list[tuple[int, list[Answer]]]]:
-    """Yields, a batch at a time, (place among the questions, its answers).
+@dataclass(frozen=True, slots=True)
+class Examinee:
+    """A model under examination: how it reads questions, and within which limits it answers."""
 
-    Args:
-        label: what the progress bar calls it.
-        places: which of the questions to ask; None asks all.
-        samples: 0 gives each question its one greedy answer; k gives it k answers drawn at the
-            config's temperature, with the numbers that a training step after the last would draw
-            for these places.
-        load: how an image file becomes an image.
-    """
-    lengths = {
-        i: encoder.count_tokens(questions[i])
-        for i in (range(len(questions)) if places is None else places)
-    }
-    order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
-    size = max(1, config.eval_batch_prompts // max(1, samples))
-    with tqdm(
-        total=len(order),
-        desc=label,
-        unit="question",
-        dynamic_ncols=True,
-        leave=False,
-        disable=not order,
-    ) as bar:
-        for start in range(0, len(order), size):
-            asked = order[start : start + size]
-            prompts = [encoder.encode(questions[i], load) for i in asked]
-            noise = (
-                sampling_noise(config.seed, config.steps, asked, samples, config.max_new_tokens)
-                if samples
-                else None
-            )
+    model: Qwen2VL
+    vocabulary: Vocabulary
+    encoder: PromptEncoder
+    config: Config
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        label: str,
+        places: Sequence[int],
+        samples: int = 0,
+        load: LoadImage = load_image,
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """Yields (place among the questions, its answers), in an order of its own.
+
+        Args:
+            label: what the progress bar calls it.
+            places: which of the questions to answer.
+            samples: 0 gives each question its one greedy answer; k gives it k answers drawn at the
+                config's temperature.
+            load: how an image file becomes an image.
+        """
+        config, noise_NGT = self.config, None
+        lengths = {place: self.encoder.count_tokens(questions[place]) for place in places}
+        order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
+        for batch in in_batches(order, config.eval_batch_prompts // max(1, samples), label):
+            if samples:
+                # The numbers that a training step after the last would draw for these places.
+                noise_NGT = sampling_noise(
+                    config.seed, config.steps, batch, samples, config.max_new_tokens
+                )
             rollout = sample_groups(
-                model,
-                vocabulary,
-                prompts,
-                noise,
+                self.model,
+                self.vocabulary,
+                [self.encoder.encode(questions[place], load) for place in batch],
+                noise_NGT,
                 temperature=config.temperature if samples else 1.0,
                 max_new_tokens=config.max_new_tokens,
             )
-            lengths_NG, ended_NG = rollout.mask_NGT.sum(-1).tolist(), rollout.ended_NG.tolist()
-            groups = zip(rollout.texts, lengths_NG, ended_NG, strict=True)
-            yield [
-                (i, [Answer(*one) for one in zip(*group, strict=True)])
-                for i, group in zip(asked, groups)
-            ]
-            bar.update(len(asked))
+            lengths_NG = rollout.mask_NGT.sum(-1).tolist()
+            groups = zip(batch, rollout.texts, lengths_NG, rollout.ended_NG.tolist(), strict=True)
+            for place, texts, lengths_G, ended_G in groups:
+                yield place, list(map(Answer, texts, lengths_G, ended_G))
+
+
+def load_examinee(folder: Path, config: Config) -> Examinee:
+    """The model of a checkpoint folder. InputError if it is none that can be used."""
+    model = load_model(folder, config.device, config.dtype).requires_grad_(False)
+    vocabulary = load_vocabulary(folder, model.config, config.device)
+    return Examinee(model, vocabulary, prompt_encoder(vocabulary, model.config, config), config)
+
+
+def in_batches(places: Sequence[int], size: int, label: str) -> Iterator[Sequence[int]]:
+    """The places, `size` (at least one) at a time, with a progress bar."""
+    size = max(1, size)
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    bar = tqdm(batches, label, unit="batch", dynamic_ncols=True, leave=False, disable=not places)
+    return iter(bar)
 
 
 def answer_greedily(
@@ -96,9 +99,7 @@ def answer_greedily(
 ) -> list[str]:
     """The model's most likely completion of each question, in the order of the questions."""
     texts = [""] * len(questions)
-    for batch in answer_questions(
-        model, vocabulary, encoder, questions, config=config, label=label
-    ):
-        for i, (answer,) in batch:
-            texts[i] = answer.text
+    examinee = Examinee(model, vocabulary, encoder, config)
+    for place, (answer,) in examinee.answers(questions, label, range(len(questions))):
+        texts[place] = answer.text
     return texts

@@ -3,9 +3,9 @@ like.
 
 Two evaluations may be compared if they asked the same questions, with the same words and pixels,
 let the answer be equally long, computed in the same precision, and read the answer by the same
-rules. Each of these is a part with a digest of its own, so that a refusal can say which one
-differs; the hash over all of them stands in every row that an evaluation writes. Code counts by its
-source text: even another comment makes another contract: the safe side.
+rules. Each of these has a digest of its own, so that a refusal can say which one differs; the hash
+over all of them stands in every row that an evaluation writes. Code counts by its source text: even
+another comment makes another contract: the safe side.
 """
 
 import hashlib
@@ -19,14 +19,15 @@ import rewards.letter
 import rewards.rules
 from common.config import Config
 from common.errors import InputError
+from common.files import read_json
 from data import PromptEncoder, Question, encode, images, prompt
 
 
 def contract(
     config: Config, encoder: PromptEncoder, questions: Sequence[Question]
 ) -> dict[str, Any]:
-    """The parts of the contract, by name, and "hash" over them all."""
-    parts = {
+    """The terms of the contract, by name, and "hash" over them all."""
+    terms = {
         "prompt": prompt_digest(encoder),
         "pixels": digest(_source(images)),
         "min_pixels": config.min_pixels,
@@ -34,10 +35,10 @@ def contract(
         "max_new_tokens": config.max_new_tokens,
         "dtype": config.dtype,
         "parser": digest(_source(rewards.letter), _source(rewards.rules)),
-        "questions": digest(*(_asked(question) for question in questions)),
+        "questions": digest(*(_contents(question) for question in questions)),
         "number of questions": len(questions),
     }
-    return parts | {"hash": digest(json.dumps(parts, sort_keys=True))}
+    return terms | {"hash": digest(json.dumps(terms, sort_keys=True))}
 
 
 def prompt_digest(encoder: PromptEncoder) -> str:
@@ -45,42 +46,37 @@ def prompt_digest(encoder: PromptEncoder) -> str:
     return digest(_source(prompt), _source(encode), encoder.tokenizer.chat_template or "")
 
 
+def claim(folder: Path, ours: dict[str, Any]) -> None:
+    """Write the contract into the folder of an evaluation.
+
+    Raises:
+        InputError: the folder holds an evaluation under another contract.
+    """
+    file = folder / "contract.json"
+    if file.exists():
+        theirs = read_contract(folder, f"delete the folder {folder}")
+        refuse_unlike(ours, theirs, f"{folder} (delete it, or choose another --out)")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+
+
+def read_contract(folder: Path, remedy: str) -> dict[str, Any]:
+    """The contract of an evaluation's folder. InputError if there is none."""
+    file = folder / "contract.json"
+    terms = read_json(file, remedy)
+    if not isinstance(terms, dict):
+        raise InputError(f"{file}: not readable as a contract; {remedy}")
+    return terms
+
+
 def refuse_unlike(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
-    """InputError if two contracts differ; `where` says whose the other is, and the message what
-    differs.
-    """
-    unlike = [
-        f"{key} ({theirs.get(key)} there, {ours[key]} here)"
-        for key in ours
-        if ours[key] != theirs.get(key)
-    ]
+    """InputError if two contracts differ, with what differs; `where` says whose the other is."""
+    unlike = []
+    for name, value in ours.items():
+        if name != "hash" and theirs.get(name) != value:  # a hash tells a reader nothing
+            unlike.append(f"{name} ({theirs.get(name)} there, {value} here)")
     if unlike:
-        reasons = [reason for reason in unlike if not reason.startswith("hash ")]
-        raise InputError(
-            f"{where}: not comparable, because of another {', '.join(reasons or unlike)}"
-        )
-
-
-def claim(file: Path, ours: dict[str, Any]) -> None:
-    """Write the contract, or refuse to go on with an evaluation that was begun under another
-    one.
-    """
-    try:
-        if file.exists():
-            theirs = dict(json.loads(file.read_bytes()))
-            refuse_unlike(ours, theirs, f"{file.parent} (delete it, or choose another --out)")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
-    except InputError:
-        raise
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{file}: not readable ({error}); delete the folder {file.parent}"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"{file.parent}: can't hold an evaluation ({error.strerror}); choose another --out"
-        ) from None
+        raise InputError(f"{where}: not comparable, because of another {', '.join(unlike)}")
 
 
 def digest(*texts: str) -> str:
@@ -88,11 +84,11 @@ def digest(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def _asked(question: Question) -> str:
+def _contents(question: Question) -> str:
     """What is asked, without where its files lie."""
-    shown = [hashlib.sha256(image.read_bytes()).hexdigest() for image in question.images]
+    pixels = [hashlib.sha256(image.read_bytes()).hexdigest() for image in question.images]
     return json.dumps(
-        [shown, question.question, question.options, question.answer, question.modality]
+        [pixels, question.question, question.options, question.answer, question.modality]
     )
 
 

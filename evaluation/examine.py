@@ -3,213 +3,153 @@ changed.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.config import Config
 from common.errors import InputError
-from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary
-from data.choice import prompt_encoder
-from model import Qwen2VL, load_model
+from common.hub import model_folder
+from data import PromptEncoder, Question, load_vocabulary
+from data.choice import load_questions, prompt_encoder
+from model import read_config
 from rewards import read_letter, score, think_text
 
-from .answers import Answer, answer_questions
+from .answers import Answer, Examinee, in_batches, load_examinee
 from .audits.conclusion import conclusion
 from .contract import prompt_digest
 from .probes import (
     KEPT,
+    PLAIN,
+    PROBES,
+    REASONING,
+    ROTATED,
+    SWAPPED,
     blank_image,
     letter_logprobs,
     noise_image,
     opening,
     original_letter,
-    shortened,
-    swapped_reasoning,
+    swapped_reasonings,
+    truncated,
     with_other_images,
     with_rotated_options,
 )
 from .records import Records, Row
 
-PLAIN, REASONING = "plain", "reasoning"
-NO_IMAGE = ("blank image", "noise image", "other image")
-ROTATED = "permuted options"
-SWAPPED = "another's"
 
-
-def kept_label(kept: float) -> str:
-    """What rows call the answer after this share of the reasoning."""
-    return f"{100 * kept:.0f} %"
-
-
-WHOLE = kept_label(1.0)
-
-
-def probes_asked(config: Config, samples: int) -> tuple[str, ...]:
-    """All that a model is asked, by name: the plain questions first, samples (if there are any)
-    last.
+def chosen_questions(config: Config) -> tuple[list[Question], list[Question], PromptEncoder]:
+    """The questions to train on, those to test on whose prompts fit, and what makes prompts of
+    them. InputError for a wrong file, and if there is no question to test on.
     """
-    sampled = (
-        [f"{samples} samples at {config.temperature:g}, seed {config.seed}"] if samples else []
-    )
-    return (PLAIN, *NO_IMAGE, ROTATED, REASONING, *sampled)
+    train, _, questions = load_questions(config)
+    if not questions:
+        raise InputError(
+            "there are no test questions: name question files by test_questions or --questions"
+        )
+    base = model_folder(config.model, weights=False)
+    shape = read_config(base)
+    encoder = prompt_encoder(load_vocabulary(base, shape), shape, config)
+    questions, skipped = encoder.select(questions)
+    if skipped:
+        print(f"{skipped} questions left out as longer than {config.max_prompt_tokens} tokens")
+    return train, questions, encoder
 
 
-def question_ids(questions: Sequence[Question]) -> list[str]:
-    """What rows call the questions: where each was read; with a number behind it if two files have
-    one name.
-    """
-    seen: Counter[str] = Counter()
-    names = []
-    for question in questions:
-        seen[question.source] += 1
-        count = seen[question.source]
-        names.append(question.source if count == 1 else f"{question.source} ({count})")
-    return names
+def probe_names(config: Config, samples: int) -> list[str]:
+    """All that a model is asked; the last is the sampling of `samples` answers, if there is any."""
+    sampling = f"{samples} samples at {config.temperature:g}, seed {config.seed}"
+    return [*PROBES, sampling] if samples else [*PROBES]
 
 
-def examine(
-    name: str,
-    folder: Path,
-    config: Config,
-    terms: dict[str, Any],
-    questions: Sequence[Question],
-    ids: Sequence[str],
-    predictions: Records,
-    probes: Records,
-    samples: int = 0,
-) -> None:
-    """Ask the model in `folder` whatever has no row yet: answers go to `predictions`, all else to
-    `probes`.
+def examine(name: str, folder: Path, records: Records, config: Config, samples: int = 0) -> None:
+    """Ask the model in `folder` whatever has no row yet; nothing is loaded if all have.
 
     Args:
         name: what its rows call it.
-        terms: the contract.
-        ids: the questions' names in the rows.
         samples: answers to draw for each question, besides the greedy one.
 
     Raises:
         InputError: the folder holds no model that can be used, or one whose prompts would be
             others.
     """
-    asked = probes_asked(config, samples)
-    if not any(
-        (predictions if probe == PLAIN else probes).missing(name, probe, len(questions))
-        for probe in asked
-    ):
+    probes = probe_names(config, samples)
+    if not any(records.missing(name, probe) for probe in probes):
         return
-    model = load_model(folder, config.device, config.dtype).requires_grad_(False)
-    vocabulary = load_vocabulary(folder, model.config, config.device)
     # The questions fit; with another question's image a prompt may become longer than they may be.
-    encoder = prompt_encoder(
-        vocabulary, model.config, replace(config, max_prompt_tokens=sys.maxsize)
-    )
-    if prompt_digest(encoder) != terms["prompt"]:
+    examinee = load_examinee(folder, replace(config, max_prompt_tokens=sys.maxsize))
+    if prompt_digest(examinee.encoder) != records.terms["prompt"]:
         raise InputError(
             f"{name}: not comparable, the chat template in {folder} is not that of the base model"
         )
-    answers = partial(answer_questions, model, vocabulary, encoder, config=config)
-
-    def ask(
-        probe: str,
-        records: Records,
-        row_of: Callable[[Question, list[Answer]], Row],
-        changed: Sequence[Question] = questions,
-        **how: Any,
-    ) -> None:
-        left = records.missing(name, probe, len(questions))
-        for batch in answers(changed, label=f"{name}: {probe}", places=left, **how):
-            rows = ({"id": ids[i], "place": i} | row_of(questions[i], given) for i, given in batch)
-            records.add({"model": name, "probe": probe} | row for row in rows)
-
-    ask(PLAIN, predictions, _prediction)
-    ask("blank image", probes, _letter, load=blank_image)
-    ask("noise image", probes, _letter, load=noise_image)
-    ask("other image", probes, _letter, with_other_images(questions))
-    ask(
-        ROTATED, probes, _rotated_letter, [with_rotated_options(question) for question in questions]
-    )
+    ask = partial(record_answers, name, examinee, records)
+    ask(PLAIN, _prediction)
+    ask("blank image", _letter, load=blank_image)
+    ask("noise image", _letter, load=noise_image)
+    ask("other image", _letter, with_other_images(records.questions))
+    ask(ROTATED, _rotated_letter, list(map(with_rotated_options, records.questions)))
     if samples:
-        ask(asked[-1], probes, _letters, samples=samples)
-    answer_after_reasonings(
-        name, model, vocabulary, encoder, config, questions, ids, predictions, probes
-    )
+        ask(probes[-1], _letters, samples=samples)
+    record_forced_letters(name, examinee, records)
 
 
-def answer_after_reasonings(
+def record_answers(
     name: str,
-    model: Qwen2VL,
-    vocabulary: Vocabulary,
-    encoder: PromptEncoder,
-    config: Config,
-    questions: Sequence[Question],
-    ids: Sequence[str],
-    predictions: Records,
-    probes: Records,
+    examinee: Examinee,
+    records: Records,
+    probe: str,
+    row_of: Callable[[Question, list[Answer]], Row],
+    changed: Sequence[Question] | None = None,
+    **how: Any,
 ) -> None:
-    """Force an answer after each part of the model's own reasoning, and after another
-    question's.
+    """Answer each question that has no row for this probe yet.
+
+    Args:
+        row_of: what is recorded of the answers to a question.
+        changed: the questions as the probe puts them, in their order; None as they are.
+        how: further arguments of `Examinee.answers`.
     """
-    reasonings = [
-        think_text(row["completion"]) for row in predictions.of(name, PLAIN, len(questions))
-    ]
-    swapped = swapped_reasoning(reasonings)
-    left = probes.missing(name, REASONING, len(questions))
-    with tqdm(
-        total=len(left),
-        desc=f"{name}: {REASONING}",
-        unit="question",
-        dynamic_ncols=True,
-        leave=False,
-    ) as bar:
-        for start in range(0, len(left), config.eval_batch_prompts):
-            places = left[start : start + config.eval_batch_prompts]
-            rows = {i: {"letters": {}} for i in places}
-            reasoned = [i for i in places if reasonings[i] is not None]
-            if reasoned:
-                prompts = [encoder.encode(questions[i]) for i in reasoned]
-                texts = {
-                    kept_label(kept): [shortened(reasonings[i], kept) for i in reasoned]
-                    for kept in KEPT
-                }
-                letters = forced_letters(
-                    model, vocabulary, prompts, texts | {SWAPPED: [swapped[i] for i in reasoned]}
-                )
-                for i, by_label in zip(reasoned, letters, strict=True):
-                    rows[i] = {
-                        "letters": by_label,
-                        "swapped": conclusion(swapped[i], questions[i].options),
-                    }
-            probes.add(
-                {"model": name, "probe": REASONING, "id": ids[i], "place": i} | rows[i]
-                for i in places
-            )
-            bar.update(len(places))
+    questions, missing = records.questions, records.missing(name, probe)
+    for place, answers in examinee.answers(
+        changed or questions, f"{name}: {probe}", missing, **how
+    ):
+        records.add(name, probe, place, row_of(questions[place], answers))
 
 
-def forced_letters(
-    model: Qwen2VL,
-    vocabulary: Vocabulary,
-    prompts: Sequence[Prompt],
-    reasonings: dict[str, list[str]],
-) -> list[dict[str, str]]:
-    """For each prompt the likeliest letter after each of its reasonings, by their labels."""
-    letters: list[dict[str, str]] = [{} for _ in prompts]
-    for label, texts in reasonings.items():
-        logps = letter_logprobs(model, vocabulary, prompts, [opening(text) for text in texts])
-        for by_label, by_letter in zip(letters, logps, strict=True):
-            by_label[label] = max(by_letter, key=by_letter.__getitem__)
-    return letters
+def record_forced_letters(name: str, examinee: Examinee, records: Records) -> None:
+    """Force an answer after each share of the model's own reasoning, and after another question's,
+    for each question that has no such row yet.
+    """
+    reasonings = {}
+    for row in records.of(name, PLAIN):
+        reasoning = think_text(row["completion"])
+        if reasoning is not None:
+            reasonings[row["place"]] = reasoning
+    swapped = swapped_reasonings(reasonings)
+    missing, size = records.missing(name, REASONING), examinee.config.eval_batch_prompts
+    for places in in_batches(missing, size, f"{name}: {REASONING}"):
+        rows: dict[int, Row] = {place: {"letters": {}} for place in places}
+        reasoned = [place for place in places if place in reasonings]
+        prompts = [examinee.encoder.encode(records.questions[place]) for place in reasoned]
+        for label in (*KEPT, SWAPPED) if reasoned else ():
+            texts, kept = (swapped, 1.0) if label == SWAPPED else (reasonings, KEPT[label])
+            openings = [opening(truncated(texts[place], kept)) for place in reasoned]
+            logprobs = letter_logprobs(examinee.model, examinee.vocabulary, prompts, openings)
+            for place, by_letter in zip(reasoned, logprobs, strict=True):
+                rows[place]["letters"][label] = max(by_letter, key=by_letter.__getitem__)
+        for place, row in rows.items():
+            if place in swapped:
+                row["swapped"] = conclusion(swapped[place], records.questions[place].options)
+            records.add(name, REASONING, place, row)
 
 
 def _prediction(question: Question, answers: list[Answer]) -> Row:
     (answer,) = answers
-    verdicts = score(answer.text, question.answer)
+    verdicts = {}
+    for verdict in score(answer.text, question.answer):
+        verdicts[verdict.rule] = {"score": verdict.score, "why": verdict.why}
     return {
         "modality": question.modality,
         "question_type": question.question_type,
@@ -221,9 +161,7 @@ def _prediction(question: Question, answers: list[Answer]) -> Row:
         "tokens": answer.tokens,
         "ended": answer.ended,
         "letter": read_letter(answer.text),
-        "rewards": {
-            verdict.rule: {"score": verdict.score, "why": verdict.why} for verdict in verdicts
-        },
+        "rewards": verdicts,
     }
 
 

@@ -12,17 +12,18 @@ from common.config import Config, load_config
 from common.errors import InputError
 from common.hub import model_folder
 
-TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count", "test_fraction",
-                 "validation_fraction", "seed",
-                 "min_pixels", "max_pixels", "max_prompt_tokens", "too_long")  # fmt: skip
+from .report.curves import read_metrics
+
+TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count",
+                 "test_fraction", "validation_fraction", "seed", "min_pixels", "max_pixels",
+                 "max_prompt_tokens", "too_long")  # fmt: skip
 """Fields in which the compared runs must agree: same base, same questions (the seed draws them),
 same pixels.
 """
 PATHS = ("model", "train_questions", "image_dir")
-REMEDY = {
-    "grpo": "train it with `make train`",
-    "sft": "train it with train.py and the config ..._sft.toml (or `make sft`)",
-}
+USUAL = ("base", "sft", "grpo")
+RUNS = {"sft": "_sft", "grpo": ""}
+"""What their folders' names have behind that of the config's run."""
 
 
 def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
@@ -33,70 +34,81 @@ def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
         InputError: a folder is missing, a name is odd or given twice, or a run was trained on
             something else.
     """
-    known = {"base": Path(config.model), "grpo": Path(config.run_dir) / "model",
-             "sft": Path(config.run_dir.rstrip("/") + "_sft") / "model"}  # fmt: skip
     folders: dict[str, Path] = {}
     for given in names:
-        name, equals, folder = given.partition("=")
-        if not equals and name not in known:
+        name, _, other = given.partition("=")
+        # Names stand in files, tables and messages.
+        if name in folders or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise InputError(
-                f"--models: {name!r} is unknown; give {', '.join(known)} or NAME=FOLDER"
+                f"--models: {name!r} is no name of its own; use letters, digits, '.', '_' and '-'"
             )
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if other:
+            folder = Path(other)
+        elif name == "base":
+            folder = model_folder(config.model)
+        elif name in RUNS:
+            folder = Path(config.run_dir.rstrip("/") + RUNS[name]) / "model"
+        else:
+            raise InputError(f"--models: {name!r} is unknown; give base, grpo, sft or NAME=FOLDER")
+        if not folder.is_dir():
             raise InputError(
-                f"--models: {name!r} is no name; use letters, digits, '.', '_' and '-'"
+                f"{name}: there is no model in {folder}; train it (`make train`, `make sft`), "
+                "correct the folder, or leave it out of --models"
             )
-        if name in folders:
-            raise InputError(
-                f"--models: {name!r} is given twice; give each model a name of its own"
-            )
-        folders[name] = Path(folder) if equals else known[name]
-        if not equals and name == "base":
-            folders[name] = model_folder(config.model)
-        if not folders[name].is_dir():
-            advice = (
-                "correct the folder" if equals else f"{REMEDY[name]}, or leave it out of --models"
-            )
-            raise InputError(f"{name}: there is no model in {folders[name]}; {advice}")
-        if not equals and name != "base":
-            _refuse_other_training(config, name, folders[name].parent / "config.toml")
-    if not folders:
-        raise InputError("--models names none; give for instance --models base,grpo")
+        if not other and name in RUNS:
+            _refuse_other_training(config, name, folder.parent / "config.toml")
+        folders[name] = folder
     return folders
 
 
 def _refuse_other_training(config: Config, name: str, file: Path) -> None:
     trained = load_config(file)
-    ours, theirs = (
-        {field: _value(run, field) for field in TRAINED_ALIKE} for run in (config, trained)
-    )
     for field in TRAINED_ALIKE:
-        if ours[field] != theirs[field]:
+        if _resolved(config, field) != _resolved(trained, field):
             raise InputError(
-                f"{name}: not comparable, trained with {field} {getattr(trained, field)!r} ({file}), not "
-                f"{getattr(config, field)!r}; train it anew, or give the same --{field}"
+                f"{name}: not comparable, trained with {field} {getattr(trained, field)!r} "
+                f"({file}), not {getattr(config, field)!r}; train it anew, or give the same "
+                f"--{field}"
             )
     if trained.method != name:
         raise InputError(
-            f"{name}: {file} is of a run by {trained.method}; name it yourself with --models NAME=FOLDER"
+            f"{name}: {file} is of a run by {trained.method}; name it yourself with "
+            "--models NAME=FOLDER"
         )
 
 
-def _value(config: Config, field: str) -> Any:
+def _resolved(config: Config, field: str) -> Any:
     value = getattr(config, field)
     return str(Path(value).resolve()) if field in PATHS and value else value
 
 
-def model_digest(folder: str | Path) -> str:
+def model_digest(folder: Path) -> str:
     """Of all that decides what a checkpoint folder answers, so that a model that has changed is
     asked anew.
     """
     hashed = hashlib.sha256()
-    for file in sorted(
-        path
-        for path in Path(folder).iterdir()
-        if path.suffix in (".safetensors", ".json", ".jinja")
-    ):
-        with file.open("rb") as opened:
-            hashed.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja"):
+            with file.open("rb") as opened:
+                contents = hashlib.file_digest(opened, "sha256").digest()
+            hashed.update(file.name.encode() + contents)
     return hashed.hexdigest()[:16]
+
+
+def results_folder(run_dir: str, models: Sequence[str], files: Sequence[str]) -> Path:
+    """Where an evaluation's results go: eval/ in the run's folder for the usual models and the
+    config's questions. Any other has a folder of its own, named after its models and question
+    files, so that it does not replace the whole one's results.
+    """
+    names = [] if tuple(models) == USUAL else list(models)
+    return Path(run_dir) / "-".join(["eval", *names, *(Path(file).stem for file in files)])
+
+
+def training_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
+    """By model the metrics of its training, if its folder lies in that of a run."""
+    curves = {}
+    for name, folder in folders.items():
+        file = folder.parent / "metrics.jsonl"
+        if file.exists():
+            curves[name] = read_metrics(file)
+    return curves

@@ -2,7 +2,7 @@
 
 Each probe changes one thing and looks at the letter that comes out. With the image taken away
 (blank, noise, another question's), the model is its own blind baseline. With the options in another
-order, the content of the answer should stay. With the reasoning cut short or exchanged, an answer
+order, the content of the answer should stay. With the reasoning truncated or exchanged, an answer
 that rests on the reasoning should change; one that stays was decided elsewhere (early answering and
 added mistakes of Lanham et al. 2023, "Measuring Faithfulness in Chain-of-Thought Reasoning", arXiv
 2307.13702). None of this can prove that reasoning is faithful; it can show that it is not.
@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,15 @@ from PIL import Image
 from data import Prompt, Question, Vocabulary, load_image, option_letter
 from grpo.rollout import MicroBatch, collate, completion_logprobs, padded
 from model import Qwen2VL
-from rewards import think_text
+from rewards import LETTERS, think_text
 
-KEPT = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the reasoning after which the answer is asked for; the last is the whole reasoning."""
+PLAIN, REASONING, ROTATED = "plain", "reasoning", "permuted options"
+NO_IMAGE = ("blank image", "noise image", "other image")
+PROBES = (PLAIN, *NO_IMAGE, ROTATED, REASONING)
+"""All that a model is asked, by name: the questions as they are, then with something changed."""
+KEPT = {"0 %": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "100 %": 1.0}
+"""Shares of the reasoning after which the answer is asked for, by what rows call them."""
+NONE, WHOLE, SWAPPED = "0 %", "100 %", "another's"
 
 
 def blank_image(path: Path) -> Image.Image:
@@ -35,8 +41,8 @@ def blank_image(path: Path) -> Image.Image:
 def noise_image(path: Path) -> Image.Image:
     """Uniform noise of the same size, the same each time for a file of that name."""
     width, height = load_image(path).size
-    rng = np.random.default_rng(list(path.name.encode()))
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    generator = np.random.default_rng(list(path.name.encode()))
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def with_other_images(questions: Sequence[Question]) -> list[Question]:
@@ -44,46 +50,47 @@ def with_other_images(questions: Sequence[Question]) -> list[Question]:
 
     All images are still used, and nobody keeps its own, unless all questions show the same.
     """
-    shown = list(dict.fromkeys(question.images for question in questions))
-    random.Random("other image").shuffle(shown)
-    other = dict(zip(shown, shown[1:] + shown[:1], strict=True))  # one cycle through them all
+    images = list(dict.fromkeys(question.images for question in questions))
+    random.Random("other image").shuffle(images)
+    other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle through them all
     return [replace(question, images=other[question.images]) for question in questions]
 
 
 def with_rotated_options(question: Question) -> Question:
     """The same options, each moved up by one place, the first to the end; `answer` moves along."""
-    count = len(question.options)
-    place = (ord(question.answer) - ord("A") - 1) % count
-    return replace(
-        question, options=question.options[1:] + question.options[:1], answer=option_letter(place)
-    )
+    first, *others = question.options
+    place = (ord(question.answer) - ord("A") - 1) % len(question.options)
+    return replace(question, options=(*others, first), answer=option_letter(place))
 
 
 def original_letter(letter: str | None, count: int) -> str | None:
     """The letter that an option of `with_rotated_options` had before, among `count` options; None
-    stays None.
+    for None and for a letter that no option has.
     """
     place = ord(letter) - ord("A") if letter else count
     return option_letter((place + 1) % count) if place < count else None
 
 
-def shortened(reasoning: str, kept: float) -> str:
-    """The first `kept` (0 to 1) of a reasoning's words."""
-    words = list(re.finditer(r"\S+", reasoning))
-    count = round(kept * len(words))
-    return reasoning if kept == 1 else reasoning[: words[count - 1].end()] if count else ""
+def truncated(reasoning: str, kept: float) -> str:
+    """The first `kept` (0 to 1) of a reasoning's words; with 1 the blanks at its end stay too."""
+    if kept == 1:
+        return reasoning
+    ends = [0, *(word.end() for word in re.finditer(r"\S+", reasoning))]
+    return reasoning[: ends[round(kept * (len(ends) - 1))]]
 
 
-def swapped_reasoning(reasonings: Sequence[str | None]) -> list[str | None]:
-    """Every reasoning replaced by another question's, one that reads differently where there is
-    one; None stays.
+def swapped_reasonings(reasonings: dict[int, str]) -> dict[int, str]:
+    """By place every reasoning replaced by another question's, one that reads differently where
+    there is one.
     """
-    places = [i for i, reasoning in enumerate(reasonings) if reasoning is not None]
+    places = list(reasonings)
     random.Random("swapped reasoning").shuffle(places)
-    swapped: list[str | None] = [None] * len(reasonings)
-    for at, i in enumerate(places):
-        others = (reasonings[places[(at + shift) % len(places)]] for shift in range(1, len(places)))
-        swapped[i] = next((other for other in others if other != reasonings[i]), reasonings[i])
+    swapped = dict(reasonings)
+    for at, place in enumerate(places):
+        for other in places[at + 1 :] + places[:at]:
+            if reasonings[other] != reasonings[place]:
+                swapped[place] = reasonings[other]
+                break
     return swapped
 
 
@@ -106,24 +113,21 @@ def letter_logprobs(
 ) -> list[dict[str, float]]:
     """Force an answer: log pi of each option's letter, and the tag that closes it, after the prompt
     and the opening.
-
-    Each opening is tokenised together with each letter, because a tokenizer may join what is on
-    either side; what the options' tokens have in common becomes part of the prompt, and what
-    differs is a group of completions.
     """
-    shared, tails = [], []
+    letters, continued, endings = [], [], []
     for prompt, text in zip(prompts, openings, strict=True):
-        letters = [option_letter(i) for i in range(len(prompt.question.options))]
-        rows = [vocabulary.encode(f"{text}{letter}</answer>") for letter in letters]
-        common = next(i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
-        shared.append(prompt.continued(rows[0][:common]))
-        tails.append([row[common:] for row in rows])
+        letters.append(LETTERS[: len(prompt.question.options)])
+        # Each letter is tokenised together with the opening, because a tokenizer may join what is
+        # on either side. What all have in common becomes part of the prompt; what differs is a
+        # group of completions.
+        ids = [vocabulary.encode(f"{text}{letter}</answer>") for letter in letters[-1]]
+        common = commonprefix(ids)  # made for paths, but takes lists of anything
+        continued.append(prompt.continued(common))
+        endings.append([row[len(common) :] for row in ids])
     device = model.embed.weight.device
-    tokens_NGT, mask_NGT = padded(tails, vocabulary.end_ids[0], device)
-    batch = MicroBatch(slice(None), collate(shared, device), tokens_NGT, mask_NGT)
-    logp_NGT, _ = completion_logprobs(model, batch, vocabulary.allowed_V, 1.0)
-    totals = logp_NGT.sum(-1).tolist()
-    return [
-        {option_letter(g): row[g] for g in range(len(group))}
-        for row, group in zip(totals, tails, strict=True)
-    ]
+    tokens_NGT, mask_NGT = padded(endings, vocabulary.end_ids[0], device)
+    batch = MicroBatch(slice(None), collate(continued, device), tokens_NGT, mask_NGT)
+    logp_NGT, _ = completion_logprobs(model, batch, vocabulary.allowed_V, temperature=1.0)
+    # Rows are as long as the longest of the batch, and end where their own letters do.
+    rows = zip(letters, logp_NGT.sum(-1).tolist(), strict=True)
+    return [dict(zip(names, logp_G, strict=False)) for names, logp_G in rows]

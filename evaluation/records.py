@@ -1,109 +1,124 @@
-"""What an evaluation has found so far, on disk row by row: a killed one goes on where it
-stopped.
-"""
+"""What an evaluation knows so far, on disk row by row: a killed one goes on where it stopped."""
 
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from common.errors import InputError
+from common.files import read_json_lines
+from data import Question
 
-Key = tuple[str, str, int]
+from .probes import PLAIN
+
 Row = dict[str, Any]
+Rows = dict[str, list[Row]]
+"""Probe -> one row for each question, in the questions' order."""
+
+FIELDS = {"place": int, "model": str, "probe": str, "id": str, "contract": str, "digest": str}
+ANSWER = {"ground_truth": str, "completion": str, "tokens": int, "ended": bool, "rewards": dict}
+ANSWER |= {"modality": str, "question_type": str, "question": str, "options": list}
+"""What a row of predictions.jsonl has beside `FIELDS`, which all rows have."""
 
 
 class Records:
-    """A file of JSON lines that only grows. A row is known by its model, its probe and its
-    question's place among all, and holds the hash of the contract (under which a place is a
-    question) and the digest of the model.
+    """The files of an evaluation that only grow: predictions.jsonl, and probes.jsonl for all but
+    the plain questions.
 
-    Rows of a model that has changed since are dropped, and counted in `dropped`; so is a last row
-    that a crash has cut. Anything else that can't be read is an InputError: nothing of value is
-    thrown away in silence.
+    A row is known by its model, its probe and its question's place, and holds the hash of the
+    contract (under which a place is a question) and the digest of the model. Rows of a model that
+    has changed since are dropped, and counted in `dropped`.
+
+    Args:
+        terms: the contract.
+        digests: of the models, by name.
+
+    Raises:
+        InputError: a file holds anything but such rows; only a last one that a crash has torn is
+            passed over.
     """
 
-    def __init__(self, path: Path, contract: str, digests: dict[str, str]) -> None:
-        self.contract, self.digests, self.dropped = contract, digests, 0
-        self.rows: dict[Key, Row] = {}
+    def __init__(
+        self,
+        folder: Path,
+        terms: dict[str, Any],
+        digests: dict[str, str],
+        questions: Sequence[Question],
+    ) -> None:
+        self.terms, self.digests, self.questions = terms, digests, questions
+        self.ids = question_ids(questions)
+        self.rows: dict[tuple[str, str, int], Row] = {}
+        self.dropped = 0
+        self.folder = folder
+        self._read(folder / "predictions.jsonl")
+        self._read(folder / "probes.jsonl")
+
+    def missing(self, model: str, probe: str) -> list[int]:
+        """The places of the questions that have no row yet."""
+        places = range(len(self.ids))
+        return [place for place in places if (model, probe, place) not in self.rows]
+
+    def of(self, model: str, probe: str) -> list[Row]:
+        """The rows of all questions, in order. KeyError if one is missing."""
+        return [self.rows[model, probe, place] for place in range(len(self.ids))]
+
+    def add(self, model: str, probe: str, place: int, fields: Row) -> None:
+        """Append a row, handed to the system at once: a kill loses none."""
+        row = {"model": model, "probe": probe, "id": self.ids[place], "place": place, **fields}
+        row |= {"contract": self.terms["hash"], "digest": self.digests[model]}
+        self.rows[model, probe, place] = row
+        name = "predictions.jsonl" if probe == PLAIN else "probes.jsonl"
+        with (self.folder / name).open("ab") as file:
+            file.write(_line(row))
+
+    def _read(self, path: Path) -> None:
         kept = []
-        for row in read_rows(path) if path.exists() else []:
-            if row["contract"] != contract:
+        for row in read_rows(path) if path.exists() else ():
+            model = row["model"]
+            if row["contract"] != self.terms["hash"]:
                 raise InputError(
                     f"{path}: holds rows under another contract; delete it to begin anew"
                 )
-            if row["digest"] == digests.get(row["model"], row["digest"]):
-                self.rows[_key(row)] = row
+            # A model that is not compared this time keeps its rows.
+            if row["digest"] == self.digests.get(model, row["digest"]):
+                self.rows[model, row["probe"], row["place"]] = row
                 kept.append(_line(row))
             else:
                 self.dropped += 1
         partial = path.with_suffix(".partial")
-        try:
-            partial.write_bytes(b"".join(kept))
-            os.replace(partial, path)
-            self._file = path.open("ab")
-        except OSError as error:
-            raise InputError(
-                f"{path}: can't be written ({error.strerror}); choose another --out"
-            ) from None
+        partial.write_bytes(b"".join(kept))
+        os.replace(partial, path)
 
-    def missing(self, model: str, probe: str, total: int) -> list[int]:
-        """The places, of `total`, that have no row yet."""
-        return [place for place in range(total) if (model, probe, place) not in self.rows]
 
-    def of(self, model: str, probe: str, total: int) -> list[Row]:
-        """The rows of all `total` places, in order. KeyError if one is missing."""
-        return [self.rows[model, probe, place] for place in range(total)]
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Append rows, each with "model", "probe" and "place", and hand them to the system."""
-        for row in rows:
-            row = {**row, "contract": self.contract, "digest": self.digests[row["model"]]}
-            self.rows[_key(row)] = row
-            self._file.write(_line(row))
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+def question_ids(questions: Sequence[Question]) -> list[str]:
+    """What rows call the questions: where each was read; with a number behind it if two files have
+    one name.
+    """
+    counts: Counter[str] = Counter()
+    ids = []
+    for question in questions:
+        counts[question.source] += 1
+        count = counts[question.source]
+        ids.append(question.source if count == 1 else f"{question.source} ({count})")
+    return ids
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of such a file, without a last one that a crash has cut. InputError if it holds
-    anything else.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(
-            f"{path}: can't be read ({error.strerror}); run evaluate.py, or choose another folder"
-        ) from None
-    return [_parsed(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
+    """The rows of such a file. InputError if it holds anything else."""
+    remedy = "delete the file to begin anew, or name another folder"
+    rows = []
+    for number, value in read_json_lines(path, remedy):
+        row = value if isinstance(value, dict) else {}
+        for field, kind in (FIELDS | ANSWER if row.get("probe") == PLAIN else FIELDS).items():
+            if not isinstance(row.get(field), kind):
+                reason = f"not a row of an evaluation, `{field}` is missing or of the wrong type"
+                raise InputError(f"{path} line {number}: {reason}; {remedy}")
+        rows.append(row)
+    return rows
 
 
 def _line(row: Row) -> bytes:
     # A lone surrogate, which JSON may hold and UTF-8 may not, becomes its \\u escape: JSON again.
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _key(row: Row) -> Key:
-    return row["model"], row["probe"], row["place"]
-
-
-def _parsed(path: Path, number: int, line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-        typed = all(
-            isinstance(row[field], str) for field in ("model", "probe", "contract", "digest")
-        )
-        if typed and isinstance(row["place"], int) and ("letter" in row or "letters" in row):
-            return row
-        reason = "a field is missing or of the wrong type"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise InputError(
-        f"{path} line {number}: not a row of an evaluation ({reason}); delete the file to begin anew"
-    )

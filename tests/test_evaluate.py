@@ -15,8 +15,10 @@ from tiny_run import tiny_model, write_run
 import evaluate
 import train
 from data import Question
-from evaluation import compare, examine
+from evaluation import answers, compare
+from evaluation.records import question_ids
 from evaluation.results import (
+    ablated_credits,
     accuracy_rows,
     early_answering,
     faithfulness_rows,
@@ -131,15 +133,13 @@ def test_a_second_call_asks_no_model_again(copied, monkeypatch, capsys):
         for name in ("predictions.jsonl", "probes.jsonl")
     }
     first = capsys.readouterr().out
-    monkeypatch.setattr(examine, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(answers, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml") == 0
     assert {name: (copied / "run" / "eval" / name).read_bytes() for name in before} == before
     assert capsys.readouterr().out == first
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_alike(finished, copied, monkeypatch):
-    from evaluation import answers
-
     real, calls = answers.sample_groups, []
 
     def dies(*args, **kwargs):
@@ -163,21 +163,32 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_alike(finished, c
 
 
 def test_a_model_trained_anew_is_asked_anew_and_the_others_are_not(copied, monkeypatch, capsys):
-    assert (
-        run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
-    )
-    base = [
-        row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"
-    ]
+    flags = ("--config", copied / "config.toml", "--models", "base,grpo", "--out", copied / "out")
+    assert run(monkeypatch, evaluate, *flags) == 0
+    file = copied / "out" / "predictions.jsonl"
+    base = [row for row in rows(file) if row["model"] == "base"]
     save_model(tiny_model(seed=5), copied / "run" / "model")
     capsys.readouterr()
-    assert (
-        run(monkeypatch, evaluate, "--config", copied / "config.toml", "--models", "base,grpo") == 0
-    )
+    assert run(monkeypatch, evaluate, *flags) == 0
     assert f"{12 * 6} older rows dropped" in capsys.readouterr().out
-    assert [
-        row for row in rows(copied / "run" / "eval" / "predictions.jsonl") if row["model"] == "base"
-    ] == base
+    assert [row for row in rows(file) if row["model"] == "base"] == base
+
+
+def test_a_partial_evaluation_leaves_the_whole_ones_results_alone(
+    finished, trained, monkeypatch, capsys
+):
+    whole = {file.name: file.read_bytes() for file in finished.iterdir()}
+    train = trained / "questions" / "train.json"
+    for flags, name in (
+        (("--models", "base"), "eval-base"),
+        (("--models", f"base,x={trained / 'base'}", "--questions", train), "eval-base-x-train"),
+    ):
+        assert run(monkeypatch, evaluate, "--config", trained / "config.toml", *flags) == 0
+        folder = trained / "run" / name
+        assert str(folder) in capsys.readouterr().out.splitlines()[-1]
+        assert json.loads((folder / "results.json").read_text())["models"][0]["name"] == "base"
+        shutil.rmtree(folder)
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == whole
 
 
 def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied, monkeypatch):
@@ -211,7 +222,7 @@ def test_questions_of_two_files_with_one_name_stay_apart():
         Question((), "What?", ("x", "y"), "A", "MRI", "", source)
         for source in ("t row 1", "t row 2", "t row 1")
     ]
-    assert examine.question_ids(rows) == ["t row 1", "t row 2", "t row 1 (2)"]
+    assert question_ids(rows) == ["t row 1", "t row 2", "t row 1 (2)"]
 
 
 def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refused(
@@ -225,29 +236,19 @@ def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refus
     assert code == 0
     mri = shown.out.splitlines()[4].split()
     assert mri[:3] == ["MRI", "8", "100.0"] and int(mri[-3]) + int(mri[-2]) <= 8
-    assert (
-        run(
-            monkeypatch,
-            evaluate,
-            "--config",
-            copied / "config.toml",
-            "--models",
-            "base",
-            "--test_count",
-            "3",
-        )
-        == 0
-    )
+    fewer = ("--models", "base", "--test_count", "3", "--out", copied / "out")
+    assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *fewer) == 0
     for flags, named in (
         (
-            (finished, copied / "run" / "eval", "--models", "base", "base"),
+            (finished, copied / "out", "--models", "base", "base"),
             "not comparable, because of another questions",
         ),
         (
             (finished, finished, "--models", "base", "dpo"),
-            "holds no answers of 'dpo'; it has base, sft, grpo",
+            "'dpo' has answered 0 of 12 questions; run evaluate.py, or name another model "
+            "(base, sft, grpo)",
         ),
-        ((finished, copied), "contract.json: can't be read"),
+        ((finished, copied), "contract.json: not readable"),
     ):
         code, shown = compared(*flags)
         assert code == 2 and shown.err.count("\n") == 1 and named in shown.err
@@ -268,32 +269,20 @@ def test_a_tested_image_that_is_trained_on_is_told_in_the_table_not_refused(
     assert "Of 8 test questions 8 show an image that is trained on" in capsys.readouterr().out
 
 
-def by_construction(
-    letters: dict[str, list[str | None]], reasoning: list[dict[str, str]], answer: str = "A"
-):
+def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[str, str]]):
     """Rows of four questions whose right answer is A, as the probes would have given these
     letters.
     """
-    questions = [
-        Question((), "What?", ("knee", "head"), answer, "MRI", "", f"q{i}") for i in range(4)
-    ]
     scores = {"format": {"score": 1.0, "why": ""}, "accuracy": {"score": 1.0, "why": ""}}
-    plain = [
-        {"id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "", "question": "What?",
-         "options": ["knee", "head"], "ground_truth": answer, "letter": letter, "tokens": 9, "ended": True,
-         "rewards": scores, "completion": f"<think>It is the knee.</think><answer>{letter}</answer>"}
-        for i, letter in enumerate(letters["plain"])
-    ]  # fmt: skip
-    probes = {
-        name: [{"letter": letter} for letter in letters[name]]
-        for name in letters
-        if name != "plain"
-    }
-    return {
-        "plain": plain,
-        **probes,
-        "reasoning": [{"letters": x, "swapped": "B"} for x in reasoning],
-    }, questions
+    rows = {probe: [{"letter": letter} for letter in letters[probe]] for probe in letters}
+    for i, row in enumerate(rows["plain"]):
+        row |= {
+            "id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "", "question": "What?",
+            "options": ["knee", "head"], "ground_truth": "A", "tokens": 9, "ended": True,
+            "rewards": scores,
+            "completion": f"<think>It is the knee.</think><answer>{row['letter']}</answer>",
+        }  # fmt: skip
+    return rows | {"reasoning": [{"letters": x, "swapped": "B"} for x in reasoning]}
 
 
 FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "another's": "B"}
@@ -309,9 +298,9 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
     credits = {"chance": [0.5] * 4}
     found = {}
     for name, letters, reasoning in (("good", looks, FAITHFUL), ("bad", guesses, UNFAITHFUL)):
-        made, questions = by_construction(letters, [reasoning] * 3 + [{}])
+        made = by_construction(letters, [reasoning] * 3 + [{}])
         audited = {row["check"]: (row["count"], row["of"]) for row in faithfulness_rows("m", made)}
-        (row,) = accuracy_rows("m", made, questions, credits)
+        (row,) = accuracy_rows("m", made["plain"], credits | ablated_credits(made))
         found[name] = {
             "changes early": [x["changed"] for x in early_answering(made)],
             "without reasoning": audited["answer stays without the reasoning"],
@@ -336,9 +325,9 @@ def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
         probe: ["A"] * 4
         for probe in ("blank image", "noise image", "other image", "permuted options")
     }
-    first, questions = by_construction(letters | {"plain": ["A", "A", "A", "B"]}, [{}] * 4)
-    second, _ = by_construction(letters | {"plain": ["A", "B", None, "A"]}, [{}] * 4)
-    (row,) = pair_rows({"base": second, "grpo": first}, questions)
+    first = by_construction(letters | {"plain": ["A", "A", "A", "B"]}, [{}] * 4)
+    second = by_construction(letters | {"plain": ["A", "B", None, "A"]}, [{}] * 4)
+    (row,) = pair_rows({"base": second["plain"], "grpo": first["plain"]})
     assert (row["first"], row["second"], row["only_first"], row["only_second"]) == (
         "grpo",
         "base",
@@ -378,8 +367,6 @@ def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
 def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed_up(
     copied, monkeypatch
 ):
-    from evaluation import answers
-
     def drawn():
         found = rows(copied / "out" / "probes.jsonl")
         return {(r["probe"], r["id"]): r["letters"] for r in found if "samples" in r["probe"]}
@@ -420,7 +407,7 @@ def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed
 BAD_INPUTS = {
     "malformed predictions": (
         lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "predictions.jsonl").write_text("hello\n"),
-        "predictions.jsonl line 1: not a row",
+        "predictions.jsonl line 1: not JSON",
     ),
     "another contract": (
         lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "contract.json").write_text('{"parser": "0"}'),
@@ -456,7 +443,7 @@ BAD_INPUTS = {
     "a cut image": (
         lambda f: (f / "questions" / "9.png").write_bytes((f / "questions" / "9.png").read_bytes()[:2500]), "9.png"
     ),
-    "an eval folder that is a file": (lambda f: (f / "run" / "eval").write_text(""), "can't hold an evaluation"),
+    "an eval folder that is a file": (lambda f: (f / "run" / "eval").write_text(""), "run/eval: File exists"),
     "another chat template": (
         lambda f: (f / "run" / "model" / "chat_template.jinja").write_text(
             (f / "base" / "chat_template.jinja").read_text().replace("helpful", "useful")

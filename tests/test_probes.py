@@ -18,8 +18,8 @@ from evaluation.probes import (
     opening,
     opening_of,
     original_letter,
-    shortened,
-    swapped_reasoning,
+    swapped_reasonings,
+    truncated,
     with_other_images,
     with_rotated_options,
 )
@@ -76,23 +76,23 @@ def test_rotated_options_keep_the_right_text_and_letters_find_their_way_back(cou
 
 def test_reasoning_is_cut_between_words():
     text = "  One two\nthree   four. "
-    assert [shortened(text, kept) for kept in (0.0, 0.25, 0.5, 0.75, 1.0)] == [
+    assert [truncated(text, kept) for kept in (0.0, 0.25, 0.5, 0.75, 1.0)] == [
         "",
         "  One",
         "  One two",
         "  One two\nthree",
         text,
     ]
-    assert shortened("", 0.5) == "" and shortened(" ", 1.0) == " "
+    assert truncated("", 0.5) == "" and truncated(" ", 1.0) == " "
 
 
 def test_swapped_reasoning_is_anothers_and_reads_differently_where_it_can():
-    reasonings = ["a", "a", None, "b", "a", None, "c"]
-    swapped = swapped_reasoning(reasonings)
-    assert [x is None for x in swapped] == [x is None for x in reasonings]
-    assert all(new != old for new, old in zip(swapped, reasonings) if old is not None)
-    assert swapped_reasoning(["a", None, "a"]) == ["a", None, "a"]
-    assert swapped_reasoning(["a"]) == ["a"] and swapped_reasoning([None]) == [None]
+    reasonings = {0: "a", 1: "a", 3: "b", 4: "a", 6: "c"}
+    swapped = swapped_reasonings(reasonings)
+    assert list(swapped) == list(reasonings)
+    assert all(swapped[place] != reasonings[place] for place in reasonings)
+    assert swapped_reasonings({0: "a", 2: "a"}) == {0: "a", 2: "a"}
+    assert swapped_reasonings({5: "a"}) == {5: "a"} and swapped_reasonings({}) == {}
 
 
 @pytest.mark.parametrize(

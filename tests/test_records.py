@@ -1,95 +1,107 @@
 """What an evaluation keeps on disk, and the contract that says which results may be compared."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny_run import tiny_model, write_run
 
 from common.config import load_config
 from common.errors import InputError
-from data import load_vocabulary, read_questions
+from data import Question, load_vocabulary, read_questions
 from data.choice import prompt_encoder
 from evaluation.contract import contract, refuse_unlike
-from evaluation.models import model_digest, model_folders
+from evaluation.models import model_digest, model_folders, results_folder
 from evaluation.records import Records
 from model import read_config, save_model
 
 WEIGHTS = {"base": "w0", "grpo": "w1"}
 
 
-def row(model="grpo", place=0, **fields):
-    return {
-        "model": model,
-        "probe": "plain",
-        "id": f"q{place}",
-        "place": place,
-        "letter": "B",
-        **fields,
-    }
+TERMS = {"hash": "c"}
+
+
+def questions(count: int) -> list[Question]:
+    return [Question((), "What?", ("x", "y"), "B", "MRI", "", f"q{i}") for i in range(count)]
+
+
+def opened(folder: Path, count: int = 1, digests: dict[str, str] = WEIGHTS) -> Records:
+    return Records(folder, TERMS, digests, questions(count))
+
+
+ANSWER = {
+    "modality": "MRI", "question_type": "", "question": "What?", "options": ["x", "y"],
+    "ground_truth": "B", "completion": "B", "tokens": 2, "ended": True, "rewards": {}, "letter": "B",
+}  # fmt: skip
 
 
 def test_rows_come_back_after_a_kill_and_a_torn_last_row_does_not(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    with Records(file, "c", WEIGHTS) as records:
-        assert records.missing("grpo", "plain", 2) == [0, 1]
-        records.add([row(), row("base"), row(place=2)])
+    records = opened(tmp_path, 3)
+    assert records.missing("grpo", "plain") == [0, 1, 2]
+    records.add("grpo", "plain", 0, ANSWER)
+    records.add("base", "plain", 0, ANSWER)
+    records.add("grpo", "plain", 2, ANSWER)
+    records.add("grpo", "blank image", 1, {"letter": None})
+    file = tmp_path / "predictions.jsonl"
     whole = file.read_bytes()
+    assert whole.count(b"\n") == 3 and (tmp_path / "probes.jsonl").read_bytes().count(b"\n") == 1
     file.write_bytes(whole + '{"model": "grpo", "pro: é'.encode()[:-1])
-    with Records(file, "c", WEIGHTS) as records:
-        assert records.missing("grpo", "plain", 3) == [1]
-        assert records.rows["grpo", "plain", 2] == row(place=2) | {"contract": "c", "digest": "w1"}
+    records = opened(tmp_path, 3)
+    assert records.missing("grpo", "plain") == [1]
+    assert records.missing("grpo", "blank image") == [0, 2]
+    row = {"model": "grpo", "probe": "plain", "id": "q2", "place": 2, **ANSWER}
+    assert records.rows["grpo", "plain", 2] == row | {"contract": "c", "digest": "w1"}
     assert file.read_bytes() == whole
 
 
 def test_rows_of_a_model_trained_anew_are_dropped_and_counted_and_others_stay(tmp_path):
-    with Records(tmp_path / "rows", "c", WEIGHTS) as records:
-        records.add([row(), row("base"), row("grpo", 1)])
-    with Records(tmp_path / "rows", "c", {"grpo": "w2"}) as records:
-        assert records.dropped == 2
-        assert (
-            records.missing("grpo", "plain", 1) == [0] and records.missing("base", "plain", 1) == []
-        )
+    records = opened(tmp_path, 2)
+    for model, place in (("grpo", 0), ("base", 0), ("base", 1), ("grpo", 1)):
+        records.add(model, "plain", place, ANSWER)
+    records = opened(tmp_path, 2, {"grpo": "w2"})
+    assert records.dropped == 2
+    assert records.missing("grpo", "plain") == [0, 1] and records.missing("base", "plain") == []
 
 
 def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
     text = "\ud800 \u2028 \x00 é <script>"
-    with Records(tmp_path / "rows", "c", WEIGHTS) as records:
-        records.add([row(completion=text)])
-    with Records(tmp_path / "rows", "c", WEIGHTS) as records:
-        assert records.of("grpo", "plain", 1)[0]["completion"] == text
+    records = opened(tmp_path)
+    records.add("grpo", "plain", 0, ANSWER | {"completion": text})
+    records = opened(tmp_path)
+    assert records.of("grpo", "plain")[0]["completion"] == text
+
+
+ROW = {
+    "model": "grpo", "probe": "blank image", "id": "q0", "place": 0, "contract": "c", "digest": "w1",
+    "letter": "A",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("hello", "line 2: not a row"),
+        ("hello", "line 2: not JSON"),
         ("[1]", "line 2: not a row"),
         ("{}", "line 2: not a row"),
-        (
-            '{"model": 3, "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w", "letter": null}',
-            "wrong type",
-        ),
-        (
-            '{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "c", "digest": "w1"}',
-            "is missing",
-        ),
-        ("\udcff", "line 2: not a row"),
-        ("[" * 100000, "line 2: not a row"),
-        (
-            '{"model": "grpo", "probe": "p", "id": "q", "place": 1, "contract": "d", "digest": "w1", "letter": "A"}',
-            "rows under another contract",
-        ),
+        (json.dumps(ROW | {"model": 3}), "line 2: not a row of an evaluation, `model` is"),
+        (json.dumps(ROW | {"probe": "plain"}), "`ground_truth` is missing or of the wrong type"),
+        (json.dumps(ROW | ANSWER | {"probe": "plain", "modality": [1]}), "`modality` is missing"),
+        ("\udcff", "line 2: not JSON"),
+        ("[" * 100000, "line 2: not JSON"),
+        (json.dumps(ROW | {"contract": "d"}), "rows under another contract"),
     ],
 )
 def test_a_row_that_is_none_is_one_line_and_nothing_is_lost(tmp_path, line, named):
-    with Records(tmp_path / "rows", "c", WEIGHTS) as records:
-        records.add([row()])
-    text = (tmp_path / "rows").read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n"
-    (tmp_path / "rows").write_bytes(text)
+    records = opened(tmp_path)
+    records.add("grpo", "plain", 0, ANSWER)
+    file = tmp_path / "predictions.jsonl"
+    text = file.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n"
+    file.write_bytes(text)
     with pytest.raises(InputError, match=named) as caught:
-        Records(tmp_path / "rows", "c", WEIGHTS)
+        opened(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
-    assert (tmp_path / "rows").read_bytes() == text
+    assert file.read_bytes() == text
 
 
 @pytest.fixture
@@ -141,6 +153,14 @@ def test_weights_have_another_digest_once_they_change(tmp_path):
     assert digests[0] == digests[2] != digests[1]
 
 
+def test_only_the_whole_evaluation_is_in_eval():
+    assert results_folder("run", ["base", "sft", "grpo"], []) == Path("run/eval")
+    assert results_folder("run", ["base"], []) == Path("run/eval-base")
+    assert results_folder("run", ["base", "sft", "grpo"], ["x/ct.json", "mri.json"]) == Path(
+        "run/eval-ct-mri"
+    )
+
+
 def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
     config = load_config(write_run(tmp_path))
     trained = {}
@@ -160,13 +180,12 @@ def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
     trained["run"].write_text(trained["run"].read_text() + 'method = "sft"\n')
     for names, named in (
         (["grpo"], "grpo: .*config.toml is of a run by sft"),
-        (["\x1b[31m=" + str(tmp_path)], "is no name"),
-        (["=" + str(tmp_path)], "is no name"),
+        (["\x1b[31m=" + str(tmp_path)], "is no name of its own"),
+        (["=" + str(tmp_path)], "is no name of its own"),
         (["sft"], "sft: not comparable, trained with max_pixels 5000"),
         (["dpo"], "'dpo' is unknown"),
-        (["base", "base"], "given twice"),
+        (["base", "base"], "is no name of its own"),
         (["x=nowhere"], "x: there is no model in nowhere"),
-        ([], "names none"),
     ):
         with pytest.raises(InputError, match=named):
             model_folders(config, names)
