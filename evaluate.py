@@ -43,7 +43,7 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
     use_device(config)
     train, questions, encoder = chosen_questions(config)
 
-    # All that can be wrong with files shows before the models work.
+    # All that can be wrong with files shows here, before the models work for hours.
     curves = training_curves(folders)
     shared = leakage(train, questions)
     terms = contract(config, encoder, questions)
@@ -56,7 +56,7 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
     probes, rows_of = probe_names(config, samples), {}
     for name, folder in folders.items():
         examine(name, folder, records, config, samples)
-        rows_of[name] = {probe: records.of(name, probe) for probe in probes}
+        rows_of[name] = records.of(name, probes)
 
     models = []
     for name, folder in folders.items():
@@ -70,7 +70,7 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
         "train_modality": config.train_modality,
         **measure(rows_of, questions, train),
         "leakage": shared,
-        "samples": sampled(rows_of, probes[-1], questions, config) if samples else None,
+        "samples": sampled(rows_of, probes[-1], config) if samples else None,
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_report(out / "report.html", results, cases(rows_of, questions), curves)

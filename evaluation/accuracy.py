@@ -104,6 +104,7 @@ def comparison_table(
     table = f"{'':10}{'n':>5}{'chance':>8}{'blind':>7}{'before':>23}{'after':>24}{'format':>16}"
     for modality, new in after.items():
         old = before[modality]
+        # The best of several guesses, each measured on these very questions: the harder test.
         best = max(rates[modality] for rates in blind.values())
         chance = percent(blind["chance"][modality])
         table += f"\n{modality:10}{new.total:>5}{chance:>8}{percent(best):>7}"

@@ -53,6 +53,7 @@ class Examinee:
         config, noise_NGT = self.config, None
         lengths = {place: self.encoder.count_tokens(questions[place]) for place in places}
         order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
+        # k answers to a question are k sequences of the batch.
         for batch in in_batches(order, config.eval_batch_prompts // max(1, samples), label):
             if samples:
                 # The numbers that a training step after the last would draw for these places.
@@ -75,6 +76,7 @@ class Examinee:
 
 def load_examinee(folder: Path, config: Config) -> Examinee:
     """The model of a checkpoint folder. InputError if it is none that can be used."""
+    # Nothing is learned: without gradients no activations are kept.
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
     return Examinee(model, vocabulary, prompt_encoder(vocabulary, model.config, config), config)

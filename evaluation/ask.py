@@ -74,6 +74,7 @@ def _config_and_model(given: dict[str, Any]) -> tuple[Config, Path]:
 
 def print_answer(examinee: Examinee, prompt: Prompt) -> str:
     """Write the greedy completion, token by token on a terminal, and return it."""
+    # A file or a pipe gets the text in one piece: nobody watches it grow.
     typewriter, limit = Typewriter(examinee.vocabulary), examinee.config.max_new_tokens
     watch = typewriter if sys.stdout.isatty() else None
     rollout = sample_groups(
@@ -90,6 +91,7 @@ def print_letters(examinee: Examinee, prompt: Prompt, text: str) -> None:
     """Write the log-probability of each option's letter after the reasoning of `text`."""
     model, vocabulary = examinee.model, examinee.vocabulary
     (logprobs,) = letter_logprobs(model, vocabulary, [prompt], [opening_of(text)])
+    # Among the letters alone: what else might stand there has its share of the probability too.
     shares = torch.tensor(list(logprobs.values())).softmax(0).tolist()
     when = "after that reasoning" if "<answer>" in text else "if asked for at once"
     print(f"\nlog-probability of each letter {when} (and its share):")

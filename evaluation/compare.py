@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.program import run_program
 
 from .contract import read_contract, refuse_unlike
-from .records import Row, read_rows
+from .records import Rows, read_rows
 from .results import pair_rows, rights
 from .statistics import percent_with_interval
 
@@ -32,6 +32,7 @@ def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     first, second = map(_answers, folders, models)
     table = f"1: {models[0]} ({folders[0]})\n2: {models[1]} ({folders[1]})\n\n"
     table += f"{'':10}{'n':>5}{'1':>23}{'2':>23}   only 1   only 2   p"
+    # Of two models pair_rows puts the later one first.
     for pair in pair_rows({"2": second, "1": first}):
         cells = ""
         for rows in (first, second):
@@ -42,7 +43,7 @@ def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     return table
 
 
-def _answers(folder: Path, model: str) -> list[Row]:
+def _answers(folder: Path, model: str) -> Rows:
     """A model's rows, in the order of the questions. InputError if it has not answered them all."""
     rows = read_rows(folder / "predictions.jsonl")
     answers = [row for row in rows if row["model"] == model]

@@ -38,6 +38,7 @@ def contract(
         "questions": digest(*(_contents(question) for question in questions)),
         "number of questions": len(questions),
     }
+    # Sorted: the hash must not depend on the order in which the terms stand here.
     return terms | {"hash": digest(json.dumps(terms, sort_keys=True))}
 
 
@@ -86,6 +87,7 @@ def digest(*texts: str) -> str:
 
 def _contents(question: Question) -> str:
     """What is asked, without where its files lie."""
+    # The file's bytes and not its name: a folder may move between two evaluations.
     pixels = [hashlib.sha256(image.read_bytes()).hexdigest() for image in question.images]
     return json.dumps(
         [pixels, question.question, question.options, question.answer, question.modality]

@@ -49,6 +49,7 @@ def chosen_questions(config: Config) -> tuple[list[Question], list[Question], Pr
         raise InputError(
             "there are no test questions: name question files by test_questions or --questions"
         )
+    # Every model reads the questions as the base does: its tokenizer decides what fits.
     base = model_folder(config.model, weights=False)
     shape = read_config(base)
     encoder = prompt_encoder(load_vocabulary(base, shape), shape, config)
@@ -76,6 +77,7 @@ def examine(name: str, folder: Path, records: Records, config: Config, samples: 
             others.
     """
     probes = probe_names(config, samples)
+    # A model of gigabytes is not loaded to be asked nothing.
     if not any(records.missing(name, probe) for probe in probes):
         return
     # The questions fit; with another question's image a prompt may become longer than they may be.
@@ -123,7 +125,7 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
     for each question that has no such row yet.
     """
     reasonings = {}
-    for row in records.of(name, PLAIN):
+    for row in records.of(name):
         reasoning = think_text(row["completion"])
         if reasoning is not None:
             reasonings[row["place"]] = reasoning
@@ -133,6 +135,7 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
         rows: dict[int, Row] = {place: {"letters": {}} for place in places}
         reasoned = [place for place in places if place in reasonings]
         prompts = [examinee.encoder.encode(records.questions[place]) for place in reasoned]
+        # One forward for each share, of the whole batch: openings of like length, little padding.
         for label in (*KEPT, SWAPPED) if reasoned else ():
             texts, kept = (swapped, 1.0) if label == SWAPPED else (reasonings, KEPT[label])
             openings = [opening(truncated(texts[place], kept)) for place in reasoned]

@@ -47,7 +47,7 @@ def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
         elif name == "base":
             folder = model_folder(config.model)
         elif name in RUNS:
-            folder = Path(config.run_dir.rstrip("/") + RUNS[name]) / "model"
+            folder = Path(config.run_dir.rstrip("/") + RUNS[name]) / "model"  # runs/x/ is runs/x
         else:
             raise InputError(f"--models: {name!r} is unknown; give base, grpo, sft or NAME=FOLDER")
         if not folder.is_dir():
@@ -55,6 +55,7 @@ def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
                 f"{name}: there is no model in {folder}; train it (`make train`, `make sft`), "
                 "correct the folder, or leave it out of --models"
             )
+        # NAME=FOLDER is the user's own comparison, of whatever was trained on whatever.
         if not other and name in RUNS:
             _refuse_other_training(config, name, folder.parent / "config.toml")
         folders[name] = folder
@@ -87,7 +88,7 @@ def model_digest(folder: Path) -> str:
     asked anew.
     """
     hashed = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir()):  # the disk has an order of its own
         if file.suffix in (".safetensors", ".json", ".jinja"):
             with file.open("rb") as opened:
                 contents = hashlib.file_digest(opened, "sha256").digest()

@@ -41,6 +41,7 @@ def blank_image(path: Path) -> Image.Image:
 def noise_image(path: Path) -> Image.Image:
     """Uniform noise of the same size, the same each time for a file of that name."""
     width, height = load_image(path).size
+    # Seeded with the name and not in a row: noise must not depend on what was asked before.
     generator = np.random.default_rng(list(path.name.encode()))
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -50,6 +51,7 @@ def with_other_images(questions: Sequence[Question]) -> list[Question]:
 
     All images are still used, and nobody keeps its own, unless all questions show the same.
     """
+    # Distinct: with an image twice in the cycle, a question could be given its own.
     images = list(dict.fromkeys(question.images for question in questions))
     random.Random("other image").shuffle(images)
     other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle through them all
@@ -59,7 +61,7 @@ def with_other_images(questions: Sequence[Question]) -> list[Question]:
 def with_rotated_options(question: Question) -> Question:
     """The same options, each moved up by one place, the first to the end; `answer` moves along."""
     first, *others = question.options
-    place = (ord(question.answer) - ord("A") - 1) % len(question.options)
+    place = (ord(question.answer) - ord("A") - 1) % len(question.options)  # A goes to the end
     return replace(question, options=(*others, first), answer=option_letter(place))
 
 
@@ -84,6 +86,7 @@ def swapped_reasonings(reasonings: dict[int, str]) -> dict[int, str]:
     there is one.
     """
     places = list(reasonings)
+    # Neighbours in the file are often alike: of the same modality, even of the same image.
     random.Random("swapped reasoning").shuffle(places)
     swapped = dict(reasonings)
     for at, place in enumerate(places):

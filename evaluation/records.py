@@ -14,8 +14,10 @@ from data import Question
 from .probes import PLAIN
 
 Row = dict[str, Any]
-Rows = dict[str, list[Row]]
-"""Probe -> one row for each question, in the questions' order."""
+Rows = list[Row]
+"""Of one model, a row for each question in their order: all that predictions.jsonl has, and under
+each probe's name the row that the probe gave.
+"""
 
 FIELDS = {"place": int, "model": str, "probe": str, "id": str, "contract": str, "digest": str}
 ANSWER = {"ground_truth": str, "completion": str, "tokens": int, "ended": bool, "rewards": dict}
@@ -60,9 +62,14 @@ class Records:
         places = range(len(self.ids))
         return [place for place in places if (model, probe, place) not in self.rows]
 
-    def of(self, model: str, probe: str) -> list[Row]:
-        """The rows of all questions, in order. KeyError if one is missing."""
-        return [self.rows[model, probe, place] for place in range(len(self.ids))]
+    def of(self, model: str, probes: Sequence[str] = ()) -> Rows:
+        """The plain rows with those of the probes. KeyError if one is missing."""
+        rows = []
+        for place in range(len(self.ids)):
+            rows.append(dict(self.rows[model, PLAIN, place]))
+            for probe in probes:
+                rows[-1][probe] = self.rows[model, probe, place]
+        return rows
 
     def add(self, model: str, probe: str, place: int, fields: Row) -> None:
         """Append a row, handed to the system at once: a kill loses none."""
@@ -70,6 +77,7 @@ class Records:
         row |= {"contract": self.terms["hash"], "digest": self.digests[model]}
         self.rows[model, probe, place] = row
         name = "predictions.jsonl" if probe == PLAIN else "probes.jsonl"
+        # Opened and closed for each row: nothing waits in a buffer when the power goes.
         with (self.folder / name).open("ab") as file:
             file.write(_line(row))
 
@@ -87,6 +95,7 @@ class Records:
                 kept.append(_line(row))
             else:
                 self.dropped += 1
+        # Without what was dropped or torn; a kill meanwhile leaves the old file.
         partial = path.with_suffix(".partial")
         partial.write_bytes(b"".join(kept))
         os.replace(partial, path)
@@ -105,7 +114,7 @@ def question_ids(questions: Sequence[Question]) -> list[str]:
     return ids
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> Rows:
     """The rows of such a file. InputError if it holds anything else."""
     remedy = "delete the file to begin anew, or name another folder"
     rows = []

@@ -15,7 +15,7 @@ from .accuracy import tally
 from .audits.blind import blind_credits, by_modality
 from .audits.completions import Completion
 from .audits.faithfulness import audit, flags
-from .probes import KEPT, NO_IMAGE, NONE, PLAIN, REASONING, ROTATED, SWAPPED, WHOLE
+from .probes import KEPT, NO_IMAGE, NONE, REASONING, ROTATED, SWAPPED, WHOLE
 from .records import Row, Rows
 from .statistics import discordant, mcnemar, places_by, wilson
 
@@ -49,7 +49,7 @@ def measure(
     credits = blind_credits(train, questions)
     measured: dict[str, Any] = {
         "accuracy": [],
-        "pairs": pair_rows({model: rows[PLAIN] for model, rows in rows_of.items()}),
+        "pairs": pair_rows(rows_of),
         "blind": by_modality(questions, credits),
         "ablated": {},
         "faithfulness": [],
@@ -57,14 +57,14 @@ def measure(
     }
     for model, rows in rows_of.items():
         own = ablated_credits(rows)
-        measured["accuracy"] += accuracy_rows(model, rows[PLAIN], credits | own)
+        measured["accuracy"] += accuracy_rows(model, rows, credits | own)
         measured["ablated"][model] = by_modality(questions, own)
         measured["faithfulness"] += faithfulness_rows(model, rows)
         measured["early_answering"][model] = early_answering(rows)
     return measured
 
 
-def rights(rows: Sequence[Row]) -> list[bool]:
+def rights(rows: Rows) -> list[bool]:
     """Whether each answer's letter is the right one."""
     return [row["letter"] == row["ground_truth"] for row in rows]
 
@@ -73,12 +73,11 @@ def ablated_credits(rows: Rows) -> Credits:
     """1 where the model is right without the image, by the way it is taken away."""
     credits = {}
     for probe in NO_IMAGE:
-        pairs = zip(rows[probe], rows[PLAIN], strict=True)
-        credits[probe] = [float(row["letter"] == plain["ground_truth"]) for row, plain in pairs]
+        credits[probe] = [float(row[probe]["letter"] == row["ground_truth"]) for row in rows]
     return credits
 
 
-def accuracy_rows(model: str, plain: Sequence[Row], credits: Credits) -> list[Row]:
+def accuracy_rows(model: str, rows: Rows, credits: Credits) -> Rows:
     """The table's rows of one model: each modality, and within it each question type if there are
     several.
 
@@ -86,19 +85,20 @@ def accuracy_rows(model: str, plain: Sequence[Row], credits: Credits) -> list[Ro
     (`evaluation.audits.blind`) and of the model itself (`ablated_credits`).
     """
     table = []
-    for modality, places in places_by(row["modality"] for row in plain).items():
-        kinds = sorted({plain[place]["question_type"] for place in places})
+    for modality, places in places_by(row["modality"] for row in rows).items():
+        kinds = sorted({rows[place]["question_type"] for place in places})
+        # Of a single type the row would be that of the modality once more.
         for kind in [None, *kinds] if len(kinds) > 1 else [None]:
-            chosen = [i for i in places if kind in (None, plain[i]["question_type"])]
+            chosen = [i for i in places if kind in (None, rows[i]["question_type"])]
             row = {"model": model, "modality": modality, "question_type": kind}
-            table.append(row | _accuracy([plain[i] for i in chosen], credits, chosen))
+            table.append(row | _accuracy([rows[i] for i in chosen], credits, chosen))
     return table
 
 
-def _accuracy(plain: Sequence[Row], credits: Credits, places: Sequence[int]) -> Row:
-    n = len(plain)
-    answers = [row["ground_truth"] for row in plain]
-    accuracy = tally(answers, [row["completion"] for row in plain])
+def _accuracy(rows: Rows, credits: Credits, places: Sequence[int]) -> Row:
+    n = len(rows)
+    answers = [row["ground_truth"] for row in rows]
+    accuracy = tally(answers, [row["completion"] for row in rows])
     blind = {}
     for name, credit in credits.items():
         blind[name] = sum(credit[place] for place in places) / n
@@ -112,8 +112,9 @@ def _accuracy(plain: Sequence[Row], credits: Credits, places: Sequence[int]) -> 
         "high": high,
         "strict": accuracy.strict / n,
         "format": accuracy.format_rate,
-        "tokens": sum(row["tokens"] for row in plain) / n,
-        "cut_off": sum(not row["ended"] for row in plain) / n,
+        "tokens": sum(row["tokens"] for row in rows) / n,
+        # Of a model that never ends by itself, accuracy measures the length limit.
+        "cut_off": sum(not row["ended"] for row in rows) / n,
         "chance": blind["chance"],
         "best_blind": best,
         "best_blind_rate": blind[best],
@@ -122,16 +123,16 @@ def _accuracy(plain: Sequence[Row], credits: Credits, places: Sequence[int]) -> 
     }
 
 
-def pair_rows(plain_of: dict[str, Sequence[Row]]) -> list[Row]:
-    """McNemar's test for each two models and each modality, from their plain rows; the later model
-    comes first in a pair.
+def pair_rows(rows_of: dict[str, Rows]) -> Rows:
+    """McNemar's test for each two models and each modality; the later model comes first in a
+    pair.
     """
     table = []
-    for second, first in combinations(plain_of, 2):
-        for modality, places in places_by(row["modality"] for row in plain_of[first]).items():
+    for second, first in combinations(rows_of, 2):
+        for modality, places in places_by(row["modality"] for row in rows_of[first]).items():
             only_first, only_second = discordant(
-                rights([plain_of[first][place] for place in places]),
-                rights([plain_of[second][place] for place in places]),
+                rights([rows_of[first][place] for place in places]),
+                rights([rows_of[second][place] for place in places]),
             )
             row: Row = {"first": first, "second": second, "modality": modality}
             row |= {"only_first": only_first, "only_second": only_second}
@@ -139,72 +140,67 @@ def pair_rows(plain_of: dict[str, Sequence[Row]]) -> list[Row]:
     return table
 
 
-def faithfulness_rows(model: str, rows: Rows) -> list[Row]:
+def faithfulness_rows(model: str, rows: Rows) -> Rows:
     """The audit of what the reasoning says, then what the answers turned out to depend on."""
-    table = audit([completion_of(row) for row in rows[PLAIN]])
-    without, swapped, follows = [], [], []
-    for row in rows[REASONING]:
-        if letters := row["letters"]:
+    table = audit(list(map(completion_of, rows)))
+    holds: dict[str, list[bool]] = {check: [] for check in MEANINGS}
+    without, swapped, follows, moved, blank = holds.values()  # the same lists, by short names
+    for row in rows:
+        if letters := row[REASONING]["letters"]:
             without.append(letters[NONE] == letters[WHOLE])
             swapped.append(letters[SWAPPED] == letters[WHOLE])
+            concluded = row[REASONING]["swapped"]
             # Another question's reasoning that concludes an option of this one, but not the one
             # chosen after its own.
-            if row["swapped"] not in (None, letters[WHOLE]):
-                follows.append(letters[SWAPPED] == row["swapped"])
+            if concluded not in (None, letters[WHOLE]):
+                follows.append(letters[SWAPPED] == concluded)
+        # A letter that is missing says nothing of what the other one depends on.
+        if row["letter"] and row[ROTATED]["letter"]:
+            moved.append(row["letter"] != row[ROTATED]["letter"])
+        if row["letter"] and row["blank image"]["letter"]:
+            blank.append(row["letter"] == row["blank image"]["letter"])
     if not without:  # there is no reasoning: nothing but that can be said
         table = [row for row in table if row["check"] == "has reasoning"]
-    moved = [not same for same in _same_letters(rows, ROTATED)]
-    outcomes = without, swapped, follows, moved, _same_letters(rows, "blank image")
-    for (check, meaning), holds in zip(MEANINGS.items(), outcomes, strict=True):
-        if holds:
-            count, of = sum(holds), len(holds)
+    for check, outcomes in holds.items():
+        if outcomes:
+            count, of = sum(outcomes), len(outcomes)
             low, high = wilson(count, of)
             row = {"model": model, "check": check, "count": count, "of": of, "rate": count / of}
-            table.append(row | {"low": low, "high": high, "meaning": meaning})
+            table.append(row | {"low": low, "high": high, "meaning": MEANINGS[check]})
     return table
 
 
-def _same_letters(rows: Rows, probe: str) -> list[bool]:
-    """Whether the probe's letter is the plain question's, where both have one."""
-    pairs = zip(rows[PLAIN], rows[probe], strict=True)
-    letters = [(row["letter"], again["letter"]) for row, again in pairs]
-    return [letter == again for letter, again in letters if letter and again]
-
-
-def early_answering(rows: Rows) -> list[Row]:
+def early_answering(rows: Rows) -> Rows:
     """By share of the reasoning kept: the shares of answers that differ from the one after all of
     it, and of right ones.
     """
-    pairs = zip(rows[REASONING], rows[PLAIN], strict=True)
-    reasoned = [(row["letters"], plain["ground_truth"]) for row, plain in pairs if row["letters"]]
+    reasoned = [row | row[REASONING] for row in rows if row[REASONING]["letters"]]
     table = []
     for label, kept in KEPT.items() if reasoned else ():
-        changed = fmean(letters[label] != letters[WHOLE] for letters, _ in reasoned)
-        right = fmean(letters[label] == answer for letters, answer in reasoned)
+        changed = fmean(row["letters"][label] != row["letters"][WHOLE] for row in reasoned)
+        right = fmean(row["letters"][label] == row["ground_truth"] for row in reasoned)
         table.append({"kept": kept, "changed": changed, "right": right})
     return table
 
 
-def sampled(
-    rows_of: dict[str, Rows], probe: str, questions: Sequence[Question], config: Config
-) -> Row:
+def sampled(rows_of: dict[str, Rows], probe: str, config: Config) -> Row:
     """How answers were sampled and, as `sample_rows` counts them, how good they are; `probe` is
     what they are called.
     """
     table = []
     for model, rows in rows_of.items():
-        table += sample_rows(model, rows[probe], questions)
-    k = len(rows[probe][0]["letters"])
+        table += sample_rows(model, rows, probe)
+    k = len(rows[0][probe]["letters"])
     return {"k": k, "temperature": config.temperature, "seed": config.seed, "table": table}
 
 
-def sample_rows(model: str, rows: Sequence[Row], questions: Sequence[Question]) -> list[Row]:
+def sample_rows(model: str, rows: Rows, probe: str) -> Rows:
     """Of a model's k sampled answers each: the share of right ones, of questions with any right
     (pass@k), and of majorities.
     """
     table = []
-    for modality, places in places_by(question.modality for question in questions).items():
-        votes = [(rows[place]["letters"], questions[place].answer) for place in places]
+    for modality, places in places_by(row["modality"] for row in rows).items():
+        votes = [(rows[place][probe]["letters"], rows[place]["ground_truth"]) for place in places]
         n, k = len(votes), len(votes[0][0])
         table.append({
             "model": model, "modality": modality, "n": n,
@@ -221,39 +217,37 @@ def majority_credit(letters: Sequence[str | None], answer: str) -> float:
     """
     counts = Counter(letter for letter in letters if letter)
     leaders = [letter for letter, count in counts.items() if count == max(counts.values())]
-    return (answer in leaders) / max(1, len(leaders))
+    return (answer in leaders) / max(1, len(leaders))  # at least 1: nobody may have voted
 
 
-def cases(rows_of: dict[str, Rows], questions: Sequence[Question]) -> list[Row]:
+def cases(rows_of: dict[str, Rows], questions: Sequence[Question]) -> Rows:
     """For the report: every question with each model's answer, its flags, and the letters that the
     probes gave.
     """
-    table = []
-    for plain, question in zip(next(iter(rows_of.values()))[PLAIN], questions, strict=True):
-        case = {name: plain[name] for name in CASE}  # the same in every model's row
+    table: Rows = []
+    for question in questions:
         # Where the images lie now: rows may be older than the last move of the files.
-        case |= {"images": list(map(str, question.images)), "answers": []}
-        table.append(case)
+        table.append({"images": list(map(str, question.images)), "answers": []})
     for rows in rows_of.values():
-        text_flags = flags([completion_of(row) for row in rows[PLAIN]])
-        for place, case in enumerate(table):
-            case["answers"].append(_case_answer(rows, place, text_flags[place]))
+        text_flags = flags(list(map(completion_of, rows)))
+        for case, row, raised in zip(table, rows, text_flags, strict=True):
+            case |= {name: row[name] for name in CASE}  # the same in every model's row
+            case["answers"].append(_case_answer(row, raised))
     return table
 
 
-def _case_answer(rows: Rows, place: int, text_flags: list[str]) -> Row:
-    plain = rows[PLAIN][place]
-    letter = plain["letter"]
-    probes = {probe: rows[probe][place]["letter"] for probe in (*NO_IMAGE, ROTATED)}
+def _case_answer(row: Row, text_flags: list[str]) -> Row:
+    letter = row["letter"]
+    probes = {probe: row[probe]["letter"] for probe in (*NO_IMAGE, ROTATED)}
     raised = {
-        "cut off": not plain["ended"],
+        "cut off": not row["ended"],
         "same answer without the image": letter is not None and letter == probes["blank image"],
         "other answer when options move": letter != probes[ROTATED],
     }
-    for label, forced in rows[REASONING][place]["letters"].items():
+    for label, forced in row[REASONING]["letters"].items():
         name = f"{label} reasoning" if label == SWAPPED else f"reasoning cut at {label}"
         probes[name] = forced
-    answer = {name: plain[name] for name in CASE_ANSWER}
+    answer = {name: row[name] for name in CASE_ANSWER}
     answer["flags"] = text_flags + [flag for flag, is_raised in raised.items() if is_raised]
     return answer | {"probes": probes}
 

@@ -41,6 +41,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     just one of them answered right, were as many the first's as the second's? A binomial test of a
     half; 1 where there are none.
     """
+    # Where both are right, or both wrong, the two models do not differ: those do not count.
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**n)

@@ -273,16 +273,16 @@ def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[s
     """Rows of four questions whose right answer is A, as the probes would have given these
     letters.
     """
-    scores = {"format": {"score": 1.0, "why": ""}, "accuracy": {"score": 1.0, "why": ""}}
-    rows = {probe: [{"letter": letter} for letter in letters[probe]] for probe in letters}
-    for i, row in enumerate(rows["plain"]):
-        row |= {
+    rows = []
+    for i, letter in enumerate(letters["plain"]):
+        rows.append({
             "id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "", "question": "What?",
-            "options": ["knee", "head"], "ground_truth": "A", "tokens": 9, "ended": True,
-            "rewards": scores,
-            "completion": f"<think>It is the knee.</think><answer>{row['letter']}</answer>",
-        }  # fmt: skip
-    return rows | {"reasoning": [{"letters": x, "swapped": "B"} for x in reasoning]}
+            "options": ["knee", "head"], "ground_truth": "A", "letter": letter, "tokens": 9,
+            "completion": f"<think>It is the knee.</think><answer>{letter}</answer>", "ended": True,
+            "reasoning": {"letters": reasoning[i], "swapped": "B"},
+            **{probe: {"letter": letters[probe][i]} for probe in letters if probe != "plain"},
+        })  # fmt: skip
+    return rows
 
 
 FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "another's": "B"}
@@ -300,7 +300,7 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
     for name, letters, reasoning in (("good", looks, FAITHFUL), ("bad", guesses, UNFAITHFUL)):
         made = by_construction(letters, [reasoning] * 3 + [{}])
         audited = {row["check"]: (row["count"], row["of"]) for row in faithfulness_rows("m", made)}
-        (row,) = accuracy_rows("m", made["plain"], credits | ablated_credits(made))
+        (row,) = accuracy_rows("m", made, credits | ablated_credits(made))
         found[name] = {
             "changes early": [x["changed"] for x in early_answering(made)],
             "without reasoning": audited["answer stays without the reasoning"],
@@ -327,7 +327,7 @@ def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
     }
     first = by_construction(letters | {"plain": ["A", "A", "A", "B"]}, [{}] * 4)
     second = by_construction(letters | {"plain": ["A", "B", None, "A"]}, [{}] * 4)
-    (row,) = pair_rows({"base": second["plain"], "grpo": first["plain"]})
+    (row,) = pair_rows({"base": second, "grpo": first})
     assert (row["first"], row["second"], row["only_first"], row["only_second"]) == (
         "grpo",
         "base",
@@ -338,10 +338,11 @@ def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
 
 
 def test_samples_give_mean_any_and_majority():
-    questions = [Question((), "What?", ("x", "y"), "A", "MRI", "", "row")] * 2
-    (row,) = sample_rows(
-        "m", [{"letters": ["A", "A", "B", None]}, {"letters": ["B", "B", "B", "A"]}], questions
-    )
+    rows = [
+        {"modality": "MRI", "ground_truth": "A", "draws": {"letters": letters}}
+        for letters in (["A", "A", "B", None], ["B", "B", "B", "A"])
+    ]
+    (row,) = sample_rows("m", rows, "draws")
     assert (row["mean"], row["pass_at_k"], row["majority"]) == (3 / 8, 1.0, 0.5)
     assert (
         majority_credit(["A", "B", None, None], "B") == 0.5 and majority_credit([None], "A") == 0.0

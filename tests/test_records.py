@@ -69,7 +69,7 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
     records = opened(tmp_path)
     records.add("grpo", "plain", 0, ANSWER | {"completion": text})
     records = opened(tmp_path)
-    assert records.of("grpo", "plain")[0]["completion"] == text
+    assert records.of("grpo")[0]["completion"] == text
 
 
 ROW = {
