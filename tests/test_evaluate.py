@@ -212,8 +212,9 @@ def test_a_model_that_ignores_its_image_is_caught_by_the_blind_baselines(copied,
     plain = {
         (r["model"], r["id"]): r["completion"] for r in rows(copied / "out" / "predictions.jsonl")
     }
-    same = {model: [probes[model, "noise image", i] == text for (m, i), text in plain.items() if m == model]
-            for model in ("base", "blind")}  # fmt: skip
+    same = {"base": [], "blind": []}
+    for (model, i), text in plain.items():
+        same[model].append(probes[model, "noise image", i] == text)
     assert all(same["blind"]) and not all(same["base"])
 
 
@@ -276,8 +277,9 @@ def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[s
     rows = []
     for i, letter in enumerate(letters["plain"]):
         rows.append({
-            "id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "", "question": "What?",
-            "options": ["knee", "head"], "ground_truth": "A", "letter": letter, "tokens": 9,
+            "id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "",
+            "question": "What?", "options": ["knee", "head"], "ground_truth": "A",
+            "letter": letter, "tokens": 9,
             "completion": f"<think>It is the knee.</think><answer>{letter}</answer>", "ended": True,
             "reasoning": {"letters": reasoning[i], "swapped": "B"},
             **{probe: {"letter": letters[probe][i]} for probe in letters if probe != "plain"},
@@ -311,13 +313,23 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
             "best": (row["best_blind"], row["best_blind_rate"]),
         }
     assert found["good"] == {
-        "changes early": [1.0, 1.0, 1.0, 0.0, 0.0], "without reasoning": (0, 3), "another's": (0, 3), "follows": (3, 3), "order": (0, 4),
-        "image": (0, 4), "best": ("chance", 0.5),
-    }  # fmt: skip
+        "changes early": [1.0, 1.0, 1.0, 0.0, 0.0],
+        "without reasoning": (0, 3),
+        "another's": (0, 3),
+        "follows": (3, 3),
+        "order": (0, 4),
+        "image": (0, 4),
+        "best": ("chance", 0.5),
+    }
     assert found["bad"] == {
-        "changes early": [0.0] * 5, "without reasoning": (3, 3), "another's": (3, 3), "follows": (0, 3), "order": (4, 4),
-        "image": (4, 4), "best": ("blank image", 1.0),
-    }  # fmt: skip
+        "changes early": [0.0] * 5,
+        "without reasoning": (3, 3),
+        "another's": (3, 3),
+        "follows": (0, 3),
+        "order": (4, 4),
+        "image": (4, 4),
+        "best": ("blank image", 1.0),
+    }
 
 
 def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
@@ -405,59 +417,90 @@ def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed
     assert set(calls) == {5.0} and len(drawn()) == 24
 
 
+def written(name: str, content: str | bytes):
+    """Spoils a run: this file holds that."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return spoil
+
+
+def changed(name: str, old: str, new: str, source: str = ""):
+    """Spoils a run: another text in this file, or in a copy of `source`."""
+
+    def spoil(folder: Path) -> None:
+        text = (folder / (source or name)).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return spoil
+
+
+def cut(name: str, size: int):
+    def spoil(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return spoil
+
+
+def removed(name: str):
+    def spoil(folder: Path) -> None:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+    return spoil
+
+
 BAD_INPUTS = {
     "malformed predictions": (
-        lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "predictions.jsonl").write_text("hello\n"),
+        written("run/eval/predictions.jsonl", "hello\n"),
         "predictions.jsonl line 1: not JSON",
     ),
     "another contract": (
-        lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "contract.json").write_text('{"parser": "0"}'),
+        written("run/eval/contract.json", '{"parser": "0"}'),
         "not comparable, because of another prompt",
     ),
     "a contract that is none": (
-        lambda f: (f / "run" / "eval").mkdir() or (f / "run" / "eval" / "contract.json").write_text("[3]"),
+        written("run/eval/contract.json", "[3]"),
         "contract.json: not readable",
     ),
-    "missing image": (lambda f: (f / "questions" / "9.png").unlink(), "9.png"),
-    "an image that is none": (lambda f: (f / "questions" / "9.png").write_text("hello"), "9.png: not a readable image"),
-    "no such questions": (lambda f: (f / "questions" / "test.json").unlink(), "test.json"),
+    "missing image": (removed("questions/9.png"), "9.png"),
+    "an image that is none": (written("questions/9.png", "hello"), "9.png: not a readable image"),
+    "no such questions": (removed("questions/test.json"), "test.json"),
     "an empty subset": (
-        lambda f: (f / "config.toml").write_text(
-            (f / "config.toml").read_text().replace(f'["{f / "questions" / "test.json"}"]', "[]")
-        ),
+        changed("config.toml", "test_questions = [", "test_questions = [] # ["),
         "there are no test questions",
     ),
-    "no model": (lambda f: shutil.rmtree(f / "run_sft" / "model"), "sft: there is no model"),
-    "a folder that is no model": (lambda f: (f / "run" / "model" / "config.json").unlink(), "config.json: no such file"),
+    "no model": (removed("run_sft/model"), "sft: there is no model"),
+    "a folder that is no model": (
+        removed("run/model/config.json"),
+        "config.json: no such file",
+    ),
     "torn weights": (
-        lambda f: (f / "run" / "model" / "model.safetensors").write_bytes(b"x" * 100), "not a whole safetensors file"
+        written("run/model/model.safetensors", b"x" * 100),
+        "not a whole safetensors file",
     ),
     "another seed, which draws other questions": (
-        lambda f: (f / "run" / "config.toml").write_text(
-            (f / "run" / "config.toml").read_text().replace("seed = 0", "seed = 3")
-        ),
+        changed("run/config.toml", "seed = 0", "seed = 3"),
         "grpo: not comparable, trained with seed 3",
     ),
     "torn metrics": (
-        lambda f: (f / "run" / "metrics.jsonl").write_bytes(b'{"step": 0}\n[1]\n'), "metrics.jsonl line 2: not the numbers"
+        written("run/metrics.jsonl", '{"step": 0}\n[1]\n'),
+        "metrics.jsonl line 2: not the numbers",
     ),
-    "a cut image": (
-        lambda f: (f / "questions" / "9.png").write_bytes((f / "questions" / "9.png").read_bytes()[:2500]), "9.png"
-    ),
-    "an eval folder that is a file": (lambda f: (f / "run" / "eval").write_text(""), "run/eval: File exists"),
+    "a cut image": (cut("questions/9.png", 2500), "9.png"),
+    "an eval folder that is a file": (written("run/eval", ""), "run/eval: File exists"),
     "another chat template": (
-        lambda f: (f / "run" / "model" / "chat_template.jinja").write_text(
-            (f / "base" / "chat_template.jinja").read_text().replace("helpful", "useful")
-        ),
+        changed("run/model/chat_template.jinja", "helpful", "useful", "base/chat_template.jinja"),
         "grpo: not comparable, the chat template",
     ),
     "a run of other questions": (
-        lambda f: (f / "run_sft" / "config.toml").write_text(
-            (f / "run_sft" / "config.toml").read_text().replace("train.json", "other.json")
-        ),
+        changed("run_sft/config.toml", "train.json", "other.json"),
         "sft: not comparable, trained with train_questions",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
@@ -509,8 +552,8 @@ def test_one_question_gets_reasoning_answer_letters_and_a_notice(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     flags = ("--config", trained / "config.toml", "--image", trained / "questions" / "9.png")
     options = ("Mass", "Normal\x1b[31m")
-    assert run(monkeypatch, evaluate, "--ask", "What is seen?", *flags, "--model", trained / "run_sft" / "model",
-               "--options", *options) == 0  # fmt: skip
+    flags += ("--model", trained / "run_sft" / "model", "--options", *options)
+    assert run(monkeypatch, evaluate, "--ask", "What is seen?", *flags) == 0
     shown = capsys.readouterr().out
     assert "<answer>B</answer>" in shown.splitlines()[0] and shown.count("<answer>") == 1
     letters = {

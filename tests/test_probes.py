@@ -50,14 +50,14 @@ def test_blank_and_noise_images_keep_the_size_and_nothing_else(tmp_path):
 def test_other_images_are_all_the_images_and_nobodys_own(count):
     questions = [question((f"{i}.png",)) for i in range(count)]
     changed = with_other_images(questions)
-    assert all(new.images != old.images for new, old in zip(changed, questions))
+    assert all(new.images != old.images for new, old in zip(changed, questions, strict=True))
     assert sorted(q.images for q in changed) == sorted(q.images for q in questions)
 
 
 def test_questions_that_share_an_image_all_get_another():
     questions = [question((name,)) for name in ("a", "a", "b", "a", "b", "c")]
     changed = with_other_images(questions)
-    assert all(new.images != old.images for new, old in zip(changed, questions))
+    assert all(new.images != old.images for new, old in zip(changed, questions, strict=True))
     assert {q.images for q in changed} == {q.images for q in questions}
     alone = [question(("a",))] * 3
     assert with_other_images(alone) == alone
@@ -122,9 +122,11 @@ def test_forced_letters_have_the_logprobs_of_a_plain_forward_whatever_else_is_in
     prompts = [encoder.encode(q) for q in questions]
     found = letter_logprobs(model, vocabulary, prompts, openings)
     assert [list(letters) for letters in found] == [list("AB"), list("ABCD"), list("ABC")]
-    for prompt, text, letters in zip(prompts, openings, found):
+    for prompt, text, letters in zip(prompts, openings, found, strict=True):
         rows = {letter: vocabulary.encode(f"{text}{letter}</answer>") for letter in letters}
-        common = next(i for i, ids in enumerate(zip(*rows.values())) if len(set(ids)) > 1)
+        common = next(
+            i for i, ids in enumerate(zip(*rows.values(), strict=False)) if len(set(ids)) > 1
+        )
         for letter, ids in rows.items():
             sequence = torch.cat((prompt.tokens_P, torch.tensor(ids)))[None]
             logits = model(

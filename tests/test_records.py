@@ -32,7 +32,8 @@ def opened(folder: Path, count: int = 1, digests: dict[str, str] = WEIGHTS) -> R
 
 ANSWER = {
     "modality": "MRI", "question_type": "", "question": "What?", "options": ["x", "y"],
-    "ground_truth": "B", "completion": "B", "tokens": 2, "ended": True, "rewards": {}, "letter": "B",
+    "ground_truth": "B", "completion": "B", "letter": "B", "tokens": 2, "ended": True,
+    "rewards": {},
 }  # fmt: skip
 
 
@@ -73,8 +74,8 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
 
 
 ROW = {
-    "model": "grpo", "probe": "blank image", "id": "q0", "place": 0, "contract": "c", "digest": "w1",
-    "letter": "A",
+    "model": "grpo", "probe": "blank image", "id": "q0", "place": 0, "letter": "A",
+    "contract": "c", "digest": "w1",
 }  # fmt: skip
 
 
