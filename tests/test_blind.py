@@ -10,6 +10,7 @@ from common.errors import printable
 from data import Question, read_questions
 from evaluation.audits import blind
 from evaluation.audits.blind import blind_credits, by_modality, plain_text
+from evaluation.statistics import percent
 
 RADIOLOGY = Path(__file__).parents[2] / "shared" / "radiology"
 TRAIN, TEST = (
@@ -55,7 +56,7 @@ def test_letter_is_the_most_frequent_of_those_that_the_question_has(
     )
 
 
-SEEN = [
+TRAINING = [
     question(["mass", "cyst"], "A"),
     question(["cyst", "mass", "clear"], "B"),
     question(["clear", "cyst"], "A"),
@@ -70,26 +71,20 @@ SEEN = [
     [
         (["clear", "mass"], "B", 1),  # right twice, against once
         (["clear", "mass"], "A", 0),
-        (["clear", "lung"], "B", 1),  # each right once, but lung wrong once and clear twice
-        (["cyst", "never"], "B", 1),  # neither ever right, but cyst wrong three times
-        (["never", "nowhere"], "A", 1),  # nothing to tell them apart: the first
-        (["never", "nowhere"], "B", 0),
+        (["clear", "lung"], "A", 0.5),  # right once each, however often they were wrong
+        (["clear", "lung"], "B", 0.5),
+        (["clear", "lung", "cyst"], "C", 0),
+        (["cyst", "never"], "A", 0.5),  # neither ever right
+        (["never", "nowhere", "rib"], "A", 1 / 3),  # nor does the first of them have an advantage
         (["cyst", "  MASS. "], "B", 1),  # the same words
         (["mass", "Mass", "cyst"], "A", 0.5),  # twice the same words
         (["mass", "Mass", "cyst"], "B", 0.5),
     ],
 )
-def test_text_prior_goes_by_right_then_by_wrong_answers(options, answer, expected):
-    assert credit("text_prior", SEEN, question(options, answer)) == expected
-
-
-def test_an_option_that_repeats_the_right_text_is_not_counted_wrong():
-    train = [
-        question(["mass", "Mass", "cyst"], "B"),
-        question(["rib", "cyst"], "A"),
-        question(["cyst", "rib"], "A"),
-    ]
-    assert credit("text_prior", train, question(["rib", "mass"], "B")) == 1
+def test_text_prior_goes_by_right_answers_and_texts_that_tie_share_the_credit(
+    options, answer, expected
+):
+    assert credit("text_prior", TRAINING, question(options, answer)) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,18 +120,21 @@ def test_length_goes_the_way_that_was_more_often_right(answers, options, answer,
 
 def test_fitting_never_sees_the_test_questions():
     test = [question(["rib", "spine"], "B"), question(["spine", "rib"], "A")]
-    assert blind_credits(SEEN, test)["text_prior"] == [
-        credit("text_prior", SEEN, each) for each in test
-    ]
-    assert blind_credits([], test)["text_prior"] == [0, 1]
+    assert blind_credits(TRAINING, test)["text_prior"] == [1, 1]
+    assert [credit("text_prior", TRAINING, each) for each in test] == [1, 1]
+    assert blind_credits([], test)["text_prior"] == [0.5, 0.5]
 
 
 def test_means_are_by_modality_and_baseline():
-    test = [question("ab", "A", "CT"), question("abcd", "A", "MRI"), question("abcd", "B", "CT")]
-    means = by_modality(test, blind_credits(SEEN, test))
+    test = [
+        question(["mass", "rib"], "A", "CT"),
+        question("abcd", "A", "MRI"),
+        question(["rib", "a", "b", "c"], "B", "CT"),
+    ]
+    means = by_modality(test, blind_credits(TRAINING, test))
     assert list(means) == ["chance", "most_frequent_letter", "text_prior", "punctuation", "length"]
     assert means["chance"] == {"CT": 0.375, "MRI": 0.25}
-    assert means["text_prior"] == {"CT": 0.5, "MRI": 1}
+    assert means["text_prior"] == {"CT": 0.625, "MRI": 0.25}
 
 
 def test_words_are_what_a_text_is_compared_by():
@@ -172,23 +170,16 @@ def test_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
     file = tmp_path / "none\x1b.json"
     assert run(monkeypatch, "--train", file, "--test", file) == 2
     printed = capsys.readouterr()
-    assert (
-        printed.err.startswith("blind: ")
-        and printed.err.rstrip("\n").isprintable()
-        and printed.out == ""
-    )
+    assert printed.err.startswith("blind: ") and printed.out == ""
+    assert printed.err.rstrip("\n").isprintable()
 
 
 @published
 def test_text_alone_answers_the_published_mri_questions(monkeypatch, capsys):
     assert run(monkeypatch, "--train", TRAIN, "--test", TEST) == 0
-    percents = json.loads(capsys.readouterr().out)["text_prior"]
-    assert {name: round(100 * share) for name, share in percents.items()} == {
-        "MRI": 100,
-        "CT": 42,
-        "X-ray": 30,
-    }
-    assert percents["MRI"] == 1
+    rates = json.loads(capsys.readouterr().out)["text_prior"]
+    percents = {modality: percent(rate) for modality, rate in rates.items()}
+    assert percents == {"MRI": "98.9", "CT": "33.5", "X-ray": "26.0"}
 
 
 @published
