@@ -76,7 +76,8 @@ def test_a_template_filled_with_each_option_is_one_and_varied_reasonings_are_man
     filled = [completion(f"The body part is the {part}.", "A", name=part) for part in PARTS]
     assert counts(filled)["shares a template"] == counts(filled)["largest template"] == (4, 4)
     assert "'the body part is the [option]'" in audit(filled)[-1]["meaning"]
-    words = "bone fluid bright dark round left tissue edge shows lies beside behind thin vessel joint fat".split()
+    words = ["bone", "fluid", "bright", "dark", "round", "left", "tissue", "edge"]
+    words += ["shows", "lies", "beside", "behind", "thin", "vessel", "joint", "fat"]
     varied = [
         completion(" ".join(random.Random(seed).choices(words, k=12)), "A", name=str(seed))
         for seed in range(300)
@@ -89,7 +90,8 @@ def test_two_samples_of_one_question_and_two_models_do_not_share_a_template():
     text = "The body part is the knee."
     assert counts([completion(text, "A"), completion(text, "A")])["shares a template"] == (0, 2)
     two = [completion(text, "A", name="1", model="x"), completion(text, "A", name="2", model="y")]
-    assert flags(two) == [[], []]
+    shares = [row["count"] for row in audit(two) if row["check"] == "shares a template"]
+    assert shares == [0, 0]
 
 
 def trigrams(words):
@@ -127,10 +129,8 @@ def test_near_duplicates_are_found_as_comparing_with_every_template_finds_them()
     ("change", "distinct"), [("of case {}", 1), ("of {} in {}", 5000), ("", 1)]
 )
 def test_five_thousand_reasonings_that_are_much_alike_take_seconds(change, distinct):
-    text = (
-        "the scan shows a joint with cartilage and bone and fluid but neither tear nor lump nor loss "
-        + change
-    )
+    text = "the scan shows a joint with cartilage and bone and fluid "
+    text += f"but neither tear nor lump nor loss {change}"
     many = [tuple(text.format(i, -i).split()) for i in range(5000)]
     started = time.process_time()
     assert len(set(templates(many))) == distinct
@@ -148,8 +148,8 @@ def test_flags_say_what_is_wrong_with_each_in_order():
         ]
     )
     assert found == [
-        ["template"],
-        ["conclusion conflicts", "template"],
+        ["shares a template"],
+        ["conclusion conflicts", "shares a template"],
         [],
         ["names no option"],
         ["no reasoning"],
@@ -157,18 +157,22 @@ def test_flags_say_what_is_wrong_with_each_in_order():
 
 
 ROW = {
-    "id": "1", "model": "m", "question": "Which part?", "options": ["Knee", "Brain"], "ground_truth": "B",
-    "completion": "<think>The brain.</think><answer>B</answer>", "modality": "MR (Mag-netic Resonance Imaging)",
-    "question_type": None, "extra": 1,
-}  # fmt: skip
+    "id": "1",
+    "model": "m",
+    "question": "Which part?",
+    "options": ["Knee", "Brain"],
+    "ground_truth": "B",
+    "completion": "<think>The brain.</think><answer>B</answer>",
+    "modality": "MR (Mag-netic Resonance Imaging)",
+    "question_type": None,
+    "extra": 1,
+}
 
 
 def written(folder, *rows):
     file = folder / "completions.jsonl"
-    file.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows),
-        encoding="utf-8",
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return file
 
 
@@ -211,6 +215,38 @@ def test_a_bad_line_is_one_error_that_names_it(tmp_path, row, named):
     assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_line_that_a_crash_has_torn_does_not_lose_the_others(tmp_path):
+    file = written(tmp_path, ROW, ROW)
+    file.write_text(file.read_text() + '{"id": "3", "mod')
+    assert len(read_completions(file)[0]) == 2
+
+
+def sampled(step, name, think, letter, advantage=0.5):
+    """A row of a run's completions.jsonl: one of several samples of a question at a step."""
+    text = f"<think>{think}</think><answer>{letter}</answer>"
+    why = {"accuracy": {"score": float(letter == "B"), "why": f"the answer is exactly {letter}"}}
+    row = {"step": step, "rewards": why, "advantage": advantage}
+    return ROW | row | {"id": name, "model": "grpo", "completion": text}
+
+
+def test_a_run_s_own_completions_are_audited_and_samples_of_one_question_are_no_template(tmp_path):
+    same = [("The brain.", "B"), ("The brain.", "B"), ("The knee.", "B"), ("Hm, let me see.", "A")]
+    rows = [sampled(step, "row 1", *sample) for step in (0, 7) for sample in same]
+    completions, skipped = read_completions(written(tmp_path, *rows))
+    assert skipped == 0 and [c.id for c in completions] == ["row 1"] * 8
+    assert completions[0].options == ("Knee", "Brain") and completions[0].model == "grpo"
+    found = counts(completions)
+    assert found["shares a template"] == (0, 8) and found["largest template"] == (6, 8)
+    assert found["conclusion agrees"] == (4, 8) and found["conclusion conflicts"] == (2, 8)
+    assert found["right without naming an option"] == (0, 2)
+
+    rows.append(sampled(7, "row 2", "The brain.", "B"))  # another question has that reasoning too
+    completions, _ = read_completions(written(tmp_path, *rows))
+    assert counts(completions)["shares a template"] == (7, 9)
+    shares = ["shares a template" in raised for raised in flags(completions)]
+    assert shares == [True, True, True, False] * 2 + [True]
+
+
 def run(monkeypatch, file):
     monkeypatch.setattr(sys, "argv", ["faithfulness", str(file)])
     return faithfulness.main()
@@ -237,11 +273,8 @@ def test_the_program_ends_with_one_line_where_there_is_nothing_to_read(
     for file in (written(tmp_path, *rows), tmp_path / "none\x1b[2J.jsonl", tmp_path):
         assert run(monkeypatch, file) == 2
         errors = capsys.readouterr().err
-        assert (
-            errors.startswith("faithfulness: ")
-            and errors.count("\n") == 1
-            and errors.strip().isprintable()
-        )
+        assert errors.startswith("faithfulness: ") and errors.count("\n") == 1
+        assert errors.strip().isprintable()
 
 
 def test_modalities_stand_side_by_side_where_they_fit():
@@ -250,7 +283,8 @@ def test_modalities_stand_side_by_side_where_they_fit():
         completion("Hm.", "A", modality="MRI", name="2"),
     ]
     named = next(line for line in table(both).split("\n") if line.startswith("names an option"))
-    assert named.split() == "names an option 50.0 % of 2 (9.5 to 90.5) 100 % of 1 0 % of 1".split()
+    words = "names an option 50.0 % of 2 (9.5 to 90.5) 100.0 % of 1 0.0 % of 1"
+    assert " ".join(named.split()) == words
 
 
 def test_real_reasoning_mostly_names_no_option_and_is_mostly_right_all_the_same():

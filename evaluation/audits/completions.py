@@ -1,16 +1,13 @@
-"""Completions that are on disk, with the questions they answer: JSON lines, of an evaluation or
-from elsewhere.
+"""Completions on disk, with the questions that they answer: JSON lines, written by an evaluation,
+by a run (`completions.jsonl`) or elsewhere.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import InputError
-from common.files import read_bytes
-from data import canonical_modality, option_letter
+from common.files import read_json_lines
+from data import canonical_modality
 from data.rows import Row
 from rewards import LETTERS
 
@@ -20,7 +17,7 @@ class Completion:
     """What a model wrote to a multiple-choice question.
 
     Attributes:
-        id: the question's own name; two completions with the same id answer the same question.
+        id: the question's own name; completions with the same id answer the same question.
         model: who wrote it.
         modality: canonical name ("MRI", "CT", ...), or "unknown".
         question_type: the file's own word for it, or "".
@@ -51,60 +48,39 @@ def read_completions(file: Path | str) -> tuple[list[Completion], int]:
         InputError: one line that names the file, the line, the field and the remedy.
     """
     file = Path(file)
-    read = [_completion(row) for row in _rows(file)]
-    if not read:
-        raise InputError(f"{file}: holds no completions: give one JSON object a line")
-    usable = [completion for completion in read if completion is not None]
-    return usable, len(read) - len(usable)
-
-
-def _rows(file: Path) -> Iterator[Row]:
-    try:
-        text = read_bytes(file).decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(
-            f"{file}: can't read the completions ({error.strerror}): correct the path"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file}: not UTF-8 text (byte {error.start}): save the completions as UTF-8"
-        ) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield Row(
-                _parsed(line, f"{file} line {number}"),
-                file,
-                f"line {number}",
-                file.parent,
-                check_images=False,
-            )
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}): give one JSON object a line") from None
+    usable, skipped = [], 0
+    for number, fields in read_json_lines(file, "give one JSON object a line"):
+        # No image is looked at, so that a file of completions may be judged by itself.
+        row = Row(fields, file, f"line {number}", file.parent, check_images=False)
+        completion = _completion(row)
+        if completion is None:
+            skipped += 1
+        else:
+            usable.append(completion)
+    if not usable:
+        remedy = "give one JSON object a line, with options and a letter as `ground_truth`"
+        raise InputError(f"{file}: holds no completions that can be judged: {remedy}")
+    return usable, skipped
 
 
 def _completion(row: Row) -> Completion | None:
     for field in ("options", "ground_truth", "completion"):
         if field not in row.fields:
-            row.fail(
-                field, "is missing", "add it (null options or ground truth: the line is skipped)"
-            )
-    answer = row.fields["ground_truth"]
+            row.fail(field, "is missing", "add it (null options or ground truth: skipped)")
+    answer, completion = row.fields["ground_truth"], row.fields["completion"]
     answer = answer.strip().upper() if isinstance(answer, str) else ""
-    if row.fields["options"] is None or not (len(answer) == 1 and "A" <= answer <= "Z"):
+    # Files from elsewhere mix in open questions, whose ground truth is a text or a number.
+    if row.fields["options"] is None or not ("A" <= answer <= "Z" and len(answer) == 1):
         return None
     options = row.strings("options")
     if not 2 <= len(options) <= len(LETTERS):
         row.fail("options", f"holds {len(options)}", f"give 2 to {len(LETTERS)}")
-    if answer > (last := option_letter(len(options) - 1)):
-        row.fail(
-            "ground_truth", f"is {answer}, but the options end at {last}", "name an option's letter"
-        )
-    if not isinstance(row.fields["completion"], str):
+    last = LETTERS[len(options) - 1]
+    if answer > last:
+        problem = f"is {answer}, but the options end at {last}"
+        row.fail("ground_truth", problem, "name an option's letter")
+    # Not row.string: a model may answer nothing, or more than any field of a question may hold.
+    if not isinstance(completion, str):
         row.fail("completion", "is not a text", "give the model's text, which may be empty")
     return Completion(
         id=row.string("id"),
@@ -114,5 +90,5 @@ def _completion(row: Row) -> Completion | None:
         question=row.string("question"),
         options=options,
         answer=answer,
-        completion=row.fields["completion"],
+        completion=completion,
     )
