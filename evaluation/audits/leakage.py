@@ -24,9 +24,9 @@ found. An image without contrast resembles none.
 import argparse
 import hashlib
 import os
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,136 +34,150 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import InputError, printable
+from common.errors import printable
+from common.program import run_program
 from data import Question, load_image, read_questions
 
-from .blind import plain_text, right_index
+from ..statistics import percent
+from .blind import by_modality, plain_text, right_text
 
 SIDE = 24  # pixels of a thumbnail
 NEAR = 0.03  # distance up to which two images are near-duplicates
 LISTED = 1000  # pairs of a result, at most
-PRINTED = 20
-BLOCK = 2048  # images compared at once: 2,048 x 2,048 distances take 17 MB
+PRINTED = 20  # of them on a terminal
+BLOCK = 2048  # training images compared at once: 8 MB of distances to 1,000 test images
+LABELS = {
+    "same_path": "image in training, by path",
+    "same_bytes": "image in training, same bytes",
+    "near_duplicates": "near-duplicate of a training image",
+    "same_question": "question and options in training",
+}
 
-Shown = dict[Path, str]
-"""Each image once, with the source of the first question that shows it."""
+Pair = dict[str, Any]
+"""{"kind", "train", "train_image", "test", "test_image", "distance"}: `train` and `test` name rows;
+images and distance are None in a pair of equal questions.
+"""
+Match = tuple[str, str, str, float]
+"""Kind, training image, test image, distance."""
 
 
-def leakage(
-    train: Sequence[Question], test: Sequence[Question], progress: bool = True
-) -> dict[str, Any]:
+def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, Any]:
     """How many test questions have what the training questions have, and which.
-
-    Args:
-        progress: whether to show a bar on stderr while images are read.
 
     Returns:
         train, test: numbers of questions.
         same_path, same_bytes, near_duplicates: test questions with such an image. An image counts
-            once, as the first of these that it is. The last two are None where images are missing
-            and so were not compared.
-        same_question: test questions whose text and options, in any order, are those of a training
-            question.
-        answers_seen: by modality the share of test questions whose right option's text was right in
-            training.
+            once, as the first of these that it is. The last two are None where images are missing.
+        same_question: test questions whose text and options, in any order, are in training.
+        answers_seen: by modality the share of test questions whose right text was right in training
         missing_images: image files of either set that don't exist.
-        pairs: the first 1,000 of {"kind", "train", "train_image", "test", "test_image",
-            "distance"}: of each test image the nearest training image, of each test question the
-            first equal one. `train` and `test` name rows.
+        pairs: the first 1,000: of each test image the nearest, of each test question the first.
         pairs_total: how many there are.
 
     Raises:
         InputError: an image can't be read.
     """
-    train_images, test_images = _shown(train), _shown(test)
-    missing = sum(not os.path.isfile(image) for image in train_images.keys() | test_images.keys())
-    pairs = list(_same_paths(train_images, test_images))
-    if not missing:
-        pairs += _alike(train_images, test_images, progress)
-    pairs += _same_questions(train, test)
+    known, tested = _images(train), _images(test)
+    missing = sum(not os.path.isfile(image) for image in known | tested)
+    # With some images missing, none are compared: few pairs would look like a clean test set.
+    matches = _image_matches(list(known), list(tested), compare=not missing)
+    equals, pairs = _same_questions(train, test), []
+    for kind, old, new, distance in matches:
+        pairs.append(_pair(kind, known[old], tested[new], old, new, distance))
+    pairs += equals
+    right = {right_text(question) for question in train}
+    is_known = [float(right_text(question) in right) for question in test]
+    counts = _affected(test, matches)
     return {
         "train": len(train),
         "test": len(test),
-        "same_path": _touched(test, pairs, "same_path"),
-        "same_bytes": None if missing else _touched(test, pairs, "same_bytes"),
-        "near_duplicates": None if missing else _touched(test, pairs, "near_duplicate"),
-        "same_question": sum(pair["kind"] == "same_question" for pair in pairs),
-        "answers_seen": _answers_seen(train, test),
+        "same_path": counts["same_path"],
+        "same_bytes": None if missing else counts["same_bytes"],
+        "near_duplicates": None if missing else counts["near_duplicate"],
+        "same_question": len(equals),
+        "answers_seen": by_modality(test, {"known": is_known})["known"],
         "missing_images": missing,
         "pairs": pairs[:LISTED],
         "pairs_total": len(pairs),
     }
 
 
-def _shown(questions: Sequence[Question]) -> Shown:
-    shown: Shown = {}
+def _images(questions: Sequence[Question]) -> dict[str, str]:
+    """Each image once, with the source of the first question that has it."""
+    sources: dict[str, str] = {}
     for question in questions:
         for image in question.images:
-            shown.setdefault(image, question.source)
-    return shown
+            sources.setdefault(str(image), question.source)
+    return sources
 
 
 def _pair(
-    kind: str, train: tuple[Path, str], test: tuple[Path, str], distance: float
-) -> dict[str, Any]:
-    (train_image, train_source), (test_image, test_source) = train, test
+    kind: str,
+    train: str,
+    test: str,
+    train_image: str | None = None,
+    test_image: str | None = None,
+    distance: float | None = None,
+) -> Pair:
     return {
         "kind": kind,
-        "train": train_source,
-        "train_image": str(train_image),
-        "test": test_source,
-        "test_image": str(test_image),
-        "distance": round(distance, 4),
+        "train": train,
+        "train_image": train_image,
+        "test": test,
+        "test_image": test_image,
+        "distance": distance,
     }
 
 
-def _same_paths(train: Shown, test: Shown) -> Iterator[dict[str, Any]]:
-    for image, source in test.items():
-        if image in train:
-            yield _pair("same_path", (image, train[image]), (image, source), 0.0)
-
-
-def _alike(train: Shown, test: Shown, progress: bool) -> list[dict[str, Any]]:
-    """Pairs of the same bytes and near-duplicates, nearest first, of test images that are not in
-    training by path.
+def _image_matches(train: list[str], test: list[str], compare: bool) -> list[Match]:
+    """Images of the same path, then of the same bytes, then near-duplicates, nearest first; only
+    the first without `compare`.
     """
-    known, new = list(train.items()), [item for item in test.items() if item[0] not in train]
-    if not known or not new:
-        return []
-    images = [image for image, _ in (*known, *new)]
-    bar = tqdm(
-        images, "images", unit="image", dynamic_ncols=True, leave=False, disable=not progress
-    )
-    digests, thumbnails = _fingerprints(bar)
-    first = {digest: index for index, digest in reversed(list(enumerate(digests[: len(known)])))}
-    copies, others = [], []
-    for index, digest in enumerate(digests[len(known) :]):
-        (copies if digest in first else others).append(index)
-    pairs = [
-        _pair("same_bytes", known[first[digests[len(known) + index]]], new[index], 0.0)
-        for index in copies
-    ]
-    nearest, distances = nearest_images(thumbnails[len(known) :][others], thumbnails[: len(known)])
-    for at in np.argsort(distances, kind="stable"):
+    known = set(train)
+    matches = [("same_path", image, image, 0.0) for image in test if image in known]
+    new = [image for image in test if image not in known]
+    if not compare:
+        return matches
+    # Backwards: of equal files the first is kept.
+    by_digest = {_digest(image): image for image in reversed(train)}
+    others = []
+    for image in new:
+        same = by_digest.get(_digest(image))
+        if same:
+            matches.append(("same_bytes", same, image, 0.0))
+        else:
+            others.append(image)
+    if not others:
+        return matches
+    nearest, distances = nearest_images(_thumbnails(others), _thumbnails(train))
+    for at in np.argsort(distances, kind="stable"):  # stable: ties in the order of the test set
         if distances[at] <= NEAR:
-            pairs.append(
-                _pair("near_duplicate", known[nearest[at]], new[others[at]], float(distances[at]))
-            )
-    return pairs
+            distance = round(float(distances[at]), 4)
+            matches.append(("near_duplicate", train[nearest[at]], others[at], distance))
+    return matches
 
 
-def _fingerprints(images: Iterable[Path]) -> tuple[list[bytes], np.ndarray]:
-    """Of each image the digest of its file and its grey thumbnail, uint8 (N, 24, 24); each file is
-    decoded once.
-    """
-    digests, thumbnails = [], []
-    for image in images:
-        thumbnails.append(thumbnail(image))
-        digests.append(hashlib.sha256(image.read_bytes()).digest())
-    return digests, np.stack(thumbnails)
+def _affected(test: Sequence[Question], matches: Sequence[Match]) -> Counter[str]:
+    """By kind the number of test questions with such an image."""
+    kind_of = {image: kind for kind, _, image, _ in matches}
+    counts: Counter[str] = Counter()
+    for question in test:
+        # A set, as two images of one kind still make one question.
+        counts.update({kind_of.get(str(image), "new") for image in question.images})
+    return counts
 
 
-def thumbnail(image: Path) -> np.ndarray:
+def _digest(image: str) -> bytes:
+    return hashlib.sha256(Path(image).read_bytes()).digest()
+
+
+def _thumbnails(images: Sequence[str]) -> np.ndarray:
+    # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
+    bar = tqdm(images, "images", unit="image", dynamic_ncols=True, leave=False, disable=None)
+    return np.stack([thumbnail(image) for image in bar])
+
+
+def thumbnail(image: Path | str) -> np.ndarray:
     """Upright, grey, uint8 (24, 24), whatever the image's shape. Raises InputError."""
     grey = load_image(image).convert("L")
     return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
@@ -172,136 +186,97 @@ def thumbnail(image: Path) -> np.ndarray:
 def nearest_images(test_TSS: np.ndarray, train_NSS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each test thumbnail the index of a nearest one of training, and its distance (0 to 2).
 
-    Takes T x N time, and memory for the thumbnails and one block of distances.
+    Takes T x N time, and memory for T x 2,048 distances.
     """
-    nearest, highest = (
-        np.zeros(len(test_TSS), np.int64),
-        np.full(len(test_TSS), -np.inf, np.float32),
-    )
-    for top in range(0, len(test_TSS), BLOCK):
-        rows = slice(top, top + BLOCK)
-        slopes_TD = _slopes(test_TSS[rows])
-        for left in range(0, len(train_NSS), BLOCK):
-            likeness_TN = slopes_TD @ _slopes(train_NSS[left : left + BLOCK]).T
-            best = likeness_TN.argmax(1)
-            likeness = likeness_TN[np.arange(len(best)), best]
-            closer = likeness > highest[rows]
-            nearest[rows][closer], highest[rows][closer] = left + best[closer], likeness[closer]
-    return nearest, np.maximum(0, 1 - highest)
+    slopes_TD = _slopes(test_TSS)
+    nearest_T = np.zeros(len(test_TSS), np.int64)
+    likeness_T = np.full(len(test_TSS), -np.inf, np.float32)
+    for start in range(0, len(train_NSS), BLOCK):
+        likeness_TB = slopes_TD @ _slopes(train_NSS[start : start + BLOCK]).T
+        closest_T = likeness_TB.max(1)
+        nearest_T = np.where(closest_T > likeness_T, start + likeness_TB.argmax(1), nearest_T)
+        likeness_T = np.maximum(likeness_T, closest_T)
+    return nearest_T, np.maximum(0, 1 - likeness_T)  # rounding may take a correlation above 1
 
 
 def _slopes(thumbnails_NSS: np.ndarray) -> np.ndarray:
-    """Differences of neighbours, across and down, less their mean and scaled to length 1: dot
-    products correlate.
+    """Differences of neighbours, across and down, less their mean and scaled to length 1, so that
+    dot products correlate: (N, 2 x 24 x 23).
     """
-    pixels = thumbnails_NSS.astype(np.float32)
-    across, down = (np.diff(pixels, axis=axis).reshape(len(pixels), -1) for axis in (2, 1))
-    slopes_ND = np.concatenate([across, down], axis=1)
+    pixels_NSS = thumbnails_NSS.astype(np.float32)
+    across, down = np.diff(pixels_NSS, axis=2), np.diff(pixels_NSS, axis=1)
+    slopes_NSS = np.concatenate([across, down.transpose(0, 2, 1)], axis=1)
+    slopes_ND = slopes_NSS.reshape(len(pixels_NSS), -1)
     slopes_ND -= slopes_ND.mean(1, keepdims=True)
-    length = np.linalg.norm(slopes_ND, axis=1, keepdims=True)
-    return slopes_ND / np.where(length > 0, length, 1)
+    length_N1 = np.linalg.norm(slopes_ND, axis=1, keepdims=True)
+    # Without contrast all slopes are 0, and stay so: like those of no other image.
+    return slopes_ND / np.where(length_N1 > 0, length_N1, 1)
 
 
-def _same_questions(
-    train: Sequence[Question], test: Sequence[Question]
-) -> Iterator[dict[str, Any]]:
-    first: dict[tuple[str, ...], Question] = {}
-    for question in train:
-        first.setdefault(_text_key(question), question)
+def _same_questions(train: Sequence[Question], test: Sequence[Question]) -> list[Pair]:
+    # Backwards: of equal questions the first is kept.
+    sources = {_text(question): question.source for question in reversed(train)}
+    pairs = []
     for question in test:
-        if same := first.get(_text_key(question)):
-            images = {"train_image": None, "test_image": None, "distance": None}
-            yield {"kind": "same_question", "train": same.source, "test": question.source, **images}
+        same = sources.get(_text(question))
+        if same:
+            pairs.append(_pair("same_question", same, question.source))
+    return pairs
 
 
-def _text_key(question: Question) -> tuple[str, ...]:
-    return plain_text(question.question), *sorted(plain_text(option) for option in question.options)
-
-
-def _touched(test: Sequence[Question], pairs: Sequence[dict[str, Any]], kind: str) -> int:
-    images = {pair["test_image"] for pair in pairs if pair["kind"] == kind}
-    return sum(any(str(image) in images for image in question.images) for question in test)
-
-
-def _answers_seen(train: Sequence[Question], test: Sequence[Question]) -> dict[str, float]:
-    right = {_right_text(question) for question in train}
-    seen: dict[str, list[bool]] = {}
-    for question in test:
-        seen.setdefault(question.modality, []).append(_right_text(question) in right)
-    return {modality: sum(values) / len(values) for modality, values in seen.items()}
-
-
-def _right_text(question: Question) -> str:
-    return plain_text(question.options[right_index(question)])
+def _text(question: Question) -> tuple[str, ...]:
+    # Sorted, as files of the same questions often shuffle the options.
+    return plain_text(question.question), *sorted(map(plain_text, question.options))
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What `leakage` found, for a terminal: counts, answers, the first 20 pairs; nothing
+    """What `leakage` returns, for a terminal: counts, answers, the first 20 pairs; nothing
     unprintable but newlines.
     """
-    kinds = {
-        "same_path": "image in training, by path",
-        "same_bytes": "image in training, same bytes",
-        "near_duplicates": "near-duplicate of a training image",
-        "same_question": "question and options in training",
-    }
     lines = [f"{result['test']:,} test questions against {result['train']:,} training questions"]
     if missing := result["missing_images"]:
-        files = "1 image file is" if missing == 1 else f"{missing:,} image files are"
-        lines.append(f"{files} missing: only paths and text were compared")
-    for key, label in kinds.items():
-        count = result[key]
-        share = (
-            "not compared"
-            if count is None
-            else f"{count:>6,} {100 * count / result['test']:>6.1f} %"
-        )
+        lines.append(f"missing image files: {missing:,}; only paths and text were compared")
+    for key, label in LABELS.items():
+        count, share = result[key], "not compared"
+        if count is not None:
+            share = f"{count:>6,} {percent(count / result['test']):>6} %"
         lines.append(f"  {label:<38}{share}")
-    for modality, share in result["answers_seen"].items():
-        lines.append(
-            f"  {f'right answer seen in training, {modality}':<38}{'':>6} {100 * share:>6.1f} %"
-        )
+    for modality, rate in result["answers_seen"].items():
+        label = f"right answer seen in training, {modality}"
+        lines.append(f"  {label:<38}{percent(rate):>13} %")
     for pair in result["pairs"][:PRINTED]:
-        near = "" if pair["kind"] != "near_duplicate" else f", distance {pair['distance']:.3f}"
-        lines.append(
-            f"{pair['kind'].replace('_', ' ')}{near}: {_side(pair, 'test')} - {_side(pair, 'train')}"
-        )
+        kind = pair["kind"].replace("_", " ")
+        if pair["distance"]:  # 0 for the same file, None for questions
+            kind += f", distance {pair['distance']:.3f}"
+        lines.append(f"{kind}: {_side(pair, 'test')} - {_side(pair, 'train')}")
     if result["pairs_total"] > PRINTED:
         lines.append(f"and {result['pairs_total'] - PRINTED:,} more")
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(map(printable, lines))  # paths and modalities come from files
 
 
-def _side(pair: dict[str, Any], side: str) -> str:
+def _side(pair: Pair, side: str) -> str:
     image = pair[f"{side}_image"]
     return f"{pair[side]} ({Path(image).name})" if image else pair[side]
 
 
 def main() -> int:
+    return run_program("leakage", _print_leakage)
+
+
+def _print_leakage() -> None:
     parser = argparse.ArgumentParser(
         prog="leakage", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("train", type=Path, help="question file of the training set")
     parser.add_argument("test", type=Path, help="question file of the test set")
-    parser.add_argument(
-        "--image_dir",
-        type=Path,
-        help="folder of both files' images; default: each file's own folder",
-    )
+    help_ = "folder of both files' images; default: each file's own folder"
+    parser.add_argument("--image_dir", type=Path, help=help_)
     given = parser.parse_args()
-    try:
-        train, test = (
-            read_questions(file, given.image_dir, check_images=False)
-            for file in (given.train, given.test)
-        )
-        print(summary(leakage(train, test)))
-    except InputError as error:
-        print(f"leakage: {error}", file=sys.stderr)
-        return 2
-    return 0
+    # Missing images are counted, not refused: paths and text can be compared without them.
+    train = read_questions(given.train, given.image_dir, check_images=False)
+    test = read_questions(given.test, given.image_dir, check_images=False)
+    print(summary(leakage(train, test)))
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGPIPE, signal.SIG_DFL
-    )  # who reads a pipe may leave early, as `head` does
     sys.exit(main())
