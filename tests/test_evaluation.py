@@ -109,7 +109,7 @@ def test_curves_are_well_formed_whatever_the_run(kl, count):
         "reward": 1.7,
         "rewards/format": 1.0,
         "rewards/accuracy": 0.7,
-        "completion_tokens": 13.4,
+        "completions/mean_length": 13.4,
     } | kl
     root = ElementTree.fromstring(curves_svg([{"step": step} | row for step in range(count)]))
     numbers = [
