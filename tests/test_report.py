@@ -17,11 +17,14 @@ import pytest
 from PIL import Image
 
 from evaluation.report.curves import STYLE, curve_panels
-from evaluation.report.page import percent, shown, verdict, write_report
+from evaluation.report.page import displayable, verdict, write_report
 from evaluation.statistics import wilson
 
 MODELS = ("base", "sft", "grpo")
-HOSTILE = "<script>window.hacked=1</script></script><!--<img src=x onerror=window.hacked=1>{{ 7919*7919 }} \u2028 & \"'"
+HOSTILE = (
+    "<script>window.hacked=1</script></script><!--<img src=x onerror=window.hacked=1>"
+    "{{ 7919*7919 }} \u2028 & \"'"
+)
 STEERING = "\u202eabc\u202c \x00 \x1b[31m \ud800"
 
 
@@ -35,12 +38,17 @@ def picture(folder, number, side=84):
 
 
 def answer(model, letter, truth, thought="I see a disc.", flags=(), **fields):
+    accuracy = {"score": float(letter == truth), "why": f"the answer is exactly {letter}"}
     return {
-        "model": model, "letter": letter, "tokens": 12, "ended": True, "flags": list(flags),
+        "model": model,
+        "letter": letter,
+        "tokens": 12,
+        "ended": True,
+        "flags": list(flags),
         "completion": f"<think>{thought}</think><answer>{letter}</answer>",
-        "rewards": {"accuracy": {"score": float(letter == truth), "why": f"the answer is exactly {letter}"}},
+        "rewards": {"accuracy": accuracy},
         "probes": {"blank image": "A", "permuted options": letter},
-    } | fields  # fmt: skip
+    } | fields
 
 
 def case(folder, number, models=MODELS, **fields):
@@ -53,32 +61,64 @@ def case(folder, number, models=MODELS, **fields):
         "grpo": [],
     }
     return {
-        "id": f"test.json row {number + 1}", "modality": ("MRI", "CT", "X-ray")[number % 3],
-        "question_type": ("Diagnosis", "Anatomy")[number % 2], "question": f"What is seen in scan {number}?",
-        "options": ["disc", "ring", f"shape {number}"], "ground_truth": truth, "images": [picture(folder, number)],
+        "id": f"test.json row {number + 1}",
+        "modality": ("MRI", "CT", "X-ray")[number % 3],
+        "question_type": ("Diagnosis", "Anatomy")[number % 2],
+        "question": f"What is seen in scan {number}?",
+        "options": ["disc", "ring", f"shape {number}"],
+        "ground_truth": truth,
+        "images": [picture(folder, number)],
         "answers": [answer(model, letters[model], truth, flags=flags[model]) for model in models],
-    } | fields  # fmt: skip
+    } | fields
 
 
 def accuracy(model, modality, right, n, kind=None, blind=0.5):
     low, high = wilson(right, n)
     return {
-        "model": model, "modality": modality, "question_type": kind, "n": n, "right": right, "rate": right / n,
-        "low": low, "high": high, "strict": right / n, "format": 1.0, "tokens": 12.5, "cut_off": 0.01, "chance": 0.375,
-        "best_blind": "text_prior", "best_blind_rate": blind, "sees": low > blind,
-    }  # fmt: skip
+        "model": model,
+        "modality": modality,
+        "question_type": kind,
+        "n": n,
+        "right": right,
+        "rate": right / n,
+        "low": low,
+        "high": high,
+        "strict": right / n,
+        "format": 1.0,
+        "tokens": 12.5,
+        "cut_off": 0.01,
+        "chance": 0.375,
+        "best_blind": "text_prior",
+        "best_blind_rate": blind,
+        "sees": low > blind,
+    }
+
+
+EMPTY = {
+    "contract": {},
+    "files": [],
+    "train_questions": None,
+    "train_modality": None,
+    "pairs": [],
+    "blind": {},
+    "ablated": {},
+    "faithfulness": [],
+    "early_answering": {},
+    "leakage": None,
+    "samples": None,
+}
 
 
 def results(models=MODELS, **parts):
-    """Only what must be there, and `parts`."""
+    """The accuracy of each model, and `parts`."""
     right = {"base": 40, "sft": 55, "grpo": 90}
     rows = [
         accuracy(model, modality, right[model], 100)
         for model in models
         for modality in ("MRI", "CT")
     ]
-    named = [{"name": model, "folder": f"runs/{model}"} for model in models]
-    return {"name": "tiny", "models": named, "accuracy": rows} | parts
+    named = [{"name": model, "folder": f"runs/{model}", "digest": "beef"} for model in models]
+    return EMPTY | {"name": "tiny", "models": named, "accuracy": rows} | parts
 
 
 def full_results():
@@ -89,38 +129,58 @@ def full_results():
         "rate": 0.9,
         "low": 0.6,
         "high": 0.98,
+        "meaning": "It names one.",
     }
     rates = {"MRI": 0.375, "CT": 0.5}
     kinds = [accuracy(model, "MRI", 9, 10, "Diagnosis") for model in MODELS]
     kinds += [accuracy(model, "CT", 9, 10, "Anatomy") for model in MODELS]
     early = [{"kept": kept / 4, "changed": 0.5 - kept / 8, "right": 0.4} for kept in range(5)]
+    against = {"first": "grpo", "second": "base"}
     pair = {
         "kind": "near_duplicate",
         "train": "train.json row 1",
         "test": "test.json row 2",
         "distance": 0.01,
     }
+    sampled = {"mean": 0.5, "pass_at_k": 0.875, "majority": 0.625}
     return results(
-        contract={"prompt": "aa11", "max_new_tokens": 40, "hash": "f00d"}, train_modality="MRI", seconds=12.5,
-        files=["test.json"], train_questions="train.json",
+        contract={"prompt": "aa11", "max_new_tokens": 40, "hash": "f00d"},
+        train_modality="MRI",
+        files=["test.json"],
+        train_questions="train.json",
         accuracy=results()["accuracy"] + kinds,
-        pairs=[{"first": "grpo", "second": "base", "modality": "MRI", "only_first": 55, "only_second": 5, "p": 1e-11},
-               {"first": "grpo", "second": "base", "modality": "CT", "only_first": 9, "only_second": 7, "p": 0.8}],
-        blind={"chance": rates, "text_prior": {"MRI": 0.53, "CT": 0.3}},
+        pairs=[
+            against | {"modality": "MRI", "only_first": 55, "only_second": 5, "p": 1e-11},
+            against | {"modality": "CT", "only_first": 9, "only_second": 7, "p": 0.8},
+        ],
+        blind={"chance": rates, "text_prior": {"MRI": 0.53}},
         ablated={"grpo": {"blank image": {"MRI": 0.41, "CT": 0.39}}},
-        faithfulness=[check | {"model": model, "meaning": "It names one."} for model in MODELS],
+        faithfulness=[check | {"model": model} for model in MODELS],
         early_answering={"grpo": early, "sft": []},
-        leakage={"train": 6, "test": 9, "same_path": 0, "same_bytes": None, "near_duplicates": None, "same_question": 3,
-                 "missing_images": 4, "answers_seen": {"MRI": 1.0}, "pairs": [pair], "pairs_total": 70},
-        samples={"k": 8, "temperature": 0.9, "table": [
-            {"model": "grpo", "modality": "MRI", "mean": 0.5, "pass_at_k": 0.875, "majority": 0.625}]},
-    )  # fmt: skip
+        leakage={
+            "train": 6,
+            "test": 9,
+            "same_path": 0,
+            "same_bytes": None,
+            "near_duplicates": None,
+            "same_question": 3,
+            "missing_images": 4,
+            "answers_seen": {"MRI": 0.3675},
+            "pairs": [pair],
+            "pairs_total": 70,
+        },
+        samples={
+            "k": 8,
+            "temperature": 0.9,
+            "table": [sampled | {"model": "grpo", "modality": "MRI"}],
+        },
+    )
 
 
 RUNS = {
     "sft": [{"step": step, "loss": 1 / (step + 1), "probability": 0.5} for step in range(4)],
     "grpo": [
-        {"step": step, "reward": 1.0, "kl": 0.1 * step, "completion_tokens": 12.0}
+        {"step": step, "reward": 1.0, "kl": 0.1 * step, "completions/mean_length": 12.0}
         for step in range(4)
     ],
 }
@@ -217,61 +277,72 @@ def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_pa
     assert page.source.count("<script") == page.source.count("</script>") == 4
     assert not any(steering in page.source for steering in ("\u202e", "\x00", "\x1b", "\u2028"))
     (found,) = page.json("cases")
-    assert found["question"] == shown(text) == found["answers"][2]["completion"]
+    assert found["question"] == displayable(text) == found["answers"][2]["completion"]
     assert "{{ 7919*7919 }}" in found["id"] and str(7919 * 7919) not in page.source
 
 
 def test_characters_that_steer_the_display_become_code_points_and_others_stay():
-    assert shown({"a\u202e": ["\x00\ud800", 1, None]}) == {
+    assert displayable({"a\u202e": ["\x00\ud800", 1, None]}) == {
         "a⟨U+202E⟩": ["⟨U+0000⟩⟨U+D800⟩", 1, None]
     }
-    assert shown("עברית\t日本語\n👩\u200d⚕️ é\r\n") == "עברית\t日本語\n👩\u200d⚕️ é\n"
-    assert shown([math.nan, math.inf, 0.5]) == [None, None, 0.5]
+    assert displayable("עברית\t日本語\n👩\u200d⚕️ é\r\n") == "עברית\t日本語\n👩\u200d⚕️ é\n"
+    assert displayable([math.nan, math.inf, 0.5]) == [None, None, 0.5]
 
 
 def test_an_image_that_is_gone_is_a_box_and_each_image_is_kept_once_and_small(tmp_path, report):
     wide = picture(tmp_path, 500, side=600)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    cases = [case(tmp_path, number, images=images) for number, images in enumerate(
-        ([wide], [str(tmp_path / "gone.png"), wide], [str(broken)], [])
-    )]  # fmt: skip
+    shown = ([wide], [str(tmp_path / "gone.png"), wide], [str(broken)], [])
+    cases = [case(tmp_path, number, images=images) for number, images in enumerate(shown)]
     page = report(results(), cases)
     images = page.json("images")
     assert [one["images"] for one in page.json("cases")] == [[0], [1, 0], [2], []]
     assert images[0]["width"] == 600
     assert images[1]["why"] == "no such image file" and "not a readable" in images[2]["why"]
-    assert str(tmp_path) not in json.dumps(
-        images
-    )  # a page is passed on; where its maker keeps files is not
+    # A page is passed on; where its maker keeps files is not.
+    assert str(tmp_path) not in json.dumps(images)
     drawn = Image.open(io.BytesIO(base64.b64decode(images[0]["src"].partition(",")[2])))
     assert max(drawn.size) == 160
 
 
-OPTIONAL = ("pairs", "blind", "ablated", "faithfulness", "early_answering", "leakage", "samples", "contract", "files",
-            "train_modality", "train_questions", "seconds")  # fmt: skip
-
-
-def test_parts_that_are_absent_none_or_empty_have_no_section(report):
+def test_parts_that_are_empty_have_no_section(report):
     page = report(results())
-    assert (
-        not {"blind", "reasoning", "leakage", "training"} & page.ids() and "accuracy" in page.ids()
-    )
+    sections = {"blind", "reasoning", "leakage", "training"}
+    assert not sections & page.ids() and "accuracy" in page.ids()
     assert "in domain" not in page.text and "Model against model" not in page.text
-    for nothing in (None, [], {}):
-        assert report(results() | dict.fromkeys(OPTIONAL[:7], nothing)).text == page.text
     whole = report(full_results(), [], RUNS)
-    assert {"blind", "reasoning", "leakage", "training"} <= whole.ids()
-    for part in OPTIONAL:
-        report({name: value for name, value in full_results().items() if name != part})
+    assert sections <= whole.ids()
+    for part, empty in EMPTY.items():
+        report(full_results() | {part: empty})
+
+
+FACTS = (
+    "90.0 %",
+    "82.6 – 94.5",
+    "MRI in domain",
+    "CT out of domain",
+    "55 : 5 p < 0.001",
+    "9 : 7 p = 0.80",
+    "53.0 % best",
+    "9 of 10",
+    "It names one.",
+    "not compared",
+    "4 image files are missing",
+    "36.8 % of MRI",  # 0.3675, a half that is rounded up here as everywhere
+    "1 of 70",
+    "87.5 % any right",
+    "62.5 % majority right",
+    "f00d",
+    "runs/grpo, weights beef",
+    "best blind 50.0 %, text prior",
+)
 
 
 def test_the_numbers_are_in_the_page(report):
-    text = report(full_results(), [], RUNS).text
-    for fact in ("90.0 %", "82.6 – 94.5", "MRI in domain", "CT out of domain", "55 : 5 p < 0.001", "9 : 7 p = 0.80",
-                 "53.0 % best", "9 of 10", "It names one.", "not compared", "4 image files are missing", "1 of 70",
-                 "87.5 % any right", "62.5 % majority right", "f00d", "best blind 50.0 %, text prior"):  # fmt: skip
-        assert fact in text.replace("\xa0", " "), fact
+    text = report(full_results(), [], RUNS).text.replace("\xa0", " ")
+    for fact in FACTS:
+        assert fact in text, fact
 
 
 def test_a_meaning_that_differs_between_models_stands_with_each(report):
@@ -292,15 +363,14 @@ def test_a_modality_without_questions_of_a_type_has_a_dash(report):
 def test_verdict_says_who_sees_where_and_who_is_better():
     whole = full_results()["accuracy"][:6]
     whole[1]["sees"] = True
-    sentences = [
-        re.sub("</?b>", "", str(sentence)).replace("\xa0", " ")
-        for sentence in verdict(full_results(), whole)
-    ]
+    sentences = [text.replace("\xa0", " ") for text in verdict(full_results(), whole)]
     assert sentences == [
-        "base is above the best guess without the image on CT (40.0 % against 50.0 %); on MRI (40.0 % against 50.0 %) "
-        "there is no evidence of seeing.",
-        "sft shows no evidence of seeing on MRI (55.0 % against 50.0 %) or CT (55.0 % against 50.0 %).",
-        "grpo is above the best guess without the image on MRI (90.0 % against 50.0 %) and CT (90.0 % against 50.0 %).",
+        "base is above the best guess without the image on CT (40.0 % against 50.0 %); "
+        "on MRI (40.0 % against 50.0 %) there is no evidence of seeing.",
+        "sft shows no evidence of seeing on MRI (55.0 % against 50.0 %) or CT (55.0 % against "
+        "50.0 %).",
+        "grpo is above the best guess without the image on MRI (90.0 % against 50.0 %) and CT "
+        "(90.0 % against 50.0 %).",
         "Against base, grpo is better on MRI and not measurably different on CT.",
     ]
 
@@ -313,8 +383,9 @@ def test_one_model_alone_is_compared_with_nobody(tmp_path, report):
     assert page.json("colours") == [["grpo", "m0"]]
 
 
-def test_rates_that_were_not_measured_are_dashes():
-    assert percent(None) == "–" and percent(0.5) == "50.0" and percent(0.005, 0) == "0"
+def test_a_rate_that_was_not_measured_is_a_dash(report):
+    text = report(full_results()).text.replace("\xa0", " ")
+    assert "the option text most often right in training 53.0 % best –" in text
 
 
 def test_curves_of_a_run_without_rewards_are_those_of_its_loss_and_skip_what_is_no_number():
@@ -328,7 +399,7 @@ def test_curves_of_a_run_without_rewards_are_those_of_its_loss_and_skip_what_is_
 
 def test_style_of_the_curves_touches_nothing_else_in_a_page():
     rules = re.findall(r"([^{}]+)\{[^{}]*\}", re.sub(r"@media[^{]*\{", "", STYLE))
-    assert rules and all(selector.startswith(".curves ") for selector in rules)
+    assert rules and all(selector.strip().startswith(".curves ") for selector in rules)
 
 
 # --- in a browser ---
@@ -433,7 +504,7 @@ def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
     for name, (value, passes) in filters.items():
         page.locator(f'[name="{name}"]').select_option(value)
         expected = [one["id"] for one in cases if passes(one)]
-        assert 0 < len(expected) and count(page) == f"{len(expected)} of 12", name
+        assert len(expected) > 0 and count(page) == f"{len(expected)} of 12", name
         assert page.locator("#list li").count() == len(expected) and chosen(page) == expected[0]
         page.get_by_role("button", name="Clear").click()
         page.locator("#count b", has_text="12 of 12").wait_for()
@@ -441,9 +512,8 @@ def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
     page.locator('[name="modality"]').select_option("CT")
     both = [one for one in cases if one["modality"] == "CT" and not right(one, "base")]
     assert count(page) == f"{len(both)} of 12"
-    assert page.locator("#count").inner_text().split() == [
-        str(len(both)), "of", "12", "shown", "base", "0", "right", "sft", "0", "right", "grpo", str(len(both)), "right"
-    ]  # fmt: skip
+    counts = f"{len(both)} of 12 shown base 0 right sft 0 right grpo {len(both)} right"
+    assert " ".join(page.locator("#count").inner_text().split()) == counts
     page.reload()
     assert count(page) == f"{len(both)} of 12"  # the address holds the filters
 
@@ -571,9 +641,11 @@ def test_a_case_shows_reasoning_answer_rules_and_probes_apart_and_its_image_larg
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_both_schemes(visit, small, scheme):
     page = visit(small[0], color_scheme=scheme)
-    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor, "
-                            "getComputedStyle(document.querySelector('.note')).color, "
-                            "getComputedStyle(document.querySelector('.curves text')).fill]")  # fmt: skip
+    style = "getComputedStyle(document.querySelector"
+    colours = page.evaluate(
+        f"[{style}('body')).color, {style}('body')).backgroundColor, {style}('.note')).color, "
+        f"{style}('.curves text')).fill]"
+    )
     ink, paper, note, curve = (luminance(colour) for colour in colours)
     assert (paper > 0.9) == (scheme == "light")
     for text in (ink, note, curve):

@@ -1,10 +1,10 @@
-"""What an evaluation found, as one HTML file that needs nothing but itself: the table, the audits,
-and every case.
+"""What an evaluation measured, as one HTML file that needs nothing but itself: the table, the
+audits, and every case.
 
 Nothing is loaded over a network, and the page's own policy forbids it. Completions, questions and
-names of files are hostile text: the page gets them escaped or as JSON, shows them as text only, and
-characters that could steer the display (control characters, reordering of right-to-left text) as
-their code points.
+names of files are hostile text: the page gets them escaped or as JSON, displays them as text only,
+and characters that could steer the display (control characters, reordering of right-to-left text)
+as their code points.
 """
 
 import base64
@@ -13,29 +13,30 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError
 from data import load_image
 
-from . import curves
+from ..statistics import percent
+from .curves import STYLE, Metrics, curve_panels, panel_svg
+from .templating import ENVIRONMENT, TEMPLATES
 
 Row = dict[str, Any]
 
 THUMBNAIL = 160  # pixels along the longer side, at most
 COLOURS = 6  # of models, in report.css
-LISTED_PAIRS = 50  # of leakage
-TEMPLATES = Path(__file__).parent / "templates"
+# All control characters but tab and newline, invisible ones, and what turns text around.
 _STEERING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+    "\ud800-\udfff]"
 )
-OPTIONAL = {"train_modality": None, "train_questions": None, "files": [], "contract": {}}
 BLIND_NAMES = {
     "chance": "chance: any of the options",
     "most_frequent_letter": "the most frequent letter of training",
@@ -46,113 +47,89 @@ BLIND_NAMES = {
 
 
 def write_report(
-    file: Path, results: Row, cases: Sequence[Row], runs: dict[str, list[Row]]
+    file: Path, results: Row, cases: Sequence[Row], runs: dict[str, list[Metrics]]
 ) -> None:
     """Render the report.
 
     Args:
-        results: what results.json holds: "name", "models" and "accuracy"; all else may be absent,
-            None or empty.
+        results: what results.json holds. What is empty, or None, has no section.
         cases: every question with the models' answers, as `evaluation.results.cases` gives them. An
             image that can't be read becomes a box that says so.
         runs: by model the rows of its run's metrics.jsonl, for the curves.
     """
-    results = OPTIONAL | shown(results)
-    pictures, cases = shown(with_pictures(cases))
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8") + curves.STYLE
+    results = displayable(results)
+    # The images first: their paths must be those on disk.
+    pictures, cases = displayable(with_pictures(cases))
+    # The seventh model has the first one's colour again.
+    colour = {model["name"]: f"m{i % COLOURS}" for i, model in enumerate(results["models"])}
+    answers = chain.from_iterable(case["answers"] for case in cases)
+    flags = dict.fromkeys(chain.from_iterable(answer["flags"] for answer in answers))
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # keys in their order
-    environment.filters |= {
-        "percent": percent,
-        "p_value": p_value,
-        "words": lambda name: name.replace("_", " "),
-    }
-    whole = [row for row in results["accuracy"] if row["question_type"] is None]
-    types = [row for row in results["accuracy"] if row["question_type"] is not None]
-    modalities = _distinct(whole, "modality")
-    answers = [answer for case in cases for answer in case["answers"]]
-    colour = {model["name"]: f"m{place % COLOURS}" for place, model in enumerate(results["models"])}
-    blind = blind_rows(results)
-    page = environment.get_template("report.html.jinja").render(
+    # By its hash the page's policy lets this script run, and no other.
+    script_hash = hashlib.sha256(script.encode()).digest()
+    page = ENVIRONMENT.get_template("report.html.jinja").render(
+        **_accuracy(results),
+        **_reasoning(results, colour),
         results=results,
         models=list(colour),
         colour=colour,
-        modalities=modalities,
-        counts={row["modality"]: row["n"] for row in whole},
-        verdict=verdict(results, whole),
-        whole=_by(whole, "model", "modality"),
-        types=_distinct(types, "question_type"),
-        by_type=_by(types, "question_type", "model", "modality"),
-        pairs=pair_rows(results),
-        blind=blind,
-        best_blind={
-            name: max((rates.get(name) or 0.0 for *_, rates in blind), default=0.0)
-            for name in modalities
-        },
-        checks=faithfulness_checks(results.get("faithfulness") or []),
-        faithful=_by(results.get("faithfulness") or [], "check", "model"),
-        early=early_panels(results, colour),
-        leakage=results.get("leakage"),
-        listed_pairs=LISTED_PAIRS,
-        samples=results.get("samples"),
-        sampled=_by((results.get("samples") or {}).get("table", []), "model", "modality"),
-        curves={
-            shown(name): [Markup(svg) for svg in curves.curve_panels(rows)]
-            for name, rows in runs.items()
-            if rows
-        },
+        curves={displayable(name): curve_panels(rows) for name, rows in runs.items() if rows},
         cases=cases,
         pictures=pictures,
-        case_modalities=_distinct(cases, "modality"),
-        case_types=sorted(kind for kind in _distinct(cases, "question_type") if kind),
-        flags=list(dict.fromkeys(flag for answer in answers for flag in answer.get("flags") or [])),
-        style=Markup(style),
+        flags=list(flags),
+        style=Markup(style) + STYLE,
         script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=base64.b64encode(script_hash).decode(),
     )
     file.write_text(page, encoding="utf-8")
 
 
-def shown(value: Any) -> Any:
+def displayable(value: Any) -> Any:
     """The same strings, lists and dicts, with characters that could steer the display as code
     points: ⟨U+202E⟩.
 
     Numbers that JSON doesn't know (NaN, infinity) become None.
     """
     if isinstance(value, str):
-        return _STEERING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", value.replace("\r\n", "\n"))
+        return _STEERING.sub(_code_point, value.replace("\r\n", "\n"))
     if isinstance(value, dict):
-        return {shown(key): shown(each) for key, each in value.items()}
+        return {displayable(key): displayable(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [shown(each) for each in value]
+        return [displayable(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _code_point(match: re.Match[str]) -> str:
+    return f"⟨U+{ord(match[0]):04X}⟩"
 
 
 def with_pictures(cases: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The distinct images as `picture` gives them, and the cases with their places in that list for
     "images".
     """
-    paths = list(dict.fromkeys(path for case in cases for path in case["images"]))
+    paths = list(dict.fromkeys(chain.from_iterable(case["images"] for case in cases)))
     places = {path: place for place, path in enumerate(paths)}
-    read = tqdm(
-        paths, desc="thumbnails", unit="image", dynamic_ncols=True, leave=False, disable=not paths
-    )
-    placed = [{**case, "images": [places[path] for path in case["images"]]} for case in cases]
-    return [picture(path) for path in read], placed
+    placed = []
+    for case in cases:
+        placed.append(case | {"images": [places[path] for path in case["images"]]})
+    # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
+    bar = tqdm(paths, "thumbnails", unit="image", dynamic_ncols=True, leave=False, disable=None)
+    return [picture(path) for path in bar], placed
 
 
 def picture(path: str) -> Row:
     """{"name", "src" (a data URI of at most 160 pixels a side), "width", "height" (of the file)};
     {"name", "why"} if the image can't be read.
     """
+    # Not the whole path: a page is passed on; where its maker keeps files is not.
     name = "/".join(Path(path).parts[-2:])
     try:
         image = load_image(path)
     except InputError as error:
         return {"name": name, "why": str(error).removeprefix(f"{path}: ").replace(path, name)}
     width, height = image.size
+    # In place; a small image stays as it is.
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
@@ -160,132 +137,126 @@ def picture(path: str) -> Row:
     return {"name": name, "src": f"data:image/webp;base64,{data}", "width": width, "height": height}
 
 
-def verdict(results: Row, whole: Sequence[Row]) -> list[Markup]:
-    """In sentences: where each model is above the best guess without the image, and which model is
-    better.
+def _accuracy(results: Row) -> Row:
+    """What the template looks up for the sections on accuracy: rows by model and modality, ..."""
+    whole = [row for row in results["accuracy"] if row["question_type"] is None]
+    types = [row for row in results["accuracy"] if row["question_type"] is not None]
+    modalities = {row["modality"]: row["n"] for row in whole}
+    blind = blind_rows(results)
+    best_blind = {}
+    for modality in modalities:
+        guesses = [rates.get(modality, 0.0) for *_, rates in blind]
+        best_blind[modality] = max(guesses, default=0.0)
+    samples = results["samples"]
+    return {
+        "modalities": modalities,
+        "verdict": verdict(results, whole),
+        "whole": _by(whole, "model", "modality"),
+        "types": list(dict.fromkeys(row["question_type"] for row in types)),
+        "by_type": _by(types, "question_type", "model", "modality"),
+        "pairs": pair_rows(results),
+        "sampled": _by(samples["table"] if samples else [], "model", "modality"),
+        "blind": blind,
+        "best_blind": best_blind,
+    }
+
+
+def _reasoning(results: Row, colour: dict[str, str]) -> Row:
+    """What the template looks up for the section on reasoning."""
+    meanings: dict[str, set[str]] = {}
+    for row in results["faithfulness"]:
+        meanings.setdefault(row["check"], set()).add(row["meaning"])
+    return {
+        "meanings": meanings,  # by check; several where they differ from model to model
+        "faithful": _by(results["faithfulness"], "check", "model"),
+        "early": early_panels(results["early_answering"], colour),
+    }
+
+
+def verdict(results: Row, whole: Sequence[Row]) -> list[str]:
+    """In sentences: where each model is above the best guess without the image, and what the last
+    model is against each other.
     """
     sentences = []
     for model in results["models"]:
         rows = [row for row in whole if row["model"] == model["name"]]
-        seen, unseen = (
-            [_against(row) for row in rows if bool(row["sees"]) == sees] for sees in (True, False)
-        )
-        above = Markup("<b>{}</b> is above the best guess without the image on {}").format(
-            model["name"], _listed(seen)
-        )
-        if seen and unseen:
-            sentences.append(
-                above
-                + Markup("; on {} there is <b>no evidence of seeing</b>.").format(_listed(unseen))
-            )
-        elif seen:
-            sentences.append(above + ".")
-        elif unseen:
-            text = Markup("<b>{}</b> shows <b>no evidence of seeing</b> on {}.")
-            sentences.append(text.format(model["name"], _listed(unseen, "or")))
+        above = [_against(row) for row in rows if row["sees"]]
+        others = [_against(row) for row in rows if not row["sees"]]
+        if above:
+            finding = f"is above the best guess without the image on {_listed(above)}"
+            if others:
+                finding += f"; on {_listed(others)} there is no evidence of seeing"
+        else:
+            finding = f"shows no evidence of seeing on {_listed(others, 'or')}"
+        sentences.append(f"{model['name']} {finding}.")
     return sentences + comparison(results)
 
 
-def comparison(results: Row) -> list[Markup]:
+def comparison(results: Row) -> list[str]:
     """The last model against each other one: better, worse or neither, where McNemar's p is below
     0.01.
     """
-    last = results["models"][-1]["name"]
-    found: dict[Markup, list[Markup]] = {}
+    sentences = []
     for (first, second), rows in pair_rows(results).items():
-        if first == last:
-            outcomes = {"better": [], "worse": [], "not measurably different": []}
-            for row in rows.values():
-                ahead = "better" if row["only_first"] > row["only_second"] else "worse"
-                outcomes[ahead if row["p"] < 0.01 else "not measurably different"].append(
-                    escape(row["modality"])
-                )
-            parts = [
-                Markup("{} on {}").format(how, _listed(names))
-                for how, names in outcomes.items()
-                if names
-            ]
-            found.setdefault(_listed(parts), []).append(escape(second))
-    return [
-        Markup("Against {}, {} is {}.").format(_listed(names), last, outcome)
-        for outcome, names in found.items()
-    ]
+        if first != results["models"][-1]["name"]:  # of its own pairs the last model is the first
+            continue
+        where: dict[str, list[str]] = {"better": [], "worse": [], "not measurably different": []}
+        for modality, row in rows.items():
+            outcome = "better" if row["only_first"] > row["only_second"] else "worse"
+            where[outcome if row["p"] < 0.01 else "not measurably different"].append(modality)
+        parts = [f"{outcome} on {_listed(names)}" for outcome, names in where.items() if names]
+        sentences.append(f"Against {second}, {first} is {_listed(parts)}.")
+    return sentences
 
 
-def _against(row: Row) -> Markup:
-    return Markup("{} ({}\u00a0% against {}\u00a0%)").format(
-        row["modality"], percent(row["rate"]), percent(row["best_blind_rate"])
-    )
+def _against(row: Row) -> str:
+    rates = f"{percent(row['rate'])}\u00a0% against {percent(row['best_blind_rate'])}\u00a0%"
+    return f"{row['modality']} ({rates})"
 
 
-def _listed(parts: Sequence[Markup], word: str = "and") -> Markup:
+def _listed(texts: Sequence[str], word: str = "and") -> str:
     """a, b and c."""
-    return (
-        Markup(", ").join(parts[:-1]) + (f" {word} " if len(parts) > 1 else "") + parts[-1]
-        if parts
-        else Markup()
-    )
+    *first, last = texts
+    return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def blind_rows(results: Row) -> list[tuple[str | None, str, dict[str, float]]]:
     """(model, name, rate by modality): the baselines that see text only, then each model without
     its image.
     """
-    rows = [
-        (None, BLIND_NAMES.get(name, name), rates)
-        for name, rates in (results.get("blind") or {}).items()
-    ]
-    for model, probes in (results.get("ablated") or {}).items():
-        rows += [(model, probe, rates) for probe, rates in probes.items()]
+    rows: list[tuple[str | None, str, dict[str, float]]] = []
+    for name, rates in results["blind"].items():
+        rows.append((None, BLIND_NAMES.get(name, name), rates))
+    for model, probes in results["ablated"].items():
+        for probe, rates in probes.items():
+            rows.append((model, probe, rates))
     return rows
 
 
 def pair_rows(results: Row) -> dict[tuple[str, str], dict[str, Row]]:
     """(first model, second model) -> modality -> row."""
     pairs: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in results.get("pairs") or []:
+    for row in results["pairs"]:
         pairs.setdefault((row["first"], row["second"]), {})[row["modality"]] = row
     return pairs
 
 
-def faithfulness_checks(rows: Sequence[Row]) -> dict[str, str | None]:
-    """Check -> what it means; None where that differs from model to model."""
-    meanings: dict[str, set[str]] = {}
-    for row in rows:
-        meanings.setdefault(row["check"], set()).add(row["meaning"])
-    return {
-        check: next(iter(found)) if len(found) == 1 else None for check, found in meanings.items()
-    }
-
-
-def early_panels(results: Row, colour: dict[str, str]) -> list[Markup]:
+def early_panels(early: dict[str, list[Row]], colour: dict[str, str]) -> list[Markup]:
     """Two panels over the share of the reasoning that is kept, or none: answers that change,
     answers that are right.
     """
-    early = results.get("early_answering") or {}
-    lines = {colour[name]: early[name] for name in colour if early.get(name)}
     titles = {"changed": "Answer differs from the final one (%)", "right": "Right answer (%)"}
-    return [
-        Markup(curves.panel_svg(title, [
-            ("", colour, [(100 * row["kept"], 100 * row[name]) for row in rows]) for colour, rows in lines.items()
-        ], unit="% of the reasoning kept", top=100.0))
-        for name, title in (titles.items() if lines else ())
-    ]  # fmt: skip
+    panels = []
+    for name, title in titles.items():
+        series = []
+        for model, rows in early.items():
+            points = [(100 * row["kept"], 100 * row[name]) for row in rows]
+            if points:  # none from a model that does not reason
+                series.append(("", colour[model], points))
+        if series:
+            panels.append(panel_svg(title, series, unit="% of the reasoning kept", top=100.0))
+    return panels
 
 
-def percent(rate: float | None, digits: int = 1) -> str:
-    """0.5 -> "50.0"; None, which was not measured, a dash."""
-    return "–" if rate is None else f"{100 * rate:.{digits}f}"
-
-
-def p_value(p: float) -> str:
-    """ "p < 0.001", "p = 0.045"."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
-
-
-def _by(rows: Sequence[Row], *names: str) -> dict[Any, Row]:
+def _by(rows: Sequence[Row], *names: str) -> dict[tuple[str, ...], Row]:
     return {tuple(row[name] for name in names): row for row in rows}
-
-
-def _distinct(rows: Sequence[Row], name: str) -> list[str]:
-    return list(dict.fromkeys(row[name] for row in rows))

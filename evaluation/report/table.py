@@ -3,26 +3,20 @@
 from typing import Any
 
 from ..accuracy import NO_EVIDENCE
+from ..statistics import percent, percent_with_interval
+
+# Wide enough for base, sft and grpo; a longer name moves its own line only.
+LINE = "{:8}{:10}{:>5}   {:<23}{:>7}{:>8}{:>8}{:>8}   {:>5} {}"
 
 
 def results_table(results: dict[str, Any]) -> str:
     """Of what results.json holds: percent with 95 % intervals, a line for each model and modality,
     and paired tests.
     """
-    lines = [
-        f"{'':8}{'':10}{'n':>5}   {'accuracy':<23}{'strict':>7}{'format':>8}{'tokens':>8}{'chance':>8}"
-        "   best without the image"
-    ]
-    for row in results["accuracy"]:
-        if row["question_type"] is None:
-            rate, low, high = (100 * row[name] for name in ("rate", "low", "high"))
-            accuracy = f"{rate:5.1f} ({low:4.1f} to {high:5.1f}){'' if row['sees'] else '*'}"
-            blind = f"{100 * row['best_blind_rate']:5.1f} {row['best_blind'].replace('_', ' ')}"
-            lines.append(
-                f"{row['model']:8}{row['modality']:10}{row['n']:>5}   {accuracy:<23}{100 * row['strict']:>7.1f}"
-                f"{100 * row['format']:>7.0f}%{row['tokens']:>8.1f}{100 * row['chance']:>8.1f}   {blind}"
-            )
-    if any(not row["sees"] for row in results["accuracy"] if row["question_type"] is None):
+    whole = [row for row in results["accuracy"] if row["question_type"] is None]
+    heads = ("n", "accuracy", "strict", "format", "tokens", "chance", "best", "without the image")
+    lines = [LINE.format("", "", *heads), *map(_line, whole)]
+    if not all(row["sees"] for row in whole):
         lines.append(NO_EVIDENCE.format("the best guess without the image"))
     pairs: dict[str, list[str]] = {}
     for row in results["pairs"]:
@@ -30,14 +24,29 @@ def results_table(results: dict[str, Any]) -> str:
         counts = f"{row['modality']} {row['only_first']}:{row['only_second']} p = {row['p']:.2g}"
         pairs.setdefault(versus, []).append(counts)
     if pairs:
-        lines += [
-            "",
-            "Questions that only one of two models answered right (McNemar's exact test):",
-        ]
-        lines += [f"{versus:22}{'   '.join(counts)}" for versus, counts in pairs.items()]
+        heading = "Questions that only one of two models answered right (McNemar's exact test):"
+        lines += ["", heading]
+    for versus, of_modalities in pairs.items():
+        lines.append(f"{versus:22}{'   '.join(of_modalities)}")
     shared = results["leakage"]
-    known = (shared["same_path"] or 0) + (shared["same_bytes"] or 0)
-    if known or shared["near_duplicates"]:
-        lines += ["", f"Of {shared['test']} test questions {known} show an image that is trained on, and "
-                  f"{shared['near_duplicates'] or 0} a near-duplicate of one."]  # fmt: skip
+    near = shared["near_duplicates"] or 0  # None where images are missing
+    known = shared["same_path"] + (shared["same_bytes"] or 0)
+    if known or near:
+        warning = f"{known} show an image that is trained on, and {near} a near-duplicate of one."
+        lines += ["", f"Of {shared['test']} test questions {warning}"]
     return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return LINE.format(
+        row["model"],
+        row["modality"],
+        row["n"],
+        percent_with_interval(row["right"], row["n"]) + ("" if row["sees"] else "*"),
+        percent(row["strict"]),
+        percent(row["format"]),
+        round(row["tokens"], 1),
+        percent(row["chance"]),
+        percent(row["best_blind_rate"]),
+        row["best_blind"].replace("_", " "),
+    )
