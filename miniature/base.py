@@ -10,54 +10,67 @@ topic. See stages.py for how, and the README.md that this writes for what it rea
 
 import argparse
 import json
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from common.program import run_program
+from data.images import MEAN, MERGE_SIZE, PATCH_SIZE, STD, TEMPORAL_PATCH_SIZE
 from data.vocabulary import load_vocabulary
 from model import Qwen2VL, load_model, save_model
 from model.config import Qwen2VLConfig, VisionConfig
 
 from .card import write_card
 from .lessons import Teacher
-from .measure import SAMPLES, measure
-from .pool import Pool, draw_pool
-from .stages import learn_describing, learn_habits, learn_matching, learn_seeing
-from .tokenizer import build_tokenizer, save_tokenizer
-from .training import initialise
+from .measure import measure
+from .pool import MAX_PIXELS, MIN_PIXELS, Pool, draw_pool
+from .stages import describing, habits, matching, matching_in_chat, seeing
+from .tokenizer import build_tokenizer
+from .training import fit, initialise
+from .words import VALUES
 
 SEED = 7
-POOL_IMAGES = 40_000
+POOL_IMAGES = 40_000  # so many that the tower meets a phantom three times, and learns none by heart
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2VLProcessor",
-    "min_pixels": 3136,
-    "max_pixels": 401408,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": MIN_PIXELS,
+    "max_pixels": MAX_PIXELS,
+    "patch_size": PATCH_SIZE,
+    "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+    "merge_size": MERGE_SIZE,
+    "image_mean": MEAN,
+    "image_std": STD,
 }
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
-    """Small, and rotary positions with a short period: prompts have about 130 tokens, not
-    32,000.
-    """
+    """As small as still learns to see, to name and to match within minutes."""
     ids = tokenizer.get_vocab()
     return Qwen2VLConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, rope_theta=1e4, mrope_section=(4, 6, 6), tie_word_embeddings=True,
-        vision=VisionConfig(depth=3, embed_dim=96, num_heads=3), image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rope_theta=1e4,  # prompts have about 130 tokens; 1e6 is for 32,000
+        mrope_section=(4, 6, 6),  # as 16, 24, 24 share a head of 128
+        tie_word_embeddings=True,
+        vision=VisionConfig(depth=3, embed_dim=96, num_heads=3),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
+    )
 
 
 def make_base(folder: Path, seed: int = SEED) -> None:
@@ -66,51 +79,60 @@ def make_base(folder: Path, seed: int = SEED) -> None:
     tokenizer = build_tokenizer()
     model = Qwen2VL(base_config(tokenizer))
     initialise(model, seed)
-    teacher, pool = Teacher(tokenizer, seed), draw_pool(seed, "base", POOL_IMAGES)
+    teacher = Teacher(tokenizer, seed)
+    pool = draw_pool(seed, "base", POOL_IMAGES)
+    model.visual.requires_grad_(False)  # from here to the end: it is trained beside, and then kept
     # The first two stages share no weight: one core each, which beats two cores in turn.
     torch.set_num_threads(1)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         tower = executor.submit(_train_tower, model.config, pool, seed)
-        learn_matching(model, teacher)
-        model.visual.load_state_dict(
-            {name: torch.from_numpy(value) for name, value in tower.result().items()}
-        )
+        # At twice this rate the circuit from word to letter does not form.
+        fit("matching", model, matching(model, teacher), steps=900, rate=1e-3)
+        fit("in chat", model, matching_in_chat(model, teacher), steps=500, rate=1e-3)
+        for name, parameter in model.visual.named_parameters():
+            parameter.copy_(torch.from_numpy(tower.result()[name]))
     torch.set_num_threads(2)
-    learn_describing(model, teacher, pool)
-    learn_habits(model, teacher, pool)
+    fit("describing", model, describing(model, teacher, pool), steps=900, rate=1e-3)
+    fit("habits", model, habits(model, teacher, pool), steps=700, rate=7e-4)
     minutes = (time.time() - started) / 60
 
     write_folder(model, tokenizer, folder)
+    # What is measured is what is shipped: the weights as bf16 has rounded them.
     shipped = load_model(folder, device="cpu", dtype=torch.float32)
     results = measure(shipped, load_vocabulary(folder, shipped.config), seed)
-    write_card(folder / "README.md", results, minutes, SAMPLES)
+    write_card(folder / "README.md", results, minutes)
 
 
 def write_folder(model: Qwen2VL, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Weights in bf16, config, tokenizer, and the two small files that other programs look for."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, folder)
+    tokenizer.save_pretrained(folder)
     save_model(model.to(torch.bfloat16), folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    for name, contents in (("generation", ends), ("preprocessor", PREPROCESSOR)):
+        (folder / f"{name}_config.json").write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def _train_tower(config: Qwen2VLConfig, pool: Pool, seed: int) -> dict[str, np.ndarray]:
+    """The tower's weights, as arrays for the way back: see `Phantom`."""
     torch.set_num_threads(1)
     model = Qwen2VL(config)
     initialise(model, seed)
-    learn_seeing(model, pool, seed)
+    generator = torch.Generator().manual_seed(seed)
+    width = config.hidden_size
+    heads = nn.Linear(width, len(VALUES))  # thrown away afterwards
+    nn.init.normal_(heads.weight, 0, width**-0.5, generator=generator)
+    nn.init.zeros_(heads.bias)
+    learners = nn.ModuleList([model.visual, heads])
+    fit("seeing", learners, seeing(model, heads, pool, generator), steps=2000, rate=1e-3)
     return {name: value.numpy() for name, value in model.visual.state_dict().items()}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Make the base model of the miniature.")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write to, for instance miniature/base"
-    )
-    make_base(parser.parse_args().out)
+    parser.add_argument("--out", type=Path, required=True, help="for instance miniature/base")
+    return run_program("base", partial(make_base, parser.parse_args().out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

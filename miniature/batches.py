@@ -1,82 +1,78 @@
-"""From examples and groups to a loss: prompts run once, logits only where there is something to
-learn.
-"""
+"""From lessons to a loss: prompts run once, logits only where there is something to learn.
 
-from collections.abc import Sequence
+Letters: N lessons of P prompt tokens, G answers of T tokens; L = P + T; K tokens that carry a
+weight.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import Qwen2VL
 from model.rope import batch_positions
 
-from .lessons import Example, Group
-from .pool import MERGE, Pool, grey_patches
+from .lessons import Lesson, Tokens
+from .pool import grey_patches
 
 
-def lesson_loss(
-    model: Qwen2VL,
-    examples: Sequence[Example],
-    groups: Sequence[Group] = (),
-    pool: Pool | None = None,
-) -> Tensor:
-    """Weighted mean of the tokens' cross-entropies; `pool` holds the images that examples and
-    groups name.
-    """
-    parts = [_example_losses(model, examples, pool)] if examples else []
-    for size in sorted({len(group.answers) for group in groups}):
-        parts.append(
-            _group_losses(model, [group for group in groups if len(group.answers) == size], pool)
-        )
-    losses, weights = torch.cat(parts, dim=1)
-    return losses.sum() / weights.sum()
+def lesson_loss(model: Qwen2VL, lessons: list[Lesson]) -> Tensor:
+    """Weighted mean of the answers' cross-entropies, over all tokens of all lessons."""
+    losses = []
+    for size in sorted({len(lesson.answers) for lesson in lessons}):
+        alike = [lesson for lesson in lessons if len(lesson.answers) == size]
+        losses.append(_sequence_losses(model, alike) if size == 1 else _group_losses(model, alike))
+    # One mean over all tokens, not a mean of means: a token weighs the same wherever it stands.
+    losses_K, weights_K = torch.cat(losses, dim=1)
+    return losses_K.sum() / weights_K.sum()
 
 
-def _example_losses(model: Qwen2VL, examples: Sequence[Example], pool: Pool | None) -> Tensor:
-    tokens, lengths = pad([example.tokens for example in examples])
-    weights = pad([example.weights for example in examples])[0][:, 1:]
-    patches, grids = _images(examples, pool)
-    positions = batch_positions(tokens, lengths, grids, model.config.image_token_id, MERGE)
-    hidden = model.hidden(tokens, positions, patches, grids)[:, :-1]
-    return _weighted(model, hidden, tokens[:, 1:], weights)
+def _sequence_losses(model: Qwen2VL, lessons: list[Lesson]) -> Tensor:
+    """Lessons of one answer: prompt and answer as one sequence."""
+    tokens_NL, lengths_N = pad([lesson.prompt + lesson.answers[0] for lesson in lessons])
+    weights_NL, _ = pad([[0] * len(lesson.prompt) + lesson.weights[0] for lesson in lessons])
+    patches, grids = _images(lessons)
+    positions = batch_positions(tokens_NL, lengths_N, grids, model.config.image_token_id)
+    hidden = model.hidden(tokens_NL, positions, patches, grids)
+    return _weighted(model, hidden[:, :-1], tokens_NL[:, 1:], weights_NL[:, 1:])
 
 
-def _group_losses(model: Qwen2VL, groups: Sequence[Group], pool: Pool | None) -> Tensor:
-    tokens, lengths = pad([group.prompt for group in groups])
-    shape = (len(groups), len(groups[0].answers), -1)
-    answers, answer_lengths = pad([answer for group in groups for answer in group.answers])
-    answers, mask = (
-        answers.view(shape),
-        (torch.arange(answers.shape[1]) < answer_lengths[:, None]).view(shape),
+def _group_losses(model: Qwen2VL, lessons: list[Lesson]) -> Tensor:
+    """Lessons of G answers, whose prompt is run once, as in GRPO's update."""
+    tokens_NP, lengths_N = pad([lesson.prompt for lesson in lessons])
+    answers_RT, lengths_R = pad([answer for lesson in lessons for answer in lesson.answers])
+    weights_RT, _ = pad([weights for lesson in lessons for weights in lesson.weights])
+    mask_RT = torch.arange(answers_RT.shape[1]) < lengths_R[:, None]
+    shape = (len(lessons), -1, answers_RT.shape[1])  # N, G, T
+    patches, grids = _images(lessons)
+    positions = batch_positions(tokens_NP, lengths_N, grids, model.config.image_token_id)
+    hidden = model.completion_hidden(
+        tokens_NP,
+        positions,
+        lengths_N,
+        patches,
+        grids,
+        answers_RT.view(shape),
+        mask_RT.view(shape),
     )
-    weights = pad([row for group in groups for row in group.weights])[0].view(shape)
-    patches, grids = _images(groups, pool)
-    positions = batch_positions(tokens, lengths, grids, model.config.image_token_id, MERGE)
-    hidden = model.completion_hidden(tokens, positions, lengths, patches, grids, answers, mask)
-    return _weighted(model, hidden, answers[mask], weights[mask])
+    return _weighted(model, hidden, answers_RT[mask_RT], weights_RT[mask_RT])
 
 
 def _weighted(model: Qwen2VL, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """(2, K): the weighted losses of the K tokens with a weight, and the weights."""
-    learned = weights > 0
-    losses = F.cross_entropy(
-        hidden[learned] @ model.head_weight.T, targets[learned], reduction="none"
-    )
-    return torch.stack((losses * weights[learned], weights[learned]))
+    learned = weights > 0  # before the head, which is the dearest product: few tokens have a weight
+    logits_KV = hidden[learned] @ model.head_weight.T
+    losses_K = F.cross_entropy(logits_KV, targets[learned], reduction="none")
+    return torch.stack((losses_K * weights[learned], weights[learned]))
 
 
-def _images(
-    lessons: Sequence[Example | Group], pool: Pool | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _images(lessons: list[Lesson]) -> tuple[Tensor | None, Tensor | None]:
+    """Patches and grids of the lessons that have an image, in their order."""
     images = [lesson.image for lesson in lessons if lesson.image is not None]
-    return grey_patches(pool.images(images)) if images else (None, None)
+    return grey_patches(images) if images else (None, None)
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def pad(rows: list[Tokens]) -> tuple[Tensor, Tensor]:
     """Right-pad with zeros: int64 [B, L] and the lengths [B]."""
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for row, values in zip(padded, rows):
-        row[: len(values)] = torch.tensor(values)
-    return padded, lengths
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True), torch.tensor([len(row) for row in rows])

@@ -1,9 +1,13 @@
 """What the base can and does do, measured on phantoms that no stage trains on."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data import Prompt
@@ -15,113 +19,109 @@ from rewards import accuracy_reward, format_reward
 
 from .lessons import Teacher
 from .phantoms import ATTRIBUTES, MODALITIES
-from .pool import Pool, draw_pool, grey_patches
-from .questions import Asked, ask
+from .pool import draw_pool, grey_patches
+from .questions import PhantomQuestion, ask
 from .words import STATEMENTS
 
 CHECK_IMAGES = 1000
-SAMPLES, MAX_NEW_TOKENS = 4, 40
+SAMPLES = 4  # answers to a question at temperature 1
+MAX_NEW_TOKENS = 40
+BATCH = 50  # prompts that are answered at once
+
+Rates = dict[str, float]
+Item = tuple[PhantomQuestion, Prompt]
 
 
 @dataclass(frozen=True)
-class Item:
-    asked: Asked
-    prompt: Prompt
-    forced: Prompt  # goes on with the beginning of a thought on topic: "<think>The finding is"
+class Answer:
+    text: str
+    question: PhantomQuestion
+
+    @property
+    def right(self) -> bool:
+        return accuracy_reward(self.text, self.question.letter) > 0
+
+    @property
+    def formatted(self) -> bool:
+        return format_reward(self.text) > 0
+
+    @property
+    def on_topic(self) -> bool:
+        """Follows the format, and the thought names a value of the attribute in question."""
+        thought = self.text.split("</think>")[0].replace(".", " ").split()
+        return self.formatted and not set(thought).isdisjoint(ATTRIBUTES[self.question.attribute])
 
 
-def measure(model: Qwen2VL, vocabulary: Vocabulary, seed: int) -> dict[str, dict[str, float]]:
-    """Rates by modality; `n` is the number of questions, one an image.
-
-    - `zero-shot`: greedy answers that are right; `format`: samples at temperature 1 that follow the
-      format;
-    - `on topic`: samples that follow the format and name a value of what is asked; `letter`: those
-      of them right;
-    - `names ...` and `forced letter`: with the thought's first words given, is the value named, is
-      the letter, right?
-    """
-    pool = draw_pool(seed, "base-check", CHECK_IMAGES)
+def measure(model: Qwen2VL, vocabulary: Vocabulary, seed: int) -> dict[str, Rates]:
+    """The model card's numbers by modality: how many questions, one an image, and rates in 0..1."""
     teacher = Teacher(vocabulary.tokenizer, seed)
+    pool = draw_pool(seed, "base-check", CHECK_IMAGES)
+    answer = partial(_answers, model, vocabulary)
     results = {}
     for modality in MODALITIES:
-        rows = [row for row, case in enumerate(pool.cases) if case.modality == modality]
-        items = [
-            _item(model, teacher, pool, row, random.Random(f"{seed}/check/{row}")) for row in rows
-        ]
-        as_is, forced = _as_is(model, vocabulary, items, seed), _forced(model, vocabulary, items)
-        results[modality] = {"n": len(items), **as_is, **forced}
+        items = []
+        started = []
+        for row, (image, case) in enumerate(pool):
+            if case.modality == modality:
+                question = ask(case, random.Random(f"{seed}/check/{row}"))
+                prompt = _prompt(model, teacher, image, question)
+                # The beginning of a thought on topic: "<think>The finding is".
+                thought = STATEMENTS[question.attribute][0].removesuffix(" {}.")
+                items.append((question, prompt))
+                started.append((question, prompt.continued(teacher.encode("<think>" + thought))))
+        noise = sampling_noise(seed, 0, range(len(items)), SAMPLES, MAX_NEW_TOKENS)
+        results[modality] = _rates(answer(items), answer(items, noise), answer(started))
     return results
 
 
-def _item(model: Qwen2VL, teacher: Teacher, pool: Pool, row: int, rng: random.Random) -> Item:
-    asked = ask(pool.cases[row], rng)
-    patches, grids = grey_patches(pool.images([row]))
-    beginning = "<think>" + STATEMENTS[asked.attribute][0].removesuffix(" {}.")
-
-    def prompt(tokens: list[int]) -> Prompt:
-        ids = torch.tensor(tokens)
-        return Prompt(
-            None, ids, patches, grids, mrope_positions(ids, grids, model.config.image_token_id)
-        )
-
-    tokens = teacher.prompt(asked)
-    return Item(asked, prompt(tokens), prompt(tokens + teacher.encode(beginning)))
+def _prompt(
+    model: Qwen2VL, teacher: Teacher, image: np.ndarray, question: PhantomQuestion
+) -> Prompt:
+    tokens = torch.tensor(teacher.prompt(question))
+    patches, grids = grey_patches([image])
+    positions = mrope_positions(tokens, grids, model.config.image_token_id)
+    return Prompt(question.as_data(), tokens, patches, grids, positions)
 
 
-def _as_is(
-    model: Qwen2VL, vocabulary: Vocabulary, items: list[Item], seed: int
-) -> dict[str, float]:
-    greedy = _complete(model, vocabulary, [item.prompt for item in items], 1, None)
-    right = [accuracy_reward(texts[0], item.asked.letter) > 0 for texts, item in zip(greedy, items)]
-    sampled = _complete(model, vocabulary, [item.prompt for item in items], SAMPLES, seed)
-    pairs = [(text, item.asked) for texts, item in zip(sampled, items) for text in texts]
-    formatted = [(text, asked) for text, asked in pairs if format_reward(text)]
-    topical = [(text, asked) for text, asked in formatted if _names(text, asked.attribute)]
-    return {
-        "chance": _mean([1 / len(item.asked.options) for item in items]),
-        "zero-shot": _mean(right),
-        "greedy format": _mean([format_reward(texts[0]) for texts in greedy]),
-        "sampled right": _mean([accuracy_reward(text, asked.letter) > 0 for text, asked in pairs]),
-        "format": len(formatted) / len(pairs),
-        "on topic": len(topical) / len(pairs),
-        "letter": _mean([accuracy_reward(text, asked.letter) > 0 for text, asked in topical]),
+def _answers(
+    model: Qwen2VL, vocabulary: Vocabulary, items: list[Item], noise_NGT: Tensor | None = None
+) -> list[Answer]:
+    """One greedy answer to each question, or with noise G answers sampled at temperature 1."""
+    answers = []
+    for start in tqdm(range(0, len(items), BATCH), desc="measuring", leave=False):
+        batch = slice(start, start + BATCH)
+        prompts = [prompt for _, prompt in items[batch]]
+        noise = None if noise_NGT is None else noise_NGT[batch]
+        rollout = sample_groups(model, vocabulary, prompts, noise, max_new_tokens=MAX_NEW_TOKENS)
+        for (question, _), texts in zip(items[batch], rollout.texts, strict=True):
+            answers += [Answer(text, question) for text in texts]
+    return answers
+
+
+def _rates(greedy: list[Answer], sampled: list[Answer], started: list[Answer]) -> Rates:
+    topical = [answer for answer in sampled if answer.on_topic]
+    rates = {
+        "questions": len(greedy),
+        "chance (1 / options)": _mean([1 / len(answer.question.options) for answer in greedy]),
+        "greedy: right letter": _right(greedy),
+        "greedy: format followed": _mean([answer.formatted for answer in greedy]),
+        "sampled: right letter": _right(sampled),
+        "sampled: format followed": _mean([answer.formatted for answer in sampled]),
+        "sampled: format followed and on topic": len(topical) / len(sampled),
+        "of these: right letter": _right(topical),
     }
-
-
-def _forced(model: Qwen2VL, vocabulary: Vocabulary, items: list[Item]) -> dict[str, float]:
-    texts = [
-        group[0] for group in _complete(model, vocabulary, [item.forced for item in items], 1, None)
-    ]
-    said = [(text, item.asked) for text, item in zip(texts, items)]
-    rates = {}
     for attribute in ATTRIBUTES:
-        about = [
-            text.startswith(f" {asked.answer}.")
-            for text, asked in said
-            if asked.attribute == attribute
-        ]
-        rates[f"names {attribute}"] = _mean(about)
-    right = [accuracy_reward(text, asked.letter) > 0 for text, asked in said]
-    return {**rates, "forced letter": _mean(right)}
+        named = []
+        for answer in started:
+            if answer.question.attribute == attribute:
+                named.append(answer.text.startswith(f" {answer.question.answer}."))
+        rates[f"given a start: names the {attribute}"] = _mean(named)
+    return rates | {"given a start: right letter": _right(started)}
 
 
-def _complete(
-    model: Qwen2VL, vocabulary: Vocabulary, prompts: list[Prompt], group: int, seed: int | None
-) -> list[list[str]]:
-    """Completions of each prompt: greedy if there is no seed, else at temperature 1."""
-    texts = []
-    for start in tqdm(range(0, len(prompts), 50), desc="measuring", leave=False):
-        part = prompts[start : start + 50]
-        places = range(start, start + len(part))
-        noise = None if seed is None else sampling_noise(seed, 0, places, group, MAX_NEW_TOKENS)
-        texts += sample_groups(model, vocabulary, part, noise, max_new_tokens=MAX_NEW_TOKENS).texts
-    return texts
+def _right(answers: list[Answer]) -> float:
+    return _mean([answer.right for answer in answers])
 
 
-def _names(text: str, attribute: str) -> bool:
-    thought = text.split("</think>")[0].replace(".", " ")
-    return any(value in thought.split() for value in ATTRIBUTES[attribute])
-
-
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")

@@ -11,32 +11,37 @@ base is made, come from disjoint streams of random numbers.
 import argparse
 import json
 import random
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
+from common.program import run_program
+from data.question import Question
+
 from .phantoms import ATTRIBUTES, Case
 from .pool import draw_one
 from .words import LETTERS, QUESTIONS
 
-VERSION, SEED = 1, 2025
-SPLITS = {
+Splits = dict[str, tuple[tuple[str, int], ...]]  # split -> modalities and how many images of each
+
+SEED = 2025
+VERSION = 1  # of this code's output: another one makes `write_questions` write anew
+SPLITS: Splits = {
     "train": (("MRI", 600),),
     "validation": (("MRI", 150),),
     "test": (("MRI", 300), ("CT", 300), ("radiograph", 300)),
 }
+# The words of the published files, odd hyphen included: reading these is what readers must do.
 SUBSETS = {
     "MRI": "MR (Mag-netic Resonance Imaging)",
     "CT": "CT(Computed Tomography)",
     "radiograph": "X-Ray",
 }
-OPTION_COUNTS = {
-    2: 1,
-    3: 2,
-    4: 3,
-}  # and how often each; attributes of fewer values have fewer options
+OPTION_WEIGHTS = (1, 2, 3)  # how often 2, 3 and 4 options: the more, the less is won by guessing
 TYPES = {
     "modality": "Modality Recognition",
     "anatomy": "Anatomy Identification",
@@ -46,7 +51,7 @@ TYPES = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class PhantomQuestion:
     """A multiple-choice question about a case; `phrasing` counts into QUESTIONS[attribute]."""
 
     attribute: str
@@ -55,83 +60,81 @@ class Asked:
     letter: str
 
     @property
-    def question(self) -> str:
+    def text(self) -> str:
         return QUESTIONS[self.attribute][self.phrasing]
 
     @property
     def answer(self) -> str:
         return self.options[LETTERS.index(self.letter)]
 
+    def as_data(self) -> Question:
+        """As the data package has it, as far as a prompt needs it."""
+        return Question((), self.text, self.options, self.letter, "", "", "")
 
-def ask(case: Case, rng: random.Random) -> Asked:
-    """A question with 2 to 4 options; wrong options and the right one's place are uniform: text
-    tells nothing.
+
+def ask(case: Case, rng: random.Random) -> PhantomQuestion:
+    """A question with 2 to 4 options (or as many as the attribute has values).
+
+    Wrong options and the right one's place are uniform: the text gives nothing away.
     """
-    attribute = rng.choice([name for name in ATTRIBUTES if case.value(name) is not None])
-    values, right = ATTRIBUTES[attribute], case.value(attribute)
-    counts = [count for count in OPTION_COUNTS if count <= len(values)]
-    count = rng.choices(counts, [OPTION_COUNTS[count] for count in counts])[0]
-    options = rng.sample([value for value in values if value != right], count - 1)
+    attribute = rng.choice(list(case.known))
+    answer = case.known[attribute]
+    wrong = [value for value in ATTRIBUTES[attribute] if value != answer]
+    weights = OPTION_WEIGHTS[: len(wrong)]
+    count = rng.choices(range(len(weights)), weights)[0] + 2
+    options = rng.sample(wrong, count - 1)
     place = rng.randrange(count)
-    options.insert(place, right)
-    return Asked(
-        attribute, rng.randrange(len(QUESTIONS[attribute])), tuple(options), LETTERS[place]
-    )
+    options.insert(place, answer)
+    phrasing = rng.randrange(len(QUESTIONS[attribute]))
+    return PhantomQuestion(attribute, phrasing, tuple(options), LETTERS[place])
 
 
-def write_questions(
-    folder: Path, splits: dict[str, tuple[tuple[str, int], ...]] = SPLITS, seed: int = SEED
-) -> None:
+def write_questions(folder: Path, splits: Splits = SPLITS, seed: int = SEED) -> None:
     """Write all splits and their images below `folder`; nothing is done if that same version
     already stands there.
     """
-    stamp, wanted = folder / "stamp.json", {"version": VERSION, "seed": seed, "splits": splits}
-    wanted = json.loads(json.dumps(wanted))
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+    stamp = folder / "stamp.json"
+    contents = json.dumps({"version": VERSION, "seed": seed, "splits": splits}) + "\n"
+    if stamp.is_file() and stamp.read_text() == contents:
         print(f"{folder} is up to date")
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    total = sum(count for parts in splits.values() for _, count in parts)
-    with tqdm(total=total, desc="drawing phantoms", unit="image") as bar:
-        for split, parts in splits.items():
-            rows = []
-            for modality, count in parts:
-                for _ in range(count):
-                    rows.append(_write_row(folder, split, len(rows), modality, seed))
-                    bar.update()
-            (folder / f"{split}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    stamp.write_text(json.dumps(wanted) + "\n")
+    for split, counts in splits.items():
+        rows: list[dict[str, object]] = []
+        for modality, count in counts:
+            for _ in tqdm(range(count), desc=f"drawing {split}, {modality}"):
+                rows.append(_write_row(folder, split, len(rows), modality, seed))
+        (folder / f"{split}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    stamp.write_text(contents)  # last, so that what was interrupted is written again
 
 
 def _write_row(folder: Path, split: str, index: int, modality: str, seed: int) -> dict[str, object]:
     image, case = draw_one(seed, split, index, modality)
     path = f"images/{split}{index:04d}.png"
     Image.fromarray(image).convert("RGB").save(folder / path)
-    asked = ask(case, random.Random(f"{seed}/{split}/{index}"))
-    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, asked.options)]
+    question = ask(case, random.Random(f"{seed}/{split}/{index}"))
+    lines = [
+        f"{letter}) {option}" for letter, option in zip(LETTERS, question.options, strict=False)
+    ]
     return {
         "image": [path],
-        "problem": "\n".join([asked.question, *lines]),
-        "solution": asked.letter,
-        "question": asked.question,
-        "options": list(asked.options),
-        "answer": asked.answer,
+        "problem": "\n".join([question.text, *lines]),
+        "solution": question.letter,
+        "question": question.text,
+        "options": question.options,
+        "answer": question.answer,
         "dataset": "miniature phantoms",
         "subset": SUBSETS[modality],
         "modality": SUBSETS[modality],
-        "question_type": TYPES[asked.attribute],
+        "question_type": TYPES[question.attribute],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw the miniature's images and write its questions."
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write to, for instance build/miniature"
-    )
-    write_questions(parser.parse_args().out)
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draw the miniature's images and questions.")
+    parser.add_argument("--out", type=Path, required=True, help="for instance build/miniature")
+    return run_program("questions", partial(write_questions, parser.parse_args().out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

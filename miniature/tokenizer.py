@@ -6,8 +6,6 @@ leading space: the base finds an option's letter by attention from a word to the
 is far easier token to token.
 """
 
-from pathlib import Path
-
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,59 +14,77 @@ from data.prompt import TASK
 from .words import EMPTY_THOUGHTS, LETTERS, QUESTIONS, SPARE_NOUNS, STATEMENTS, VALUES
 
 SYSTEM = "You are a helpful assistant."
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Not special: decoding keeps them, for the format reward to read.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen's own: contractions, words with one character before them, digits, punctuation, white space.
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Renders what Qwen2-VL's does, without its numbering of pictures.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n" + SYSTEM
-    + "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
     "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)  # fmt: skip
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Train it: the same tokens on every machine, in a fraction of a second."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(_QWEN_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Training stops by itself when every word is one token.
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+        vocab_size=4000,  # never reached: training stops by itself when every word is one token
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # its own order is a set's
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024,
-        additional_special_tokens=list(SPECIAL), chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=1024,
+        additional_special_tokens=list(SPECIAL),
+        chat_template=CHAT_TEMPLATE,
+    )
     fast.add_tokens(list(TAGS), special_tokens=False)
     return fast
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
-
-
 def _texts() -> list[str]:
-    """Everything that is ever said, without the tags (they are whole tokens anyway)."""
+    """Every text of the miniature, without the tags (they are whole tokens anyway)."""
     task = TASK
     for tag in TAGS:
         task = task.replace(tag, "")
     texts = [SYSTEM, "system\nuser\nassistant\n", f"?\n{task}", "The answer is A.", *EMPTY_THOUGHTS]
-    texts += [question for phrasings in QUESTIONS.values() for question in phrasings]
-    texts += [
-        statement.format("") for statements in STATEMENTS.values() for statement in statements
-    ]
-    texts += [f"{letter}) {value}\n" for letter in LETTERS for value in (*VALUES, *SPARE_NOUNS)]
+    for phrasings in QUESTIONS.values():
+        texts += phrasings
+    for statements in STATEMENTS.values():
+        texts += [statement.format("") for statement in statements]
+    for letter in LETTERS:
+        texts += [f"{letter}) {word}\n" for word in (*VALUES, *SPARE_NOUNS)]
     return texts

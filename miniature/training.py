@@ -3,7 +3,9 @@ learn at all.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -24,48 +26,46 @@ def initialise(model: Qwen2VL, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     depths = {"layers": len(model.layers), "visual": len(model.visual.blocks)}
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+        if parameter.ndim == 1:  # biases and the scales of norms
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
             continue
         std = 0.05 if name == "embed.weight" else parameter.shape[1] ** -0.5
-        if name.split(".")[-2] in ("out", "down", "proj", "fc2"):
-            std /= math.sqrt(2 * depths[name.split(".")[0]])
+        path = name.split(".")
+        if path[-2] in ("out", "down", "proj", "fc2"):
+            # Each block adds two such products; their variances add up to that of one.
+            std /= math.sqrt(2 * depths[path[0]])
         nn.init.normal_(parameter, 0, std, generator=generator)
 
 
 def fit(
     name: str,
-    parameters: Iterable[nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
+    module: nn.Module,
+    losses: Iterator[Tensor],
+    *,
     steps: int,
     rate: float,
 ) -> None:
-    """AdamW with warm-up, then a cosine down to a tenth of `rate`; the bar shows a running mean of
-    the loss.
-
-    beta2 is 0.95: with 0.999 the matching circuit takes several times as long to form.
+    """AdamW on the parameters that need a gradient, with warm-up, then a cosine down to a tenth
+    of `rate`; each of `losses` belongs to a new batch.
     """
-    parameters = list(parameters)
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in learned if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    # beta2: with 0.999 the matching circuit takes several times as long to form.
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _share_of_rate(step, steps)
-    )
-    mean = None
-    bar = tqdm(range(steps), desc=f"{name:>9}", dynamic_ncols=True)
-    for step in bar:
-        loss = loss_of_step(step)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share_of_rate, steps))
+    bar = tqdm(islice(losses, steps), desc=f"{name:>9}", total=steps)
+    for loss in bar:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def _share_of_rate(step: int, steps: int) -> float:
+def _share_of_rate(steps: int, step: int) -> float:
     warm = min(1.0, (step + 1) / WARM_UP)
     return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))

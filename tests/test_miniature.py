@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from transformers import AutoTokenizer
 from data import PromptEncoder, read_questions
 from data.vocabulary import load_vocabulary
 from miniature.batches import lesson_loss
-from miniature.lessons import OTHER_STYLES, Example, Teacher
+from miniature.card import write_card
+from miniature.lessons import OTHER_STYLES, Lesson, Teacher
 from miniature.phantoms import ANATOMIES, ATTRIBUTES, FINDINGS, MODALITIES, Case, draw, sample_case
-from miniature.pool import STREAMS, Pool, draw_one, grey_patches
+from miniature.pool import STREAMS, draw_one, draw_pool, grey_patches
 from miniature.questions import ask, write_questions
+from miniature.stages import attribute_labels
 from miniature.tokenizer import TAGS, build_tokenizer
+from miniature.training import fit
 from miniature.words import LETTERS, QUESTIONS, SPARE_NOUNS, VALUES
 from model import load_model
 from rewards import accuracy_reward, format_reward
@@ -82,9 +86,9 @@ def test_patches_of_the_pool_are_those_of_the_data_package(folder: Path) -> None
     vocabulary = load_vocabulary(BASE, load_model(BASE).config)
     prompt = encoder(vocabulary).encode(question)
     grey, _ = draw_one(2025, "train", 0, "MRI")
-    patches, grids = grey_patches(torch.from_numpy(grey[None]))
+    patches, grids = grey_patches([grey])
     assert torch.equal(grids, prompt.grids_I3)
-    torch.testing.assert_close(patches, prompt.patches_SC, atol=1e-5, rtol=0)
+    assert torch.equal(patches, prompt.patches_SC)
 
 
 def test_question_files_are_read_by_the_data_package_with_valid_letters(folder: Path) -> None:
@@ -129,21 +133,21 @@ def test_options_and_letter_tell_nothing_about_the_answer() -> None:
     by much.
     """
     rng, cases = random.Random(0), np.random.default_rng(0)
-    asked = [ask(sample_case(cases), rng) for _ in range(6000)]
-    chance = np.mean([1 / len(one.options) for one in asked])
-    half = len(asked) // 2
-    seen = Counter((one.attribute, one.answer) for one in asked[:half])
-    guesses = [
-        max(one.options, key=lambda v, a=one.attribute: seen[a, v]) == one.answer
-        for one in asked[half:]
-    ]
+    questions = [ask(sample_case(cases), rng) for _ in range(6000)]
+    chance = np.mean([1 / len(question.options) for question in questions])
+    half = len(questions) // 2
+    answers = Counter(question.answer for question in questions[:half])  # no value is in two types
+    guesses = []
+    for question in questions[half:]:
+        guesses.append(max(question.options, key=answers.__getitem__) == question.answer)
     assert abs(np.mean(guesses) - chance) < 0.04
     for count in (2, 3, 4):
-        letters = Counter(one.letter for one in asked if len(one.options) == count)
+        letters = Counter(q.letter for q in questions if len(q.options) == count)
         assert all(abs(n / letters.total() - 1 / count) < 0.05 for n in letters.values())
 
 
-def test_every_option_word_is_one_token_with_its_space(tokenizer) -> None:
+def test_every_letter_and_every_option_word_with_its_space_is_one_token(tokenizer) -> None:
+    assert all(len(tokenizer.encode(letter)) == 1 for letter in LETTERS)
     for word in (*VALUES, *SPARE_NOUNS):
         assert len(tokenizer.encode(f" {word}")) == 1, word
 
@@ -167,39 +171,81 @@ def test_habits_follow_the_format_in_about_half_of_the_answers_and_are_right_whe
     formatted, right = [], []
     for _ in range(2000):
         case = sample_case(cases)
-        asked = ask(case, teacher.rng)
-        formatted.append(format_reward(teacher.completion(case, asked)))
-        right.append(accuracy_reward(teacher.on_topic(case, asked), asked.letter))
+        question = ask(case, teacher.rng)
+        formatted.append(format_reward(teacher.completion(case, question)))
+        right.append(accuracy_reward(teacher.on_topic(case, question), question.letter))
     assert 0.4 < np.mean(formatted) < 0.65
     assert np.mean(right) > 0.95
-    assert abs(sum(OTHER_STYLES.values()) - 1) < 1e-9
+    assert abs(sum(weight for weight, _, _ in OTHER_STYLES) - 1) < 1e-9
 
 
 def test_the_teachers_prompt_is_the_prompt_of_training(folder: Path, tokenizer) -> None:
     question = read_questions(folder / "train.json")[0]
     prompt = encoder(load_vocabulary(BASE, load_model(BASE).config)).encode(question)
     _, case = draw_one(2025, "train", 0, "MRI")
-    asked = ask(case, random.Random("2025/train/0"))
-    assert Teacher(tokenizer, 0).prompt(asked) == prompt.tokens_P.tolist()
+    phantom_question = ask(case, random.Random("2025/train/0"))
+    assert Teacher(tokenizer, 0).prompt(phantom_question) == prompt.tokens_P.tolist()
 
 
 def test_padding_and_sharing_the_prompt_do_not_change_the_loss(tokenizer) -> None:
-    teacher = Teacher(tokenizer, 0)
-    image, case = draw_one(1, "train", 0)
-    pool, model = Pool(image[None], [case]), load_model(BASE)
-    examples = [teacher.bare_matching(), teacher.caption(case, 0), teacher.tagged_matching()]
-    groups = [teacher.habits(case, 0), teacher.habits(case, 0)]
-    alone = examples + [
-        Example(group.prompt + answer, [0] * len(group.prompt) + weights, group.image)
-        for group in groups
-        for answer, weights in zip(group.answers, group.weights)
-    ]
+    teacher, model = Teacher(tokenizer, 0), load_model(BASE)
+    phantom = draw_one(1, "train", 0)
+    lessons = [teacher.bare_matching(), teacher.caption(*phantom), teacher.tagged_matching()]
+    lessons += [teacher.habits(*phantom), teacher.habits(*phantom), teacher.chat_matching()]
+    alone = []
+    for lesson in lessons:
+        for answer, weights in zip(lesson.answers, lesson.weights, strict=True):
+            alone.append(Lesson(lesson.prompt, [answer], [weights], lesson.image))
+    weights = [sum(lesson.weights[0]) for lesson in alone]
     with torch.no_grad():
-        together = lesson_loss(model, examples, groups, pool)
-        losses = [lesson_loss(model, [one], (), pool) * sum(one.weights) for one in alone]
-    torch.testing.assert_close(
-        together, sum(losses) / sum(sum(one.weights) for one in alone), atol=1e-4, rtol=1e-4
-    )
+        together = lesson_loss(model, lessons)
+        losses = [lesson_loss(model, [lesson]) for lesson in alone]
+    apart = np.average([loss.item() for loss in losses], weights=weights)
+    torch.testing.assert_close(together.item(), apart.item(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_pool_is_the_images_of_its_stream_in_order() -> None:
+    pool = draw_pool(1, "base", 300)
+    assert len(pool) == 300
+    for index in (0, 249, 250, 299):  # processes draw them in chunks
+        image, case = draw_one(1, "base", index)
+        assert case == pool[index][1] and (image == pool[index][0]).all()
+
+
+def test_labels_are_places_among_the_values_and_a_missing_side_is_ignored() -> None:
+    cases = [Case("CT", "knee", "mass", "right"), Case("MRI", "hand", "normal", None)]
+    labels = attribute_labels([(np.zeros((84, 84), np.uint8), case) for case in cases])
+    assert labels.tolist() == [[1, 1, 1, 1], [0, 6, 0, -100]]
+
+
+def test_fitting_takes_as_many_batches_as_steps_and_leaves_frozen_parameters_alone() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    layers[0].requires_grad_(False)
+    frozen = layers[0].weight.clone()
+    inputs, batches = torch.ones(2, 4), []
+
+    def losses() -> Iterator[torch.Tensor]:
+        while True:
+            batches.append(inputs)
+            yield layers(inputs).square().mean()
+
+    first = next(losses()).item()
+    fit("test", layers, losses(), steps=30, rate=0.1)
+    assert len(batches) == 31 and torch.equal(layers[0].weight, frozen)
+    assert next(losses()).item() < first
+
+
+def test_the_shipped_card_is_the_text_that_would_be_written_again(tmp_path: Path) -> None:
+    card = (BASE / "README.md").read_text()
+    lines = [line for line in card.splitlines() if line.startswith("|")]
+    modalities = lines[0].strip("| ").split(" | ")
+    results: dict[str, dict[str, float]] = {modality: {} for modality in modalities}
+    for line in lines[2:]:
+        label, *cells = line.strip("| ").split(" | ")
+        for modality, cell in zip(modalities, cells, strict=True):
+            results[modality][label] = float(cell) / 100 if "." in cell else int(cell)
+    write_card(tmp_path / "README.md", results, minutes=30)
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:
@@ -215,9 +261,12 @@ def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:
 
 def encoder(vocabulary) -> PromptEncoder:
     return PromptEncoder(
-        vocabulary.tokenizer, image_token_id=vocabulary.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        min_pixels=3136, max_pixels=401408, max_prompt_tokens=512,
-    )  # fmt: skip
+        vocabulary.tokenizer,
+        image_token_id=vocabulary.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        min_pixels=3136,
+        max_pixels=401408,
+        max_prompt_tokens=512,
+    )
 
 
 def test_attributes_have_values_that_do_not_overlap() -> None:
