@@ -4,7 +4,8 @@ from .config import Qwen2VLConfig, VisionConfig, read_config
 from .linear import keep_freed_memory
 from .logprobs import token_logprobs
 from .qwen2vl import Qwen2VL
-from .weights import load_model, save_model
+from .saving import save_model
+from .weights import load_model
 
 __all__ = [
     "Qwen2VL",

@@ -28,60 +28,64 @@ class GroupCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.groups, self.group_size, self.max_new_tokens = groups, group_size, max_new_tokens
-        self.prompt_bias = torch.zeros(
-            groups, 1, 1, prompt_size, dtype=dtype, device=device
-        )  # 0, or -inf on padding
-        self.prompt: list[tuple[Tensor, Tensor]] = []
-        self.own: list[tuple[Tensor, Tensor]] = []
+        self.groups = groups
+        self.group_size = group_size
+        self.max_new_tokens = max_new_tokens
+        # What is added to scores: 0, or -inf on padding.
+        self.prompt_bias = torch.zeros(groups, 1, 1, prompt_size, dtype=dtype, device=device)
+        self.prompt: list[Tensor] = []  # keys and values of each layer, (2, N, K, P, d)
+        self.own: list[Tensor] = []  # (2, N * G, K, T, d)
+        # The slot of the next token, on the device: a captured graph reads it anew at every replay.
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        """The slot of the next token, on the device: a captured graph reads it anew at every
-        replay.
-        """
-        self.places = torch.arange(max_new_tokens, device=device)
+        self.slots = torch.arange(max_new_tokens, device=device)
 
     def begin(self, lengths_N: Tensor) -> None:
         """Forget all rows; the next to come are prompts of these lengths."""
         self.groups = len(lengths_N)
         places = torch.arange(self.prompt_bias.shape[-1], device=lengths_N.device)
-        self.prompt_bias.zero_().masked_fill_(
-            (places >= lengths_N[:, None])[:, None, None], float("-inf")
-        )
+        padding = places >= lengths_N[:, None, None, None]
+        self.prompt_bias.zero_().masked_fill_(padding, float("-inf"))
         self.step.zero_()
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, P, d), k and v (N, K, P, d), P at most the buffers' size -> (N, H, P, d)."""
         N, K, P, d = k.shape
-        if layer == len(self.prompt):
+        if layer == len(self.prompt):  # the first prompts that come
             # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times
             # garbage may be NaN.
-            size, rows = self.prompt_bias.shape[-1], N * self.group_size
-            self.prompt.append(tuple(k.new_zeros(N, K, size, d) for _ in "kv"))
-            self.own.append(tuple(k.new_zeros(rows, K, self.max_new_tokens, d) for _ in "kv"))
-        for buffer, new in zip(self.prompt[layer], (k, v)):
-            buffer[:, :, :P] = new
+            self.prompt.append(k.new_zeros(2, N, K, self.prompt_bias.shape[-1], d))
+            self.own.append(k.new_zeros(2, N * self.group_size, K, self.max_new_tokens, d))
+        prompt_k, prompt_v = self.prompt[layer]
+        prompt_k[:, :, :P] = k
+        prompt_v[:, :, :P] = v
         return causal_attention(q, k, v)
 
     def decode(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: int, own_seen: Tensor | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: int, own_mask: Tensor | None
     ) -> Tensor:
         """One token per row: q (R, H, 1, d), k and v (R, K, 1, d) -> (R, H, 1, d).
 
-        Attention looks at the first `span` slots of a row, at all of them or at those that are True
-        in `own_seen`.
+        Attention reads the first `span` slots of a row, all of them or those that are True in
+        `own_mask` (span,).
         """
-        (R, H, _, d), N = q.shape, self.groups
-        for buffer, new in zip(self.own[layer], (k, v)):
-            buffer[:R].index_copy_(2, self.step, new)
-        own = [buffer[:R, :, :span] for buffer in self.own[layer]]
-        prompt = [buffer[:N] for buffer in self.prompt[layer]]
-        q = q.reshape(N, R // N, H, 1, d)
-        if own_seen is None and q.device.type == "cpu":
-            out = merged_attention(q, *prompt, *own, self.prompt_bias[:N])
+        N = self.groups
+        R = len(q)
+        own_k, own_v = self.own[layer][:, :R]
+        own_k.index_copy_(2, self.step, k)
+        own_v.index_copy_(2, self.step, v)
+        own_k = own_k[:, :, :span]
+        own_v = own_v[:, :, :span]
+        prompt_k, prompt_v = self.prompt[layer][:, :N]
+        bias = self.prompt_bias[:N]
+        group_q = q.unflatten(0, (N, -1))  # (N, R / N, H, 1, d)
+        if own_mask is None and q.device.type == "cpu":
+            out = merged_attention(group_q, prompt_k, prompt_v, own_k, own_v, bias)
         else:
-            own = [x.unflatten(0, (N, R // N)) for x in own]
-            out = two_part_attention(q, *prompt, *own, self.prompt_bias[:N, 0, 0] == 0, own_seen)
-        return out.reshape(R, H, 1, d)
+            own_k = own_k.unflatten(0, (N, -1))
+            own_v = own_v.unflatten(0, (N, -1))
+            mask = bias[:, 0, 0] == 0
+            out = two_part_attention(group_q, prompt_k, prompt_v, own_k, own_v, mask, own_mask)
+        return out.flatten(0, 1)
 
     def keep(self, groups: Tensor, rows: Tensor, written: int) -> None:
         """Go on with these of the present groups (n,) and rows (n * A,) alone, groups in order, as
@@ -89,11 +93,9 @@ class GroupCache:
 
         `written` slots of each row hold something.
         """
-        for layer in range(len(self.own)):
-            for buffer in self.own[layer]:
-                buffer[: len(rows), :, :written] = buffer[rows, :, :written]
-            if len(groups) < self.groups:
-                for buffer in self.prompt[layer]:
-                    buffer[: len(groups)] = buffer[groups]
-        self.prompt_bias[: len(groups)] = self.prompt_bias[groups]
+        for own in self.own:
+            own[:, : len(rows), :, :written] = own[:, rows, :, :written]
+        if len(groups) < self.groups:
+            for buffer in (*self.prompt, self.prompt_bias[None]):
+                buffer[:, : len(groups)] = buffer[:, groups]
         self.groups = len(groups)

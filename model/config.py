@@ -9,11 +9,17 @@ not change the computation are ignored.
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from common.errors import InputError
 from common.files import read_json
 from common.hub import MODEL_ADVICE
+
+# Fields with their bounds, several times those of any published model.
+Size = Annotated[int, range(1, 1_000_001)]
+Layers = Annotated[int, range(1, 1_001)]
+Few = Annotated[int, range(1, 101)]
+TokenId = Annotated[int, range(1_000_001)]
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,14 @@ class VisionConfig:
     token.
     """
 
-    depth: int
-    embed_dim: int
-    num_heads: int
-    mlp_ratio: int = 4
-    in_channels: int = 3
-    patch_size: int = 14
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
+    depth: Layers
+    embed_dim: Size
+    num_heads: Size
+    mlp_ratio: Few = 4
+    in_channels: Few = 3
+    patch_size: Few = 14
+    spatial_merge_size: Few = 2
+    temporal_patch_size: Few = 2
 
     @property
     def patch_values(self) -> int:
@@ -37,7 +43,12 @@ class VisionConfig:
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "vision_config.")
+        _check_bounds(self, "vision_config.")
+        if self.embed_dim % (4 * self.num_heads):  # a head has a row's and a column's angles, twice
+            raise InputError(
+                f"config: vision_config.embed_dim {self.embed_dim} must be a multiple of"
+                f" 4 x num_heads {self.num_heads}"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,184 +57,149 @@ class Qwen2VLConfig:
     know.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size
     vision: VisionConfig
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    mrope_section: tuple[int, ...] = (16, 24, 24)
     tie_word_embeddings: bool = False
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
+    image_token_id: TokenId = 151655
+    video_token_id: TokenId = 151656
+    vision_start_token_id: TokenId = 151652
+    vision_end_token_id: TokenId = 151653
 
     @property
     def head_dim(self) -> int:
+        """Size of a query or key head."""
         return self.hidden_size // self.num_attention_heads
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        _check_bounds(self)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
             raise InputError(
-                f"config: hidden_size {self.hidden_size}, num_attention_heads {heads} and num_key_value_heads"
-                f" {kv_heads} must divide one another in turn"
+                f"config: hidden_size {self.hidden_size}, num_attention_heads {heads} and"
+                f" num_key_value_heads {kv_heads} must divide one another in turn"
             )
         section = self.mrope_section
         whole = all(type(bands) is int and bands >= 0 for bands in section)
         if len(section) != 3 or not whole or 2 * sum(section) != self.head_dim:
             raise InputError(
-                f"config: mrope_section {list(section)} must be 3 whole numbers that sum to {self.head_dim / 2:g},"
-                " half the head size"
-            )
-        if self.vision.embed_dim % (4 * self.vision.num_heads):
-            raise InputError(
-                f"config: vision_config.embed_dim {self.vision.embed_dim} must be a multiple of"
-                f" 4 x num_heads {self.vision.num_heads}"
+                f"config: mrope_section {list(section)} must be 3 whole numbers that sum to"
+                f" {self.head_dim / 2:g}, half the head size"
             )
 
 
-_MOST = {"num_hidden_layers": 1_000, "depth": 1_000}
-_MOST |= dict.fromkeys(
-    ("mlp_ratio", "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size"), 100
-)
-
-
-def _check_sizes(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> None:
-    """Sizes are 1 to 1,000,000 (layers: 1,000; a patch, ratios: 100), several times those of any
-    published model.
-
-    Token ids may be 0.
-    """
+def _check_bounds(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> None:
     for field in fields(config):
-        value, name = getattr(config, field.name), prefix + field.name
-        least, most = 0 if name.endswith("_token_id") else 1, _MOST.get(field.name, 1_000_000)
-        if field.type is int and not (type(value) is int and least <= value <= most):
-            raise InputError(
-                f"config: {name} is {value!r}; it must be a whole number from {least} to {most}"
-            )
+        value = getattr(config, field.name)
+        for bounds in getattr(field.type, "__metadata__", ()):
+            if type(value) is not int or value not in bounds:
+                raise InputError(
+                    f"config: {prefix}{field.name} is {value!r}; it must be a whole number from"
+                    f" {bounds[0]} to {bounds[-1]}"
+                )
         if field.type is float and not (isinstance(value, int | float) and 0 < value < 1e12):
-            raise InputError(f"config: {name} is {value!r}; it must be a positive number")
+            raise InputError(f"config: {field.name} is {value!r}; it must be a positive number")
 
 
 def read_config(folder: str | Path) -> Qwen2VLConfig:
-    """Read `config.json` of a checkpoint folder. Raises InputError if it is absent, torn, or not a
-    Qwen2-VL.
+    """Read `config.json` of a checkpoint folder.
+
+    Raises:
+        InputError: it is absent, torn, or not a Qwen2-VL's.
     """
     path = Path(folder) / "config.json"
     if not os.path.exists(path):  # which is false, and no error, for a name that no file can have
         raise InputError(f"{path}: no such file; {MODEL_ADVICE}")
     raw = read_json(path, "copy or download it again")
-    if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_vl":
-        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"{path}: model_type is {found!r}; only 'qwen2_vl' can be loaded")
+    kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+    if kind != "qwen2_vl":
+        raise InputError(f"{path}: model_type is {kind!r}; only 'qwen2_vl' can be loaded")
     return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> Qwen2VLConfig:
     """Turn the JSON object of either layout into a Qwen2VLConfig; `where` names it in errors."""
     try:
-        text, vision = _section(raw, "text_config") or raw, _section(raw, "vision_config")
-        rope = {**_section(text, "rope_scaling"), **_section(text, "rope_parameters")}
-        _refuse_variants(text, vision, rope)
-        config = Qwen2VLConfig(
-            **{key: text[key] for key in _TEXT_FIELDS},
-            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-            rms_norm_eps=text.get("rms_norm_eps", 1e-5),
-            rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
-            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            tie_word_embeddings=bool(
-                raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-            ),
-            vision=VisionConfig(**_vision_fields(vision)),
-            **{key: raw[key] for key in _TOKEN_FIELDS if key in raw},
-        )
+        return _parse(raw)
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('config: ')}") from None
-    except (KeyError, TypeError) as error:
-        name = f"field {error}" if isinstance(error, KeyError) else f"value ({error})"
+
+
+def _parse(raw: dict[str, Any]) -> Qwen2VLConfig:
+    text = _entry(raw, "text_config", {}) or raw
+    vision = _entry(raw, "vision_config", {})
+    rope = _entry(text, "rope_scaling", {}) | _entry(text, "rope_parameters", {})
+    # A model that computes something else must not load as if it were the same.
+    for name, value, implemented in (
+        ("use_sliding_window", text.get("use_sliding_window") or False, [False]),
+        ("rope scaling", rope.get("rope_type", rope.get("type", "mrope")), ["mrope", "default"]),
+        ("hidden_act", text.get("hidden_act", "silu"), ["silu"]),
+        ("vision_config.hidden_act", vision.get("hidden_act", "quick_gelu"), ["quick_gelu"]),
+    ):
+        if value not in implemented:
+            raise InputError(f"config: {name} is {value!r}; only {implemented[0]!r} is implemented")
+
+    # An absent epsilon is what transformers takes it to be, not what Qwen published.
+    values = {"rms_norm_eps": 1e-5} | text | rope
+    heads = text.get("num_attention_heads")
+    values["num_key_value_heads"] = text.get("num_key_value_heads") or heads
+    values["mrope_section"] = tuple(_entry(rope, "mrope_section", [16, 24, 24]))
+    tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    values["tie_word_embeddings"] = bool(tied)
+    values["vision"] = _made(VisionConfig, vision, "vision_config.")
+    values |= {key: value for key, value in raw.items() if key.endswith("_token_id")}
+    config = _made(Qwen2VLConfig, values)
+    output = vision.get("hidden_size", config.hidden_size)
+    if output != config.hidden_size:
         raise InputError(
-            f"{where}: missing or malformed {name}; it must describe a Qwen2-VL"
-        ) from None
-    if vision.get("hidden_size", config.hidden_size) != config.hidden_size:
-        found = vision["hidden_size"]
-        raise InputError(
-            f"{where}: vision_config.hidden_size is {found!r}, but hidden_size {config.hidden_size}"
+            f"config: vision_config.hidden_size is {output!r}, but hidden_size {config.hidden_size}"
         )
     return config
 
 
-def _section(raw: dict[str, Any], key: str) -> dict[str, Any]:
+T = TypeVar("T", dict, list)
+
+
+def _entry(raw: dict[str, Any], key: str, default: T) -> T:
+    """The object or list under `key`, which may be absent or null."""
     value = raw.get(key)
-    if not isinstance(value, dict | None):
-        raise InputError(f"config: {key} is a {type(value).__name__}; it must be a JSON object")
-    return value or {}
+    if value is None:
+        return default
+    if not isinstance(value, type(default)):
+        raise InputError(f"config: {key} is {value!r}; it must be of the form {default!r}")
+    return value
 
 
-def _refuse_variants(text: dict[str, Any], vision: dict[str, Any], rope: dict[str, Any]) -> None:
-    """A model that computes something else must not load as if it were the same."""
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for field, value, known in (
-        ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
-        ("the type of rope scaling", rope_type, ("default", "mrope")),
-        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-        ("vision_config.hidden_act", vision.get("hidden_act", "quick_gelu"), ("quick_gelu",)),
-    ):
-        if value not in known:
-            raise InputError(f"config: {field} is {value!r}; only {known[0]!r} is implemented")
+def _made(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """A config of that kind, of its own fields among the values."""
+    known = {}
+    for field in fields(kind):
+        if field.name in values:
+            known[field.name] = values[field.name]
+        elif field.default is MISSING:
+            raise InputError(f"config: {prefix}{field.name} is missing; take a Qwen2-VL's config")
+    return kind(**known)
 
 
 def config_json(config: Qwen2VLConfig) -> dict[str, Any]:
     """The flat JSON object of the published checkpoints (read by transformers 4 and 5 alike)."""
-    fields = asdict(config)
-    vision, section, theta = (
-        fields.pop("vision"),
-        fields.pop("mrope_section"),
-        fields.pop("rope_theta"),
-    )
-    in_channels = vision.pop("in_channels")
-    return {
+    raw = asdict(config)
+    vision = raw.pop("vision") | {"model_type": "qwen2_vl", "hidden_act": "quick_gelu"}
+    section = list(raw.pop("mrope_section"))
+    return raw | {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
-        **fields,
         "hidden_act": "silu",
-        "rope_theta": theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(section)},
+        "rope_scaling": {"type": "mrope", "mrope_section": section},
         "use_sliding_window": False,
         "bos_token_id": None,  # which tokens begin and end a text stands in generation_config.json
         "eos_token_id": None,
-        "vision_config": {
-            "model_type": "qwen2_vl",
-            **vision,
-            "in_channels": in_channels,
-            "hidden_size": config.hidden_size,
-            "hidden_act": "quick_gelu",
-        },
+        "vision_config": vision | {"hidden_size": config.hidden_size},
     }
-
-
-_TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_TOKEN_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-
-
-def _vision_fields(vision: dict[str, Any]) -> dict[str, Any]:
-    """What VisionConfig takes; a field without a default that is absent raises KeyError, which
-    names it.
-    """
-    needed = [
-        field.name
-        for field in fields(VisionConfig)
-        if field.name in vision or field.default is MISSING
-    ]
-    return {name: vision[name] for name in needed}

@@ -16,8 +16,8 @@ from .linear import Linear
 from .rope import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q (B, H, L, d), k (B, K, L, d), v (B, K, L, d)) -> (B, H, L, d): who sees whom, see
-attention.py.
+"""(layer, q (B, H, L, d), k (B, K, L, d), v (B, K, L, d)) -> (B, H, L, d): which tokens attend to
+which, see attention.py.
 """
 
 
@@ -34,25 +34,32 @@ class RMSNorm(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm transformer block of the language model."""
+
     def __init__(self, config: Qwen2VLConfig, index: int) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.qkv = Linear(
-            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
-        )
-        self.out = Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        heads = self.num_heads + 2 * self.num_kv_heads
+        width = config.hidden_size
+        self.attention_norm = RMSNorm(width, config.rms_norm_eps)
+        self.qkv = Linear(width, heads * self.head_dim)
+        self.out = Linear(width, width, bias=False)
+        self.mlp_norm = RMSNorm(width, config.rms_norm_eps)
+        self.gate_up = Linear(width, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        B, L, _ = x_BLD.shape
-        heads = self.qkv(self.attention_norm(x_BLD)).view(B, L, -1, self.head_dim).transpose(1, 2)
-        turned, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = rotate(turned, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
-        x_BLD = x_BLD + self.out(attend(self.index, q, k, v).transpose(1, 2).reshape(B, L, -1))
+        """x (B, L, D), cos and sin (B, 1, L, head_dim) -> (B, L, D)."""
+        heads = self.qkv(self.attention_norm(x_BLD)).unflatten(2, (-1, self.head_dim))
+        H = self.num_heads
+        K = self.num_kv_heads
+        # Values have no position: queries and keys are rotated in one go, and they alone.
+        q_and_k, v = heads.transpose(1, 2).split((H + K, K), dim=1)
+        q, k = rotate(q_and_k, cos, sin).split((H, K), dim=1)
+        attended = attend(self.index, q, k, v)  # (B, H, L, head_dim)
+        x_BLD = x_BLD + self.out(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(x_BLD)).chunk(2, dim=-1)
         return x_BLD + self.down(F.silu(gate) * up)

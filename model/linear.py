@@ -39,7 +39,8 @@ def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
     ]
     try:
         for weight in weights:
-            weight.arranged = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            arranged_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            vars(weight)["arranged"] = arranged_weight
         yield
     finally:
         for weight in weights:

@@ -14,15 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from .linear import linear
 
+# What one block of fp32 logits may take; two or three are alive at once. Larger ones leave the
+# cache.
 LOGITS_BYTES = 1 << 24
-"""What one block of fp32 logits may take; two or three such blocks are alive at once. Larger ones
-leave the cache.
-"""
 
+# A forbidden id's logit: its probability is exactly 0, and 0 times it is 0 where 0 times -inf would
+# be NaN.
 _NEVER = -1e30
-"""A forbidden id's logit: its probability is exactly 0, and 0 times it is 0 where 0 times -inf
-would be NaN.
-"""
 
 
 def token_logprobs(
@@ -62,12 +60,12 @@ def naive_logprobs(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The twin of `token_logprobs`: all logits at once, gradients by autograd."""
-    logits_MV = ((hidden_MD @ head_VD.T).float() / temperature).masked_fill(
-        ~allowed_V, float("-inf")
-    )
-    logp_MV = logits_MV.log_softmax(dim=-1)
-    entropy_M = -(logp_MV.exp() * logp_MV.masked_fill(~allowed_V, 0.0)).sum(dim=-1)
-    return logp_MV.gather(-1, tokens_M[:, None]).squeeze(-1), entropy_M.detach()
+    logits_MV = (hidden_MD @ head_VD.T).float() / temperature
+    logp_MV = logits_MV.masked_fill(~allowed_V, float("-inf")).log_softmax(dim=-1)
+    logp_M = logp_MV.gather(-1, tokens_M[:, None]).squeeze(-1)
+    # Forbidden ids count for nothing, where 0 times -inf would be NaN.
+    terms_MV = logp_MV.exp() * logp_MV.masked_fill(~allowed_V, 0.0)
+    return logp_M, -terms_MV.sum(dim=-1).detach()
 
 
 def masked_logits(hidden: Tensor, head_VD: Tensor, allowed_V: Tensor, temperature: float) -> Tensor:
@@ -83,14 +81,12 @@ def masked_logits(hidden: Tensor, head_VD: Tensor, allowed_V: Tensor, temperatur
 class _BlockedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes):
+        ctx.temperature = temperature
         ctx.blocks = _blocks(len(hidden_MD), len(head_VD), logits_bytes)
-        highest = hidden_MD.new_full((len(hidden_MD),), float("-inf"), dtype=torch.float32)
-        # Of the ids so far, relative to `highest`: sum of exp(logit), and of exp(logit) * logit.
-        mass, moment, chosen = (
-            torch.zeros_like(highest),
-            torch.zeros_like(highest),
-            torch.zeros_like(highest),
-        )
+        # Of the ids so far: the highest logit, and relative to it the sums of exp(logit) and of
+        # exp(logit) * logit.
+        highest = hidden_MD.new_full(tokens_M.shape, float("-inf"), dtype=torch.float32)
+        mass, moment, chosen = highest.new_zeros(3, len(highest))
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], temperature)
             here, place = _within(tokens_M, ids)
@@ -98,15 +94,15 @@ class _BlockedLogProbs(torch.autograd.Function):
             higher = torch.maximum(highest, logits.amax(dim=-1))
             rescale = (highest - higher).exp()
             odds = logits.sub_(higher[:, None]).exp()
-            # Both sums are relative to the new maximum; moving the logits' origin moves the moment
-            # by mass times that.
+            # Both sums move to the new maximum; moving the logits' origin by `shift` moves the
+            # moment by mass times that. Before the first block there is no mass, and 0 times -inf
+            # would be NaN.
             shift = torch.where(mass > 0, highest - higher, 0.0)
             moment = (moment + mass * shift) * rescale + _dot(odds, logits)
             mass = mass * rescale + odds.sum(dim=-1)
             highest = higher
         normaliser = highest + mass.log()
         ctx.save_for_backward(hidden_MD, head_VD, tokens_M, allowed_V, normaliser)
-        ctx.temperature = temperature
         entropy = mass.log() - moment / mass  # H = log Z - E[logit]
         ctx.mark_non_differentiable(entropy)
         return chosen - normaliser, entropy
@@ -115,36 +111,26 @@ class _BlockedLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_M, _):
         hidden_MD, head_VD, tokens_M, allowed_V, normaliser = ctx.saved_tensors
-        to_hidden, to_head = ctx.needs_input_grad[:2]
-        grad_hidden_MD = torch.zeros_like(hidden_MD, dtype=torch.float32) if to_hidden else None
-        grad_head_VD = None
-        if to_head:
-            grad_head_VD = torch.empty_like(head_VD) if ctx.blocks else torch.zeros_like(head_VD)
+        grad_hidden_MD = torch.zeros_like(hidden_MD, dtype=torch.float32)
+        grad_head_VD = torch.empty_like(head_VD)
+        scale = grad_M / ctx.temperature
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], ctx.temperature)
             here, place = _within(tokens_M, ids)
             # d logp(token) / d logits = onehot(token) - softmax; the temperature divides once more.
-            scale = grad_M / ctx.temperature
             grad = logits.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
-            grad = grad.scatter_add_(-1, place, torch.where(here, scale, 0.0)[:, None]).to(
-                hidden_MD.dtype
-            )
-            if to_hidden:
-                grad_hidden_MD += linear(grad, head_VD[ids].T)
-            if to_head:
-                grad_head_VD[ids] = linear(grad.T, hidden_MD.T)
-        if to_hidden:
-            grad_hidden_MD = grad_hidden_MD.to(hidden_MD.dtype)
-        return grad_hidden_MD, grad_head_VD, None, None, None, None
+            grad.scatter_add_(-1, place, torch.where(here, scale, 0.0)[:, None])
+            grad = grad.to(hidden_MD.dtype)
+            grad_hidden_MD += linear(grad, head_VD[ids].T)
+            grad_head_VD[ids] = linear(grad.T, hidden_MD.T)
+        return grad_hidden_MD.to(hidden_MD.dtype), grad_head_VD, None, None, None, None
 
 
 def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
     """The vocabulary in slices whose fp32 logits at all positions fit into `logits_bytes`."""
     size = max(1, logits_bytes // (4 * max(1, positions)))
     size = size // 64 * 64 or size  # round sizes suit matrix products
-    return (
-        [slice(start, min(start + size, ids)) for start in range(0, ids, size)] if positions else []
-    )
+    return [slice(start, min(start + size, ids)) for start in range(0, ids, size)]
 
 
 def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
@@ -152,9 +138,8 @@ def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     others.
     """
     place = tokens_M - ids.start
-    return (tokens_M >= ids.start) & (tokens_M < ids.stop), place.clamp(
-        0, ids.stop - ids.start - 1
-    )[:, None]
+    size = ids.stop - ids.start
+    return (place >= 0) & (place < size), place.clamp(0, size - 1)[:, None]
 
 
 def _dot(x_MB: Tensor, y_MB: Tensor) -> Tensor:

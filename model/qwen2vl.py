@@ -9,6 +9,7 @@ GRPO runs it.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +31,21 @@ class Qwen2VL(nn.Module):
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = (
-            False  # whether backward makes each block's activations anew in place of keeping them
-        )
-        self.rollout_state: object | None = (
-            None  # what the sampler keeps from one step to the next, on a GPU
-        )
-        self.companions: dict[
-            str, bytes
-        ] = {}  # files that it was loaded with and is saved with: `read_companions`
+        # Whether backward makes each block's activations anew in place of keeping them.
+        self.recompute = False
+        # What the sampler keeps from one step to the next, on a GPU. It must not hold the model:
+        # the cycle would keep a dropped model's memory until the garbage collector comes by.
+        self.rollout_state: Any = None
+        # Files that it was loaded with and is saved with, by name: `read_companions`.
+        self.companions: dict[str, bytes] = {}
         self.visual = VisionTower(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
-        )
+        layers = (DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head: Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -80,12 +76,11 @@ class Qwen2VL(nn.Module):
             lengths_B: tokens of each row without padding; None if all rows are full.
         """
         if lengths_B is None:
-            lengths_B = torch.full((len(tokens_BL),), tokens_BL.shape[1])
-        merge = self.config.vision.spatial_merge_size
-        positions = batch_positions(
-            tokens_BL, lengths_B, grids_I3, self.config.image_token_id, merge
-        )
-        return linear(self.hidden(tokens_BL, positions, patches_SC, grids_I3), self.head_weight)
+            lengths_B = torch.full(tokens_BL.shape[:1], tokens_BL.shape[1])
+        image_id, merge = self.config.image_token_id, self.config.vision.spatial_merge_size
+        positions_3BL = batch_positions(tokens_BL, lengths_B, grids_I3, image_id, merge)
+        hidden_BLD = self.hidden(tokens_BL, positions_3BL, patches_SC, grids_I3)
+        return linear(hidden_BLD, self.head_weight)
 
     def hidden(
         self,
@@ -94,9 +89,11 @@ class Qwen2VL(nn.Module):
         patches_SC: Tensor | None = None,
         grids_I3: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, L, D), each token seeing its past."""
-        x = self.embed_prompt(tokens_BL, patches_SC, grids_I3)
-        return self._run_layers(x, positions_3BL, lambda layer, q, k, v: causal_attention(q, k, v))
+        """Final hidden states (B, L, D), each token attending to its past."""
+        x_BLD = self.embed_prompt(tokens_BL, patches_SC, grids_I3)
+        return self._run_layers(
+            x_BLD, positions_3BL, lambda layer, q, k, v: causal_attention(q, k, v)
+        )
 
     def encode_images(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
         """What the vision tower makes of images: one row (D,) for each of their tokens, in reading
@@ -108,21 +105,25 @@ class Qwen2VL(nn.Module):
         self, tokens_BL: Tensor, images: Tensor | None, grids_I3: Tensor | None
     ) -> Tensor:
         """Token embeddings (B, L, D), the image tokens' rows replaced by what the vision tower
-        sees.
+        makes of the images.
 
         `images` are patches with their grids, or, if `grids_I3` is None, what `encode_images` made
         of them before.
+
+        Raises:
+            ValueError: there are more image tokens, or fewer, than the images make.
         """
-        x = self.embed(tokens_BL)
+        x_BLD = self.embed(tokens_BL)
         if images is None or not len(images):
-            return x
-        seen = images if grids_I3 is None else self.encode_images(images, grids_I3)
+            return x_BLD
+        features = images if grids_I3 is None else self.encode_images(images, grids_I3)
         places = tokens_BL == self.config.image_token_id
-        if int(places.sum()) != len(seen):
+        count = int(places.sum())
+        if count != len(features):
             raise ValueError(
-                f"{int(places.sum())} image tokens in the batch, but the images make {len(seen)}"
+                f"{count} image tokens in the batch, but {len(features)} in the images"
             )
-        return x.masked_scatter(places[..., None], seen.to(x.dtype))
+        return x_BLD.masked_scatter(places[..., None], features.to(x_BLD.dtype))
 
     def prefill(
         self,
@@ -139,10 +140,10 @@ class Qwen2VL(nn.Module):
         `images` and `grids_I3`: see `embed_prompt`.
         """
         cache.begin(lengths_N)
-        hidden = self._run_layers(
-            self.embed_prompt(tokens_NP, images, grids_I3), positions_3NP, cache.prefill
-        )
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths_N - 1]
+        x_NPD = self.embed_prompt(tokens_NP, images, grids_I3)
+        hidden_NPD = self._run_layers(x_NPD, positions_3NP, cache.prefill)
+        rows = torch.arange(len(lengths_N), device=lengths_N.device)
+        return hidden_NPD[rows, lengths_N - 1]
 
     def decode(
         self,
@@ -155,20 +156,18 @@ class Qwen2VL(nn.Module):
         """Add one token to every growing completion: ids (R,) at M-RoPE positions (R,) -> hidden
         states (R, D).
 
-        Attention looks at the first `span` slots of each row: as many as are filled now, this
-        token's among them, or with `padded` some more, whose emptiness is found on the device.
-        Nothing here makes the host wait or changes a shape, so that the call can be captured in a
-        CUDA graph.
+        Attention reads the first `span` slots of each row: as many as are filled now, this token's
+        among them, or with `padded` some more, which a mask made on the device leaves out.
         """
-        positions = positions_R.view(1, -1, 1).expand(3, -1, -1)
-        seen = cache.places[:span] <= cache.step if padded else None
-        hidden = self._run_layers(
-            self.embed(tokens_R[:, None]),
-            positions,
-            partial(cache.decode, span=span, own_seen=seen),
-        )
+        # Nothing here makes the host wait, and with `padded` nothing changes a shape, so that a
+        # CUDA graph can capture the call.
+        own_mask = cache.slots[:span] <= cache.step if padded else None
+        attend = partial(cache.decode, span=span, own_mask=own_mask)
+        x_R1D = self.embed(tokens_R[:, None])
+        positions_3R1 = positions_R[:, None].expand(3, -1, -1)  # text: all three are equal
+        hidden_R1D = self._run_layers(x_R1D, positions_3R1, attend)
         cache.step += 1
-        return hidden[:, 0]
+        return hidden_R1D[:, 0]
 
     def completion_hidden(
         self,
@@ -186,28 +185,30 @@ class Qwen2VL(nn.Module):
         true on the first ones of every completion. The prompt's last state predicts a completion's
         first token, so that a completion's own last token is never run.
         """
-        N, G, T = completions_NGT.shape
-        P = tokens_NP.shape[1]
-        prompt_NP = torch.arange(P, device=tokens_NP.device) < lengths_N[:, None]
+        device = tokens_NP.device
+        prompt_NP = torch.arange(tokens_NP.shape[1], device=device) < lengths_N[:, None]
         run_NGT = mask_NGT[..., 1:]  # a token is run where there is one after it to predict
-        after = (
-            positions_3NP.amax(dim=(0, 2))[:, None, None]
-            + 1
-            + torch.arange(T - 1, device=tokens_NP.device)
-        )
-        positions = torch.cat(
-            (positions_3NP[:, prompt_NP], after.expand(N, G, T - 1)[run_NGT].expand(3, -1)), dim=1
-        )
-        tokens = torch.cat((tokens_NP[prompt_NP], completions_NGT[..., :-1][run_NGT]))
-        x = self.embed_prompt(tokens[None], images, grids_I3)
-        hidden = self._run_layers(x, positions[:, None], SharedPrefix(prompt_NP, run_NGT))[0]
+        tokens_L = torch.cat((tokens_NP[prompt_NP], completions_NGT[..., :-1][run_NGT]))
 
-        # Where in `hidden` the state lies that predicts a token: the prompt's last, or the one
-        # before it.
-        prompt_tokens = lengths_N.sum()
-        own = torch.cumsum(run_NGT.flatten(), 0).view(N, G, T - 1) - 1 + prompt_tokens
-        last = (lengths_N.cumsum(0) - 1)[:, None, None].expand(N, G, 1)
-        return hidden.index_select(0, torch.cat((last, own), dim=2)[mask_NGT])
+        # A completion goes on after the largest of its prompt's positions, as text: one number.
+        steps = torch.arange(1, mask_NGT.shape[2], device=device)
+        own_N1T = positions_3NP.amax(dim=(0, 2))[:, None, None] + steps
+        own_3M = own_N1T.expand_as(run_NGT)[run_NGT].expand(3, -1)
+        positions_3L = torch.cat((positions_3NP[:, prompt_NP], own_3M), dim=1)
+
+        x_1LD = self.embed_prompt(tokens_L[None], images, grids_I3)
+        config = self.config
+        heads_each = config.num_attention_heads // config.num_key_value_heads
+        attend = SharedPrefix(prompt_NP, run_NGT, heads_each, x_1LD.dtype)
+        hidden_LD = self._run_layers(x_1LD, positions_3L[:, None], attend)[0]
+
+        # A completion's first token is predicted by its prompt's last state, any other by the state
+        # of the token before it, which lies behind all prompts in the packed row.
+        last_N = lengths_N.cumsum(0) - 1
+        last_NG1 = last_N[:, None, None].expand(-1, mask_NGT.shape[1], 1)
+        own_NGT = run_NGT.flatten().cumsum(0).view_as(run_NGT) - 1 + lengths_N.sum()
+        predictors_NGT = torch.cat((last_NG1, own_NGT), dim=2)
+        return hidden_LD.index_select(0, predictors_NGT[mask_NGT])
 
     def _run_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
         config = self.config

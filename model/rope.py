@@ -5,6 +5,8 @@ ordinary RoPE. An image token carries its row and column; what follows an image 
 largest of them. The head's frequency bands are dealt out to the three streams by `mrope_section`.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from torch import Tensor
 def mrope_positions(
     tokens_L: Tensor, grids_I3: Tensor | None, image_token_id: int, merge_size: int = 2
 ) -> Tensor:
-    """Positions of one unpadded sequence.
+    """Positions of one unpadded sequence, int64 (3, L): temporal, height and width of each token.
 
     Args:
         tokens_L: token ids (L,), every image expanded to its h/merge * w/merge image tokens.
@@ -21,39 +23,11 @@ def mrope_positions(
         image_token_id: id of `<|image_pad|>`.
         merge_size: patches that one token spans along an axis.
 
-    Returns:
-        int64 (3, L) on the CPU: temporal, height and width position of each token.
-
     Raises:
         ValueError: the runs of image tokens and the grids do not match.
     """
-    tokens = tokens_L.tolist()
-    grids = [] if grids_I3 is None else grids_I3.tolist()
-    pieces, at, position = [], 0, 0
-    for t, h, w in grids:
-        h, w = h // merge_size, w // merge_size
-        start = _next_image(tokens, at, image_token_id)
-        if tokens[start : start + t * h * w] != [image_token_id] * (t * h * w) or not t * h * w:
-            raise ValueError(
-                f"image {len(pieces) // 2} needs {t * h * w} image tokens in a row at {start}"
-            )
-        pieces.append(torch.arange(position, position + start - at).expand(3, -1))
-        position += start - at
-        ranges = [torch.arange(size) + position for size in (t, h, w)]
-        pieces.append(torch.stack(torch.meshgrid(*ranges, indexing="ij")).reshape(3, -1))
-        position += max(h, w)
-        at = start + t * h * w
-    if image_token_id in tokens[at:]:
-        raise ValueError("there are more image tokens than the images' grids account for")
-    pieces.append(torch.arange(position, position + len(tokens) - at).expand(3, -1))
-    return torch.cat(pieces, dim=1)
-
-
-def _next_image(tokens: list[int], at: int, image_token_id: int) -> int:
-    try:
-        return tokens.index(image_token_id, at)
-    except ValueError:
-        raise ValueError("there are fewer runs of image tokens than images") from None
+    length = torch.tensor([len(tokens_L)])
+    return batch_positions(tokens_L[None], length, grids_I3, image_token_id, merge_size)[:, 0]
 
 
 def batch_positions(
@@ -64,63 +38,81 @@ def batch_positions(
     merge_size: int = 2,
 ) -> Tensor:
     """Positions (3, B, L) of a right-padded batch; images are dealt to the rows in reading order;
-    padding gets 0.
+    padding gets 0. Otherwise as `mrope_positions`.
     """
-    positions = torch.zeros(3, *tokens_BL.shape, dtype=torch.int64)
-    grids = torch.zeros(0, 3, dtype=torch.int64) if grids_I3 is None else grids_I3.cpu()
-    used = 0
+    positions_3BL = torch.zeros(3, *tokens_BL.shape, dtype=torch.int64)
+    grids = iter([] if grids_I3 is None else grids_I3.tolist())
     for row, length in enumerate(lengths_B.tolist()):
-        tokens = tokens_BL[row, :length].cpu()
-        needed, count = int((tokens == image_token_id).sum()), 0
-        while needed > 0 and used + count < len(grids):
-            needed -= int(grids[used + count].prod()) // merge_size**2
-            count += 1
-        positions[:, row, :length] = mrope_positions(
-            tokens, grids[used : used + count], image_token_id, merge_size
-        )
-        used += count
-    if used != len(grids):
-        raise ValueError(f"{len(grids)} images were given, but the tokens have place for {used}")
-    return positions.to(tokens_BL.device)
+        tokens = tokens_BL[row, :length].tolist()
+        positions_3BL[:, row, :length] = _positions(tokens, grids, image_token_id, merge_size)
+    if next(grids, None) is not None:
+        raise ValueError("more images were given than the tokens have place for")
+    return positions_3BL.to(tokens_BL.device)
+
+
+def _positions(
+    tokens: list[int], grids: Iterator[list[int]], image_token_id: int, merge_size: int
+) -> Tensor:
+    """Positions (3, L) of one row, which takes from `grids` as many as it has images."""
+    pieces: list[Tensor] = []
+    start = 0  # the first token of the next piece
+    position = 0  # where its positions begin
+    while image_token_id in tokens[start:]:
+        image = tokens.index(image_token_id, start)
+        pieces.append(torch.arange(image - start).expand(3, -1) + position)
+        position += image - start
+        t, h, w = next(grids, (0, 0, 0))
+        h //= merge_size
+        w //= merge_size
+        start = image + t * h * w
+        if start == image or tokens[image:start] != [image_token_id] * (start - image):
+            raise ValueError(f"the image at token {image} needs {start - image} tokens in a row")
+        axes = torch.arange(t), torch.arange(h), torch.arange(w)
+        pieces.append(torch.cartesian_prod(*axes).T + position)
+        position += max(h, w)
+    pieces.append(torch.arange(len(tokens) - start).expand(3, -1) + position)
+    return torch.cat(pieces, dim=1)
 
 
 def text_rotary(
     positions_3BL: Tensor, head_dim: int, theta: float, section: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (B, 1, L, head_dim), of the language model's rotation."""
+    """cos and sin, each float32 (B, 1, L, head_dim), of the language model's rotation.
+
+    `section` says how many of the head_dim / 2 bands turn with each of the three positions.
+    """
     bands = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_3BL.device)
-    angles = positions_3BL[..., None].float() * (
-        1.0 / theta ** (bands / head_dim)
-    )  # (3, B, L, head_dim / 2)
-    angles = torch.cat([part[i] for i, part in enumerate(angles.split(section, dim=-1))], dim=-1)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    frequencies = 1.0 / theta ** (bands / head_dim)
+    angles = positions_3BL[..., None].float() * frequencies  # (3, B, L, head_dim / 2)
+    temporal, height, width = angles.split(section, dim=-1)
+    angles = torch.cat((temporal[0], height[1], width[2]), dim=-1)
+    return _cos_and_sin(angles[:, None])
 
 
 def vision_rotary(grids_I3: Tensor, head_dim: int, merge_size: int = 2) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (1, S, head_dim), of the vision tower's 2-D rotation.
-
-    Half of the frequencies turn with a patch's row and half with its column. Patches lie in merge
-    blocks: the merge x merge patches that become one token are neighbours.
-    """
-    rows, columns = [], []
+    """cos and sin, each float32 (1, S, head_dim), of the vision tower's 2-D rotation."""
+    places = []
     for t, h, w in grids_I3.tolist():
-        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        for axis, out in ((row, rows), (column, columns)):
-            blocks = axis.reshape(h // merge_size, merge_size, w // merge_size, merge_size)
-            out.append(blocks.transpose(1, 2).reshape(-1).repeat(t))
+        rows_and_columns = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+        # Patches come in merge blocks: the merge x merge ones that become a token are neighbours.
+        blocks = rows_and_columns.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
+        places.append(blocks.transpose(1, 2).reshape(-1, 2).repeat(t, 1))
+    # Half of the frequencies turn with a patch's row and half with its column.
     bands = torch.arange(0, head_dim // 2, 2, dtype=torch.float32)
     frequencies = 1.0 / 10000.0 ** (bands / (head_dim // 2))
-    angles = torch.cat(
-        [torch.cat(axis)[:, None].float() * frequencies for axis in (rows, columns)], dim=-1
-    )
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(0).to(grids_I3.device)
+    angles = torch.cat(places)[..., None].float() * frequencies  # (S, 2, head_dim / 4)
+    return _cos_and_sin(angles.flatten(1)[None])
+
+
+def _cos_and_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Of angles (..., head_dim / 2), which both halves of a head turn by: (..., head_dim) each."""
+    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (..., L, head_dim) by the angles (..., L, head_dim), in the "two halves" layout of
-    Qwen and Llama.
-    """
+    """x (..., L, head_dim), rotated by the angles (..., L, head_dim)."""
+    # Qwen and Llama pair each number of a head's first half with its peer in the second, where the
+    # RoPE paper (arXiv 2104.09864) pairs neighbours.
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

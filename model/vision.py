@@ -20,11 +20,10 @@ def run_block(recompute: bool, block: nn.Module, *inputs: Any) -> Tensor:
     """The block's output; with `recompute`, backward runs the block once more in place of keeping
     what is within it (activation checkpointing, Chen et al. 2016, arXiv 1604.06174).
     """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(
-            block, *inputs, use_reentrant=False, preserve_rng_state=False
-        )  # a block draws no numbers
-    return block(*inputs)
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*inputs)
+    # A block draws no random numbers, so that there is no generator's state to keep.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class VisionBlock(nn.Module):
@@ -42,25 +41,28 @@ class VisionBlock(nn.Module):
         self.fc2 = Linear(config.mlp_ratio * width, width)
 
     def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
-        S, E = x_SE.shape
-        q, k, v = (
-            self.qkv(self.norm1(x_SE)).view(S, 3, self.num_heads, -1).permute(1, 2, 0, 3)
-        )  # each (heads, S, d)
-        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
-        x_SE = x_SE + self.proj(_attend_within_images(q, k, v, sizes).transpose(0, 1).reshape(S, E))
+        """x (S, E), the patches of all images, whose numbers of patches are `sizes`."""
+        heads = self.qkv(self.norm1(x_SE)).unflatten(1, (3, self.num_heads, -1))
+        q, k, v = heads.permute(1, 2, 0, 3)  # each (heads, S, d)
+        # In fp32, as the published model was trained; bf16 would round the angles' cos and sin.
+        q = rotate(q.float(), cos, sin).to(v.dtype)
+        k = rotate(k.float(), cos, sin).to(v.dtype)
+        out = _attend_within_images(q, k, v, sizes)
+        x_SE = x_SE + self.proj(out.transpose(0, 1).flatten(1))
         hidden = self.fc1(self.norm2(x_SE))
-        return x_SE + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # quick-GELU
+        quick_gelu = hidden * torch.sigmoid(1.702 * hidden)
+        return x_SE + self.fc2(quick_gelu)
 
 
 def _attend_within_images(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
     """(heads, S, d) -> (heads, S, d); images of one size go as a batch, others one by one."""
     if len(set(sizes)) == 1:
-        q, k, v = (x.unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1, 2)
-    parts = zip(*(x.split(sizes, dim=1) for x in (q, k, v)))
-    return torch.cat(
-        [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts], dim=1
-    )
+        batch = [x.unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*batch).transpose(0, 1).flatten(1, 2)
+    images = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+    # The kernels want a batch, here of one.
+    out = [F.scaled_dot_product_attention(q[None], k[None], v[None]) for q, k, v in images]
+    return torch.cat(out, dim=2)[0]
 
 
 class VisionTower(nn.Module):
@@ -82,13 +84,15 @@ class VisionTower(nn.Module):
         """Patches of all images in reading order (S, C) and their grids (I, 3) -> (S / merge^2,
         hidden).
         """
-        x = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
+        x_SE = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
         head_dim = self.config.embed_dim // self.config.num_heads
-        cos, sin = vision_rotary(grids_I3.cpu(), head_dim, self.config.spatial_merge_size)
-        cos, sin = cos.to(x.device), sin.to(x.device)
+        cos, sin = vision_rotary(grids_I3, head_dim, self.config.spatial_merge_size)
+        cos, sin = cos.to(x_SE.device), sin.to(x_SE.device)
         # A video's frames attend within themselves only, hence t images of h * w patches.
-        sizes = [h * w for t, h, w in grids_I3.tolist() for _ in range(t)]
+        frames, heights, widths = grids_I3.unbind(dim=1)
+        sizes = (heights * widths).repeat_interleave(frames).tolist()
         for block in self.blocks:
-            x = run_block(recompute, block, x, cos, sin, sizes)
-        merged = self.merger_norm(x).view(-1, self.merger_fc1.in_features)
+            x_SE = run_block(recompute, block, x_SE, cos, sin, sizes)
+        # The merge^2 patches of a token are neighbours, so that merging them is a view.
+        merged = self.merger_norm(x_SE).view(-1, self.merger_fc1.in_features)
         return self.merger_fc2(F.gelu(self.merger_fc1(merged)))

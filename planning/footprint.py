@@ -115,8 +115,7 @@ class Rehearsal:
             kind = RolloutKind(size, self.config.temperature, greedy=name == "test")
             growing = growing_rows(self.policy, self.vocabulary, kind, batch.tokens_NP.shape[1])
             growing.begin(batch, None if kind.greedy else torch.zeros(size))
-            pairs = growing.cache.prompt + growing.cache.own
-            self.meter.assign(CACHE, (tensor for pair in pairs for tensor in pair))
+            self.meter.assign(CACHE, growing.cache.prompt + growing.cache.own)
         with self.meter.phase(f"{name}, a token"):
             arranged = self._arranged()
             growing.decode_and_choose(span=length, padded=self.gpu)

@@ -333,7 +333,7 @@ def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_
         torch.testing.assert_close(fast.logp_NGT, slow.logp_NGT, rtol=0, atol=1e-5)
         state = tree_leaves([vars(growing), vars(growing.cache)])
         places.append([x.data_ptr() for x in state if isinstance(x, torch.Tensor)])
-    assert places[0] == places[1] == places[2] and len(places[0]) > 15
+    assert places[0] == places[1] == places[2] and len(places[0]) > 12
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -22,10 +22,10 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
+from common.hub import INDEX
 from model import Qwen2VL, Qwen2VLConfig, load_model, read_config, save_model
 from model.cache import GroupCache
 from model.rope import batch_positions
-from model.weights import INDEX
 
 NEW_TOKENS = 32
 SHAPES = {
@@ -126,7 +126,7 @@ def test_a_saved_model_loads_in_transformers_without_a_warning_and_speaks_the_sa
     ours = load_model(source)
     train(ours)
     if shard_bytes:
-        monkeypatch.setattr("model.weights.SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr("model.saving.SHARD_BYTES", shard_bytes)
     save_model(ours, saved)
     assert (saved / INDEX).exists() == bool(shard_bytes)
 

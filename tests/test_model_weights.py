@@ -16,9 +16,10 @@ from tiny_models import flat_config, tiny_config, tiny_model, write_weights
 from torch import Tensor
 
 from common.errors import InputError
+from common.hub import INDEX
 from model import Qwen2VL, Qwen2VLConfig, VisionConfig, load_model, read_config, save_model
 from model.config import config_json, parse_config
-from model.weights import COMPANIONS, INDEX, checkpoint_layout
+from model.weights import COMPANIONS, checkpoint_layout
 
 PUBLISHED_2B = """{
   "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -202,7 +203,7 @@ def test_saving_and_loading_changes_no_bit(
 ) -> None:
     model = tiny_model(tiny_config(tied=tied)).to(dtype)
     save_model(model, tmp_path / "one")
-    monkeypatch.setattr("model.weights.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("model.saving.SHARD_BYTES", 50_000)
     save_model(model, tmp_path / "several")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
     for name in ("one", "several"):
@@ -218,7 +219,7 @@ def test_a_folder_saved_again_holds_the_new_weights_whatever_their_number_of_fil
     first, second, third = (tiny_model(seed=seed) for seed in range(3))
     save_model(first, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("model.weights.SHARD_BYTES", 50_000)
+        patch.setattr("model.saving.SHARD_BYTES", 50_000)
         save_model(second, tmp_path)
     assert_same_weights(load_model(tmp_path), second)
     assert not (

@@ -29,7 +29,7 @@ from data import Prompt, Question, load_vocabulary
 from grpo.loss import grpo_loss
 from grpo.rollout import MicroBatch, Rollout, completion_logprobs
 from model import Qwen2VL, load_model, save_model
-from model.weights import write_tensors
+from model.saving import write_tensors
 
 from .checkpoint import commit
 from .step import Step

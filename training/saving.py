@@ -15,7 +15,7 @@ from common.device import available_memory
 from common.errors import InputError
 from grpo.optimizer import MasterAdamW
 from model import Qwen2VL, save_model
-from model.weights import published_tensors, write_tensors
+from model.saving import published_tensors, write_tensors
 
 from .checkpoint import Progress, checkpoints, commit, progress_json
 
