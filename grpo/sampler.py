@@ -128,7 +128,7 @@ def sample_groups(
     batch = collate(prompts, model.embed.weight.device)
     kind = RolloutKind(shape, temperature, greedy=noise_NGT is None)
     growing = growing_rows(model, vocabulary, kind, batch.tokens_NP.shape[1])
-    growing.begin(batch, noise_NGT)
+    growing.begin(model, batch, noise_NGT)
     with arranged(model.decoding_weights(), rows=N * G):
         for t in range(T):
             if watch is not None:
@@ -137,7 +137,7 @@ def sample_groups(
                 break
             if (t + 1) % ASK_EVERY == 0 and not growing.drop_finished(written=t):
                 break
-            growing.advance(t)
+            growing.advance(model, t)
 
     tokens, logps = growing.tokens.view(shape), growing.logps.view(shape)
     ends = torch.isin(tokens, growing.ends)
@@ -177,7 +177,8 @@ class Growing:
     Results lie in `tokens` and `logps` (N * G, T) of all completions; `row_R` says which of them
     each row is. Beside rows that grow, a group may hold some that have ended: groups are kept
     equally wide, since they share products. Like the cache's, its tensors are written in place,
-    never replaced; of those named _R the first `rows` count.
+    never replaced; of those named _R the first `rows` count. The model, which may keep this object,
+    is given to every call and not kept here: a cycle would outlive both.
     """
 
     def __init__(
@@ -188,12 +189,7 @@ class Growing:
         prompt_size: int,
     ) -> None:
         (N, G, T), self.temperature, self.greedy = kind
-        self.model, self.vocabulary, self.allowed_V, self.kind = (
-            model,
-            vocabulary,
-            vocabulary.allowed_V,
-            kind,
-        )
+        self.vocabulary, self.allowed_V, self.kind = vocabulary, vocabulary.allowed_V, kind
         device = model.embed.weight.device
         self.cache = GroupCache(N, prompt_size, G, T, model.embed.weight.dtype, device)
         self.ends = torch.tensor(vocabulary.end_ids, device=device)
@@ -210,7 +206,7 @@ class Growing:
         """Whether prompts of that length fit."""
         return prompt_size <= self.cache.prompt_bias.shape[-1]
 
-    def begin(self, batch: PromptBatch, noise_NGT: Tensor | None) -> None:
+    def begin(self, model: Qwen2VL, batch: PromptBatch, noise_NGT: Tensor | None) -> None:
         """Run the prompts and choose the first tokens."""
         G = self.cache.group_size
         self.rows = len(self.tokens)
@@ -224,47 +220,44 @@ class Growing:
             batch.positions_3NP.amax(dim=(0, 2)) + 1
         )  # where all completions of a prompt go on
         self.position_R.copy_(after_prompt_N.repeat_interleave(G))
-        last_ND = self.model.prefill(*batch.parts(), self.cache)
-        self._choose(last_ND.repeat_interleave(G, dim=0))
+        last_ND = model.prefill(*batch.parts(), self.cache)
+        self._choose(model, last_ND.repeat_interleave(G, dim=0))
 
-    def advance(self, t: int) -> None:
+    def advance(self, model: Qwen2VL, t: int) -> None:
         """Token t of every row goes into the cache, and token t + 1 is chosen.
 
         On a GPU a step's launches are captured once for each number of rows and span, and then
         replayed together.
         """
         if not self.tokens.is_cuda:
-            return self.decode_and_choose(span=t + 1)
+            return self.decode_and_choose(model, span=t + 1)
         span = min((t // SPAN_STEP + 1) * SPAN_STEP, self.tokens.shape[1])
         shape = self.cache.groups, self.rows, span
         if shape not in self.graphs:
             self.graphs[shape] = None
             return self.decode_and_choose(
-                span, padded=True
+                model, span, padded=True
             )  # the libraries' warm-up, which can't be captured
         if self.graphs[shape] is None:
             pool = next((graph.pool() for graph in self.graphs.values() if graph is not None), None)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):  # one pool: they run one at a time
-                self.decode_and_choose(span, padded=True)
+                self.decode_and_choose(model, span, padded=True)
             self.graphs[shape] = graph
         self.graphs[shape].replay()
 
-    def decode_and_choose(self, span: int, padded: bool = False) -> None:
+    def decode_and_choose(self, model: Qwen2VL, span: int, padded: bool = False) -> None:
         """The device's part of a step: no host in it, and nothing that depends on which step it is
         but `span`.
         """
         row_R, step = self.row_R[: self.rows], self.cache.step
         position_R = self.position_R[: self.rows] + step
-        self._choose(
-            self.model.decode(self.tokens[row_R, step], position_R, self.cache, span, padded)
-        )
+        hidden_RD = model.decode(self.tokens[row_R, step], position_R, self.cache, span, padded)
+        self._choose(model, hidden_RD)
 
-    def _choose(self, hidden_RD: Tensor) -> None:
+    def _choose(self, model: Qwen2VL, hidden_RD: Tensor) -> None:
         row_R, step = self.row_R[: self.rows], self.cache.step
-        logits_RV = masked_logits(
-            hidden_RD, self.model.head_weight, self.allowed_V, self.temperature
-        )
+        logits_RV = masked_logits(hidden_RD, model.head_weight, self.allowed_V, self.temperature)
         if self.greedy:
             logp_R, chosen_R = logits_RV.log_softmax(dim=-1).max(dim=-1)
         else:

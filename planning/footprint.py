@@ -114,11 +114,11 @@ class Rehearsal:
             batch = collate(prompts)
             kind = RolloutKind(size, self.config.temperature, greedy=name == "test")
             growing = growing_rows(self.policy, self.vocabulary, kind, batch.tokens_NP.shape[1])
-            growing.begin(batch, None if kind.greedy else torch.zeros(size))
+            growing.begin(self.policy, batch, None if kind.greedy else torch.zeros(size))
             self.meter.assign(CACHE, growing.cache.prompt + growing.cache.own)
         with self.meter.phase(f"{name}, a token"):
             arranged = self._arranged()
-            growing.decode_and_choose(span=length, padded=self.gpu)
+            growing.decode_and_choose(self.policy, span=length, padded=self.gpu)
         del arranged
         if self.gpu:  # there the state of a rollout stays until the next
             self.policy.rollout_state = growing

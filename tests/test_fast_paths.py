@@ -282,8 +282,9 @@ def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
     is an error.
     """
     with torch.device("meta"), torch.no_grad():
-        growing = fake_growing(Qwen2VL(tiny_config(4, 2)).to(dtype))
-        growing.decode_and_choose(span=64, padded=True)
+        network = Qwen2VL(tiny_config(4, 2)).to(dtype)
+        growing = fake_growing(network)
+        growing.decode_and_choose(network, span=64, padded=True)
         with pytest.raises(RuntimeError, match="meta tensors"):
             bool(growing.done_R.all())  # the pretence can tell
         with pytest.raises(RuntimeError, match="device"):
@@ -343,7 +344,9 @@ def test_replayed_graphs_sample_the_tokens_of_eager_steps(prompts, monkeypatch) 
         model = tiny_model().cuda()
         if not graphs:
             monkeypatch.setattr(
-                grpo.sampler.Growing, "advance", lambda self, t: self.decode_and_choose(span=t + 1)
+                grpo.sampler.Growing,
+                "advance",
+                lambda self, model, t: self.decode_and_choose(model, span=t + 1),
             )
         rollouts.append(
             sampled(

@@ -2,14 +2,17 @@
 on.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import tiny_tokenizer
 from tiny_run import tiny_model
 
 from data import Vocabulary, allowed_tokens_V
-from grpo.rollout import completion_logprobs
-from grpo.sampler import inverse_cdf, sample_groups, sampling_noise
+from grpo.rollout import collate, completion_logprobs
+from grpo.sampler import Growing, RolloutKind, inverse_cdf, sample_groups, sampling_noise
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
 
@@ -204,3 +207,25 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
     for batch in rollout.micro_batches(budget):
         assert torch.equal(batch.tokens_NGT, batch.cut(rollout.tokens_NGT))
         assert batch.mask_NGT.sum() == rollout.mask_NGT[batch.groups].sum()
+
+
+def test_a_model_that_is_dropped_takes_its_rollout_state_along_without_the_garbage_collector(
+    prompts,
+):
+    """On a GPU a cycle between the two would keep gigabytes until the collector comes by."""
+    model = tiny_model()
+    allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    vocabulary = Vocabulary(tiny_tokenizer(), (END,), allowed)
+    size = max(len(prompt.tokens_P) for prompt in prompts)
+    kind = RolloutKind((len(prompts), 2, 4), 1.0, greedy=True)
+    model.rollout_state = Growing(model, vocabulary, kind, size)
+    with torch.no_grad():
+        model.rollout_state.begin(model, collate(prompts), None)
+        model.rollout_state.advance(model, 0)
+    dropped = weakref.ref(model), weakref.ref(model.rollout_state)
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in dropped] == [None, None]
+    finally:
+        gc.enable()
