@@ -78,12 +78,14 @@ def two_part_attention(
     prompt_scores = group_scores.unflatten(2, (G, -1)).transpose(1, 2)  # (N, G, K, R, P)
 
     scores = torch.cat((prompt_scores, own_scores), dim=-1)
-    scaled = scores.mul(q.shape[-1] ** -0.5)
+    d = q.shape[-1]
+    scaled = scores.mul(d**-0.5)
     weights = scaled.softmax(dim=-1).to(q.dtype)
-    group_weights = weights[..., :P].transpose(1, 2).flatten(2, 3)  # (N, K, G * R, P)
+    prompt_weights, own_weights = weights.tensor_split([P], dim=-1)
+    group_weights = prompt_weights.transpose(1, 2).flatten(2, 3)  # (N, K, G * R, P)
     from_prompt = group_weights @ prompt_v
     from_prompt = from_prompt.unflatten(2, (G, -1)).transpose(1, 2)  # (N, G, K, R, d)
-    from_own = weights[..., P:] @ own_v
+    from_own = own_weights @ own_v
     return (from_prompt + from_own).reshape(q.shape)
 
 
@@ -94,7 +96,7 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.is_cuda:  # without fp32 copies of what comes in
         out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-        return out.view(*a.shape[:-1], b.shape[-1])
+        return out.unflatten(0, a.shape[:-2])
     return a.float() @ b.float()
 
 
@@ -149,7 +151,11 @@ class SharedPrefix:
     """
 
     def __init__(
-        self, prompt_NP: Tensor, own_NGT: Tensor, heads_each: int, dtype: torch.dtype
+        self,
+        prompt_NP: Tensor,
+        own_NGT: Tensor,
+        heads_each: int,
+        dtype: torch.dtype,
     ) -> None:
         """Plan the attention of all layers.
 
@@ -184,8 +190,10 @@ class SharedPrefix:
         """
         tokens = x[0].transpose(0, 1)  # (L, heads, d)
         sizes = [len(self.prompts.places), len(self.completions.places)]
-        prompts, completions = tokens.split(sizes)
-        return self.prompts.pad(prompts).transpose(1, 2), self.completions.pad(completions)
+        prompt_tokens, own_tokens = tokens.split(sizes)
+        prompts = self.prompts.pad(prompt_tokens)
+        completions = self.completions.pad(own_tokens)
+        return prompts.transpose(1, 2), completions
 
 
 class _Packing:
@@ -209,19 +217,26 @@ class _Packing:
         return tokens if self.full else tokens.index_select(0, self.places)
 
 
-def _score_bias(prompt_NP: Tensor, own_NGT: Tensor, heads_each: int, dtype: torch.dtype) -> Tensor:
+def _score_bias(
+    prompt_NP: Tensor,
+    own_NGT: Tensor,
+    heads_each: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """What `_prefixed_attention` adds to scores, 0 or -inf, (N * G, 1, heads_each * T, P + T)."""
     N, G, T = own_NGT.shape
     P = prompt_NP.shape[1]
     # CUDA's kernels would copy rows of another stride, once for every layer.
     aligned = (P + T + 7) // 8 * 8
-    bias = torch.zeros(N, T, aligned, dtype=dtype, device=own_NGT.device)
+    device = own_NGT.device
+    bias = torch.zeros(N, T, aligned, dtype=dtype, device=device)
     bias[..., :P].masked_fill_(~prompt_NP[:, None], float("-inf"))
     # The past of a real token holds no padding, so that one triangle serves all completions.
-    future = torch.ones(T, T, dtype=torch.bool, device=own_NGT.device).triu(1)
-    bias[..., P : P + T].masked_fill_(future, float("-inf"))
-    bias = bias[:, None, None].expand(N, G, heads_each, T, aligned)
-    return bias.reshape(N * G, 1, heads_each * T, aligned)[..., : P + T]
+    future = torch.full((T, T), float("-inf"), device=device).triu(1)
+    bias[..., P : P + T] = future
+    rows = bias.repeat(1, heads_each, 1)  # (N, H / K * T, aligned)
+    rows = rows.repeat_interleave(G, dim=0)
+    return rows[:, None, :, : P + T]
 
 
 def _prefixed_attention(
@@ -263,5 +278,7 @@ def _joined(prompt: Tensor, own: Tensor) -> Tensor:
     """Keys (N, K, P, d) of prompts before those (N, G, T, K, d) of each of their completions: (N *
     G, K, P + T, d).
     """
-    prompts = prompt[:, None].expand(-1, own.shape[1], -1, -1, -1)
-    return torch.cat((prompts, own.transpose(2, 3)), dim=3).flatten(0, 1)
+    G = own.shape[1]
+    prompts = prompt.expand(G, *prompt.shape).transpose(0, 1)
+    joined = torch.cat((prompts, own.transpose(2, 3)), dim=3)
+    return joined.flatten(0, 1)

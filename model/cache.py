@@ -30,7 +30,6 @@ class GroupCache:
     ) -> None:
         self.groups = groups
         self.group_size = group_size
-        self.max_new_tokens = max_new_tokens
         # What is added to scores: 0, or -inf on padding.
         self.prompt_bias = torch.zeros(groups, 1, 1, prompt_size, dtype=dtype, device=device)
         self.prompt: list[Tensor] = []  # keys and values of each layer, (2, N, K, P, d)
@@ -42,7 +41,8 @@ class GroupCache:
     def begin(self, lengths_N: Tensor) -> None:
         """Forget all rows; the next to come are prompts of these lengths."""
         self.groups = len(lengths_N)
-        places = torch.arange(self.prompt_bias.shape[-1], device=lengths_N.device)
+        size = self.prompt_bias.shape[-1]
+        places = torch.arange(size, device=lengths_N.device)
         padding = places >= lengths_N[:, None, None, None]
         self.prompt_bias.zero_().masked_fill_(padding, float("-inf"))
         self.step.zero_()
@@ -53,15 +53,23 @@ class GroupCache:
         if layer == len(self.prompt):  # the first prompts that come
             # Zeros, because a slot not written yet is multiplied by a weight of 0, and 0 times
             # garbage may be NaN.
-            self.prompt.append(k.new_zeros(2, N, K, self.prompt_bias.shape[-1], d))
-            self.own.append(k.new_zeros(2, N * self.group_size, K, self.max_new_tokens, d))
+            size = self.prompt_bias.shape[-1]
+            rows = N * self.group_size
+            self.prompt.append(k.new_zeros(2, N, K, size, d))
+            self.own.append(k.new_zeros(2, rows, K, len(self.slots), d))
         prompt_k, prompt_v = self.prompt[layer]
         prompt_k[:, :, :P] = k
         prompt_v[:, :, :P] = v
         return causal_attention(q, k, v)
 
     def decode(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: int, own_mask: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        span: int,
+        own_mask: Tensor | None,
     ) -> Tensor:
         """One token per row: q (R, H, 1, d), k and v (R, K, 1, d) -> (R, H, 1, d).
 

@@ -9,7 +9,7 @@ not change the computation are ignored.
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from common.errors import InputError
 from common.files import read_json
@@ -46,7 +46,7 @@ class VisionConfig:
         _check_bounds(self, "vision_config.")
         if self.embed_dim % (4 * self.num_heads):  # a head has a row's and a column's angles, twice
             raise InputError(
-                f"config: vision_config.embed_dim {self.embed_dim} must be a multiple of"
+                f"vision_config.embed_dim {self.embed_dim} must be a multiple of"
                 f" 4 x num_heads {self.num_heads}"
             )
 
@@ -80,18 +80,19 @@ class Qwen2VLConfig:
 
     def __post_init__(self) -> None:
         _check_bounds(self)
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        heads = self.num_attention_heads
+        kv_heads = self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
             raise InputError(
-                f"config: hidden_size {self.hidden_size}, num_attention_heads {heads} and"
+                f"hidden_size {self.hidden_size}, num_attention_heads {heads} and"
                 f" num_key_value_heads {kv_heads} must divide one another in turn"
             )
         section = self.mrope_section
         whole = all(type(bands) is int and bands >= 0 for bands in section)
         if len(section) != 3 or not whole or 2 * sum(section) != self.head_dim:
             raise InputError(
-                f"config: mrope_section {list(section)} must be 3 whole numbers that sum to"
-                f" {self.head_dim / 2:g}, half the head size"
+                f"mrope_section {list(section)} must be 3 whole numbers, together half the head"
+                f" size {self.head_dim}"
             )
 
 
@@ -101,11 +102,11 @@ def _check_bounds(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> Non
         for bounds in getattr(field.type, "__metadata__", ()):
             if type(value) is not int or value not in bounds:
                 raise InputError(
-                    f"config: {prefix}{field.name} is {value!r}; it must be a whole number from"
+                    f"{prefix}{field.name} is {value!r}; it must be a whole number from"
                     f" {bounds[0]} to {bounds[-1]}"
                 )
         if field.type is float and not (isinstance(value, int | float) and 0 < value < 1e12):
-            raise InputError(f"config: {field.name} is {value!r}; it must be a positive number")
+            raise InputError(f"{field.name} is {value!r}; it must be a positive number")
 
 
 def read_config(folder: str | Path) -> Qwen2VLConfig:
@@ -129,7 +130,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> Qwen2VLConf
     try:
         return _parse(raw)
     except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix('config: ')}") from None
+        raise InputError(f"{where}: {error}") from None
 
 
 def _parse(raw: dict[str, Any]) -> Qwen2VLConfig:
@@ -138,13 +139,13 @@ def _parse(raw: dict[str, Any]) -> Qwen2VLConfig:
     rope = _entry(text, "rope_scaling", {}) | _entry(text, "rope_parameters", {})
     # A model that computes something else must not load as if it were the same.
     for name, value, implemented in (
-        ("use_sliding_window", text.get("use_sliding_window") or False, [False]),
+        ("use_sliding_window", text.get("use_sliding_window"), [False, None]),
         ("rope scaling", rope.get("rope_type", rope.get("type", "mrope")), ["mrope", "default"]),
         ("hidden_act", text.get("hidden_act", "silu"), ["silu"]),
         ("vision_config.hidden_act", vision.get("hidden_act", "quick_gelu"), ["quick_gelu"]),
     ):
         if value not in implemented:
-            raise InputError(f"config: {name} is {value!r}; only {implemented[0]!r} is implemented")
+            raise InputError(f"{name} is {value!r}; only {implemented[0]!r} is implemented")
 
     # An absent epsilon is what transformers takes it to be, not what Qwen published.
     values = {"rms_norm_eps": 1e-5} | text | rope
@@ -155,25 +156,14 @@ def _parse(raw: dict[str, Any]) -> Qwen2VLConfig:
     values["tie_word_embeddings"] = bool(tied)
     values["vision"] = _made(VisionConfig, vision, "vision_config.")
     values |= {key: value for key, value in raw.items() if key.endswith("_token_id")}
-    config = _made(Qwen2VLConfig, values)
-    output = vision.get("hidden_size", config.hidden_size)
-    if output != config.hidden_size:
-        raise InputError(
-            f"config: vision_config.hidden_size is {output!r}, but hidden_size {config.hidden_size}"
-        )
-    return config
+    return _made(Qwen2VLConfig, values)
 
 
-T = TypeVar("T", dict, list)
-
-
-def _entry(raw: dict[str, Any], key: str, default: T) -> T:
+def _entry(raw: dict[str, Any], key: str, default: Any) -> Any:
     """The object or list under `key`, which may be absent or null."""
-    value = raw.get(key)
-    if value is None:
-        return default
+    value = raw.get(key) or default
     if not isinstance(value, type(default)):
-        raise InputError(f"config: {key} is {value!r}; it must be of the form {default!r}")
+        raise InputError(f"{key} is {value!r}; it must be of the form {default!r}")
     return value
 
 
@@ -184,7 +174,7 @@ def _made(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
         if field.name in values:
             known[field.name] = values[field.name]
         elif field.default is MISSING:
-            raise InputError(f"config: {prefix}{field.name} is missing; take a Qwen2-VL's config")
+            raise InputError(f"{prefix}{field.name} is missing; take a Qwen2-VL's config")
     return kind(**known)
 
 

@@ -7,7 +7,6 @@ matrix products. The checkpoint's separate tensors are fused on loading and spli
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,20 +20,8 @@ which, see attention.py.
 """
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistics in fp32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer block of the language model."""
+    """Pre-norm transformer block of the language model; the norm is RMSNorm (arXiv 1910.07467)."""
 
     def __init__(self, config: Qwen2VLConfig, index: int) -> None:
         super().__init__()
@@ -44,22 +31,26 @@ class DecoderLayer(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         heads = self.num_heads + 2 * self.num_kv_heads
         width = config.hidden_size
-        self.attention_norm = RMSNorm(width, config.rms_norm_eps)
+        self.attention_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.qkv = Linear(width, heads * self.head_dim)
         self.out = Linear(width, width, bias=False)
-        self.mlp_norm = RMSNorm(width, config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.gate_up = Linear(width, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x (B, L, D), cos and sin (B, 1, L, head_dim) -> (B, L, D)."""
-        heads = self.qkv(self.attention_norm(x_BLD)).unflatten(2, (-1, self.head_dim))
+        qkv = self.qkv(self.attention_norm(x_BLD))
+        heads = qkv.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         H = self.num_heads
         K = self.num_kv_heads
         # Values have no position: queries and keys are rotated in one go, and they alone.
-        q_and_k, v = heads.transpose(1, 2).split((H + K, K), dim=1)
-        q, k = rotate(q_and_k, cos, sin).split((H, K), dim=1)
+        q_and_k, v = heads.split((H + K, K), dim=1)
+        rotated = rotate(q_and_k, cos, sin)
+        q, k = rotated.split((H, K), dim=1)
         attended = attend(self.index, q, k, v)  # (B, H, L, head_dim)
-        x_BLD = x_BLD + self.out(attended.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.mlp_norm(x_BLD)).chunk(2, dim=-1)
+        attended_BLD = attended.transpose(1, 2).flatten(2)
+        x_BLD = x_BLD + self.out(attended_BLD)
+        gate_up = self.gate_up(self.mlp_norm(x_BLD))
+        gate, up = gate_up.chunk(2, dim=-1)
         return x_BLD + self.down(F.silu(gate) * up)

@@ -34,9 +34,7 @@ def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
     every time. They must not change within, and each is held twice. On a GPU, and in bf16, this
     does nothing.
     """
-    weights = [
-        w for w in weights if _HAS_ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32
-    ]
+    weights = [weight for weight in weights if _suits_onednn(weight)]
     try:
         for weight in weights:
             arranged_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
@@ -47,19 +45,17 @@ def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
             vars(weight).pop("arranged", None)
 
 
+def _suits_onednn(x: Tensor) -> bool:
+    return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable
     in all three.
     """
-    if not (
-        _HAS_ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel()
-    ):
+    if not (_suits_onednn(x) and _suits_onednn(weight) and x.numel()):
         return F.linear(x, weight, bias)
-    learned = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
+    if torch.is_grad_enabled():
         return _OneDNNLinear.apply(x, weight, bias)
     return _product(x, getattr(weight, "arranged", weight), bias)
 
@@ -79,12 +75,16 @@ class _OneDNNLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        return (
-            _product(flat, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None,
-            _product(flat.T, rows.T) if ctx.needs_input_grad[1] else None,
-            flat.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        x_rows = x.reshape(-1, x.shape[-1])
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(rows, weight.T).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _product(rows.T, x_rows.T)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 def keep_freed_memory() -> None:
@@ -92,11 +92,14 @@ def keep_freed_memory() -> None:
     each to the system.
 
     A step on a processor makes and frees thousands of tensors of the same sizes; handing every one
-    of them back and faulting its pages in again costs time (BENCHMARKS.md). Elsewhere than on glibc
-    it does nothing.
+    of them back and faulting its pages in again costs time (BENCHMARKS.md). Elsewhere than on
+    Linux it does nothing.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)  # glibc: torch is built for no other
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_THRESHOLD = -3
+    if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -90,7 +90,8 @@ class _BlockedLogProbs(torch.autograd.Function):
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], temperature)
             here, place = _within(tokens_M, ids)
-            chosen = torch.where(here, logits.gather(-1, place).squeeze(-1), chosen)
+            logit = logits.gather(-1, place).squeeze(-1)
+            chosen = torch.where(here, logit, chosen)
             higher = torch.maximum(highest, logits.amax(dim=-1))
             rescale = (highest - higher).exp()
             odds = logits.sub_(higher[:, None]).exp()
@@ -98,7 +99,8 @@ class _BlockedLogProbs(torch.autograd.Function):
             # moment by mass times that. Before the first block there is no mass, and 0 times -inf
             # would be NaN.
             shift = torch.where(mass > 0, highest - higher, 0.0)
-            moment = (moment + mass * shift) * rescale + _dot(odds, logits)
+            moved = moment + mass * shift
+            moment = moved * rescale + _dot(odds, logits)
             mass = mass * rescale + odds.sum(dim=-1)
             highest = higher
         normaliser = highest + mass.log()
@@ -118,8 +120,10 @@ class _BlockedLogProbs(torch.autograd.Function):
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], ctx.temperature)
             here, place = _within(tokens_M, ids)
             # d logp(token) / d logits = onehot(token) - softmax; the temperature divides once more.
-            grad = logits.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
-            grad.scatter_add_(-1, place, torch.where(here, scale, 0.0)[:, None])
+            softmax = logits.sub_(normaliser[:, None]).exp_()
+            grad = softmax.mul_(-scale[:, None])
+            onehot = torch.where(here, scale, 0.0)
+            grad.scatter_add_(-1, place, onehot[:, None])
             grad = grad.to(hidden_MD.dtype)
             grad_hidden_MD += linear(grad, head_VD[ids].T)
             grad_head_VD[ids] = linear(grad.T, hidden_MD.T)
@@ -127,21 +131,23 @@ class _BlockedLogProbs(torch.autograd.Function):
 
 
 def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
-    """The vocabulary in slices whose fp32 logits at all positions fit into `logits_bytes`."""
+    """The vocabulary in slices whose fp32 logits at all positions fit into `logits_bytes`; the last
+    may reach beyond the end.
+    """
     size = max(1, logits_bytes // (4 * max(1, positions)))
     size = size // 64 * 64 or size  # round sizes suit matrix products
-    return [slice(start, min(start + size, ids)) for start in range(0, ids, size)]
+    return [slice(start, start + size) for start in range(0, ids, size)]
 
 
 def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     """Which tokens lie in the block (M,), and their places in it (M, 1), any place for the
     others.
     """
-    place = tokens_M - ids.start
-    size = ids.stop - ids.start
-    return (place >= 0) & (place < size), place.clamp(0, size - 1)[:, None]
+    here = (tokens_M >= ids.start) & (tokens_M < ids.stop)
+    place = tokens_M.clamp(ids.start, ids.stop - 1) - ids.start
+    return here, place[:, None]
 
 
 def _dot(x_MB: Tensor, y_MB: Tensor) -> Tensor:
     """Sums of products along rows, (M,), without a tensor of the products."""
-    return torch.bmm(x_MB[:, None], y_MB[:, :, None]).view(-1)
+    return torch.bmm(x_MB.unsqueeze(1), y_MB.unsqueeze(2)).flatten()

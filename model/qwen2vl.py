@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import SharedPrefix, causal_attention
 from .cache import GroupCache
 from .config import Qwen2VLConfig
-from .decoder import Attend, DecoderLayer, RMSNorm
+from .decoder import Attend, DecoderLayer
 from .linear import Linear, linear
 from .rope import batch_positions, text_rotary
 from .vision import VisionTower, run_block
@@ -42,7 +42,7 @@ class Qwen2VL(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = (DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -56,8 +56,9 @@ class Qwen2VL(nn.Module):
 
     def decoding_weights(self) -> list[Tensor]:
         """The matrices that `decode` and the head multiply by."""
-        layers = (module.weight for module in self.layers.modules() if isinstance(module, Linear))
-        return [*layers, self.head_weight]
+        modules = self.layers.modules()
+        weights = [module.weight for module in modules if isinstance(module, Linear)]
+        return [*weights, self.head_weight]
 
     def forward(
         self,
@@ -77,7 +78,8 @@ class Qwen2VL(nn.Module):
         """
         if lengths_B is None:
             lengths_B = torch.full(tokens_BL.shape[:1], tokens_BL.shape[1])
-        image_id, merge = self.config.image_token_id, self.config.vision.spatial_merge_size
+        image_id = self.config.image_token_id
+        merge = self.config.vision.spatial_merge_size
         positions_3BL = batch_positions(tokens_BL, lengths_B, grids_I3, image_id, merge)
         hidden_BLD = self.hidden(tokens_BL, positions_3BL, patches_SC, grids_I3)
         return linear(hidden_BLD, self.head_weight)
@@ -102,28 +104,23 @@ class Qwen2VL(nn.Module):
         return self.visual(patches_SC, grids_I3, recompute=self.recompute)
 
     def embed_prompt(
-        self, tokens_BL: Tensor, images: Tensor | None, grids_I3: Tensor | None
+        self,
+        tokens_BL: Tensor,
+        images: Tensor | None,
+        grids_I3: Tensor | None,
     ) -> Tensor:
         """Token embeddings (B, L, D), the image tokens' rows replaced by what the vision tower
         makes of the images.
 
         `images` are patches with their grids, or, if `grids_I3` is None, what `encode_images` made
         of them before.
-
-        Raises:
-            ValueError: there are more image tokens, or fewer, than the images make.
         """
         x_BLD = self.embed(tokens_BL)
         if images is None or not len(images):
             return x_BLD
         features = images if grids_I3 is None else self.encode_images(images, grids_I3)
-        places = tokens_BL == self.config.image_token_id
-        count = int(places.sum())
-        if count != len(features):
-            raise ValueError(
-                f"{count} image tokens in the batch, but {len(features)} in the images"
-            )
-        return x_BLD.masked_scatter(places[..., None], features.to(x_BLD.dtype))
+        places_BL = tokens_BL == self.config.image_token_id
+        return x_BLD.masked_scatter(places_BL[..., None], features.to(x_BLD.dtype))
 
     def prefill(
         self,
@@ -188,13 +185,15 @@ class Qwen2VL(nn.Module):
         device = tokens_NP.device
         prompt_NP = torch.arange(tokens_NP.shape[1], device=device) < lengths_N[:, None]
         run_NGT = mask_NGT[..., 1:]  # a token is run where there is one after it to predict
-        tokens_L = torch.cat((tokens_NP[prompt_NP], completions_NGT[..., :-1][run_NGT]))
+        own_tokens = completions_NGT[..., :-1][run_NGT]
+        tokens_L = torch.cat((tokens_NP[prompt_NP], own_tokens))
 
         # A completion goes on after the largest of its prompt's positions, as text: one number.
+        largest_N = positions_3NP.amax(dim=(0, 2))
         steps = torch.arange(1, mask_NGT.shape[2], device=device)
-        own_N1T = positions_3NP.amax(dim=(0, 2))[:, None, None] + steps
-        own_3M = own_N1T.expand_as(run_NGT)[run_NGT].expand(3, -1)
-        positions_3L = torch.cat((positions_3NP[:, prompt_NP], own_3M), dim=1)
+        after_N1T = largest_N[:, None, None] + steps
+        own_positions = after_N1T.expand_as(run_NGT)[run_NGT].expand(3, -1)
+        positions_3L = torch.cat((positions_3NP[:, prompt_NP], own_positions), dim=1)
 
         x_1LD = self.embed_prompt(tokens_L[None], images, grids_I3)
         config = self.config
@@ -202,20 +201,28 @@ class Qwen2VL(nn.Module):
         attend = SharedPrefix(prompt_NP, run_NGT, heads_each, x_1LD.dtype)
         hidden_LD = self._run_layers(x_1LD, positions_3L[:, None], attend)[0]
 
-        # A completion's first token is predicted by its prompt's last state, any other by the state
-        # of the token before it, which lies behind all prompts in the packed row.
-        last_N = lengths_N.cumsum(0) - 1
-        last_NG1 = last_N[:, None, None].expand(-1, mask_NGT.shape[1], 1)
-        own_NGT = run_NGT.flatten().cumsum(0).view_as(run_NGT) - 1 + lengths_N.sum()
-        predictors_NGT = torch.cat((last_NG1, own_NGT), dim=2)
-        return hidden_LD.index_select(0, predictors_NGT[mask_NGT])
+        return hidden_LD.index_select(0, _predictors(mask_NGT, lengths_N))
 
     def _run_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
         config = self.config
         cos, sin = text_rotary(
             positions_3BL, config.head_dim, config.rope_theta, config.mrope_section
         )
-        cos, sin = cos.to(x_BLD.dtype), sin.to(x_BLD.dtype)
+        cos = cos.to(x_BLD.dtype)
+        sin = sin.to(x_BLD.dtype)
         for layer in self.layers:
             x_BLD = run_block(self.recompute, layer, x_BLD, cos, sin, attend)
         return self.norm(x_BLD)
+
+
+def _predictors(mask_NGT: Tensor, lengths_N: Tensor) -> Tensor:
+    """Places (M,), in the packed row, of the states that predict the mask's tokens."""
+    # A completion's first token is predicted by its prompt's last state, any other by the state of
+    # the token before it, which lies behind all prompts.
+    N, G, _ = mask_NGT.shape
+    last_N11 = lengths_N.cumsum(0).view(N, 1, 1) - 1
+    last_NG1 = last_N11.expand(N, G, 1)
+    run_NGT = mask_NGT[..., 1:]
+    count_NGT = run_NGT.flatten().cumsum(0).view_as(run_NGT)
+    own_NGT = count_NGT - 1 + lengths_N.sum()
+    return torch.cat((last_NG1, own_NGT), dim=2)[mask_NGT]

@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def mrope_positions(
-    tokens_L: Tensor, grids_I3: Tensor | None, image_token_id: int, merge_size: int = 2
+    tokens_L: Tensor,
+    grids_I3: Tensor | None,
+    image_token_id: int,
+    merge_size: int = 2,
 ) -> Tensor:
     """Positions of one unpadded sequence, int64 (3, L): temporal, height and width of each token.
 
@@ -27,7 +30,8 @@ def mrope_positions(
         ValueError: the runs of image tokens and the grids do not match.
     """
     length = torch.tensor([len(tokens_L)])
-    return batch_positions(tokens_L[None], length, grids_I3, image_token_id, merge_size)[:, 0]
+    batch = batch_positions(tokens_L[None], length, grids_I3, image_token_id, merge_size)
+    return batch[:, 0]
 
 
 def batch_positions(
@@ -45,13 +49,16 @@ def batch_positions(
     for row, length in enumerate(lengths_B.tolist()):
         tokens = tokens_BL[row, :length].tolist()
         positions_3BL[:, row, :length] = _positions(tokens, grids, image_token_id, merge_size)
-    if next(grids, None) is not None:
+    if next(grids, None):
         raise ValueError("more images were given than the tokens have place for")
     return positions_3BL.to(tokens_BL.device)
 
 
 def _positions(
-    tokens: list[int], grids: Iterator[list[int]], image_token_id: int, merge_size: int
+    tokens: list[int],
+    grids: Iterator[list[int]],
+    image_token_id: int,
+    merge_size: int,
 ) -> Tensor:
     """Positions (3, L) of one row, which takes from `grids` as many as it has images."""
     pieces: list[Tensor] = []
@@ -59,30 +66,37 @@ def _positions(
     position = 0  # where its positions begin
     while image_token_id in tokens[start:]:
         image = tokens.index(image_token_id, start)
-        pieces.append(torch.arange(image - start).expand(3, -1) + position)
+        pieces.append(_text_positions(position, image - start))
         position += image - start
         t, h, w = next(grids, (0, 0, 0))
         h //= merge_size
         w //= merge_size
-        start = image + t * h * w
-        if start == image or tokens[image:start] != [image_token_id] * (start - image):
-            raise ValueError(f"the image at token {image} needs {start - image} tokens in a row")
-        axes = torch.arange(t), torch.arange(h), torch.arange(w)
-        pieces.append(torch.cartesian_prod(*axes).T + position)
+        size = t * h * w
+        start = image + size
+        if not size or tokens[image:start] != [image_token_id] * size:
+            raise ValueError(f"the image tokens from {image} on do not match the images' grids")
+        coordinates = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
+        pieces.append(coordinates.T + position)
         position += max(h, w)
-    pieces.append(torch.arange(len(tokens) - start).expand(3, -1) + position)
+    pieces.append(_text_positions(position, len(tokens) - start))
     return torch.cat(pieces, dim=1)
 
 
+def _text_positions(start: int, count: int) -> Tensor:
+    return torch.arange(start, start + count).expand(3, -1)
+
+
 def text_rotary(
-    positions_3BL: Tensor, head_dim: int, theta: float, section: tuple[int, ...]
+    positions_3BL: Tensor,
+    head_dim: int,
+    theta: float,
+    section: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 (B, 1, L, head_dim), of the language model's rotation.
 
     `section` says how many of the head_dim / 2 bands turn with each of the three positions.
     """
-    bands = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_3BL.device)
-    frequencies = 1.0 / theta ** (bands / head_dim)
+    frequencies = _frequencies(theta, head_dim, positions_3BL.device)
     angles = positions_3BL[..., None].float() * frequencies  # (3, B, L, head_dim / 2)
     temporal, height, width = angles.split(section, dim=-1)
     angles = torch.cat((temporal[0], height[1], width[2]), dim=-1)
@@ -96,12 +110,19 @@ def vision_rotary(grids_I3: Tensor, head_dim: int, merge_size: int = 2) -> tuple
         rows_and_columns = torch.cartesian_prod(torch.arange(h), torch.arange(w))
         # Patches come in merge blocks: the merge x merge ones that become a token are neighbours.
         blocks = rows_and_columns.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
-        places.append(blocks.transpose(1, 2).reshape(-1, 2).repeat(t, 1))
+        frame = blocks.transpose(1, 2).reshape(-1, 2)
+        places.append(frame.repeat(t, 1))
     # Half of the frequencies turn with a patch's row and half with its column.
-    bands = torch.arange(0, head_dim // 2, 2, dtype=torch.float32)
-    frequencies = 1.0 / 10000.0 ** (bands / (head_dim // 2))
-    angles = torch.cat(places)[..., None].float() * frequencies  # (S, 2, head_dim / 4)
+    frequencies = _frequencies(10000.0, head_dim // 2)
+    places_S2 = torch.cat(places).float()
+    angles = places_S2[..., None] * frequencies  # (S, 2, head_dim / 4)
     return _cos_and_sin(angles.flatten(1)[None])
+
+
+def _frequencies(theta: float, size: int, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i / size) for i = 0, 1, ..., float32 (size / 2,)."""
+    bands = torch.arange(0, size, 2, dtype=torch.float32, device=device)
+    return 1.0 / theta ** (bands / size)
 
 
 def _cos_and_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,4 +136,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # Qwen and Llama pair each number of a head's first half with its peer in the second, where the
     # RoPE paper (arXiv 2104.09864) pairs neighbours.
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    turned = torch.cat((-second, first), dim=-1)  # each pair by a quarter turn
+    return x * cos + turned * sin

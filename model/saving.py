@@ -23,12 +23,14 @@ SHARD_BYTES = 5_000_000_000
 def published_tensors(model: Qwen2VL) -> dict[str, Tensor]:
     """A copy of the weights as they are now, on the CPU, in the published naming."""
     parameters = dict(model.named_parameters())
-    layout = checkpoint_layout(model.config)
+    layout = checkpoint_layout(model)
     return {name: _copy(parameters, slot) for name, slot in layout.items()}
 
 
 def save_model(
-    model: Qwen2VL, folder: str | Path, weights: dict[str, Tensor] | None = None
+    model: Qwen2VL,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that `load_model` and transformers load: config, weights in the published
     naming, tokenizer files.
@@ -48,7 +50,7 @@ def save_model(
         if name != "config.json":
             (folder / name).write_bytes(content)
     parameters = dict(model.named_parameters())
-    layout = checkpoint_layout(model.config)
+    layout = checkpoint_layout(model)
     split = _shards(layout, model.embed.weight.dtype)
     for file, names in split.filename_to_tensors.items():
         tensors = {}

@@ -42,13 +42,14 @@ class VisionBlock(nn.Module):
 
     def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
         """x (S, E), the patches of all images, whose numbers of patches are `sizes`."""
-        heads = self.qkv(self.norm1(x_SE)).unflatten(1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(1, 2, 0, 3)  # each (heads, S, d)
+        qkv = self.qkv(self.norm1(x_SE))
+        heads = qkv.unflatten(1, (3, self.num_heads, -1))
+        q_and_k, v = heads.permute(1, 2, 0, 3).split((2, 1))  # (2, heads, S, d) and (1, ...)
         # In fp32, as the published model was trained; bf16 would round the angles' cos and sin.
-        q = rotate(q.float(), cos, sin).to(v.dtype)
-        k = rotate(k.float(), cos, sin).to(v.dtype)
-        out = _attend_within_images(q, k, v, sizes)
-        x_SE = x_SE + self.proj(out.transpose(0, 1).flatten(1))
+        q, k = rotate(q_and_k.float(), cos, sin).to(v.dtype)
+        attended = _attend_within_images(q, k, v[0], sizes)
+        attended_SE = attended.transpose(0, 1).flatten(1)
+        x_SE = x_SE + self.proj(attended_SE)
         hidden = self.fc1(self.norm2(x_SE))
         quick_gelu = hidden * torch.sigmoid(1.702 * hidden)
         return x_SE + self.fc2(quick_gelu)
@@ -57,12 +58,16 @@ class VisionBlock(nn.Module):
 def _attend_within_images(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
     """(heads, S, d) -> (heads, S, d); images of one size go as a batch, others one by one."""
     if len(set(sizes)) == 1:
-        batch = [x.unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*batch).transpose(0, 1).flatten(1, 2)
+        shape = len(sizes), sizes[0]
+        q, k, v = (x.unflatten(1, shape).transpose(0, 1) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(0, 1).flatten(1, 2)
+    outputs = []
     images = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
-    # The kernels want a batch, here of one.
-    out = [F.scaled_dot_product_attention(q[None], k[None], v[None]) for q, k, v in images]
-    return torch.cat(out, dim=2)[0]
+    for q_image, k_image, v_image in images:
+        out = F.scaled_dot_product_attention(q_image[None], k_image[None], v_image[None])
+        outputs.append(out[0])
+    return torch.cat(outputs, dim=1)
 
 
 class VisionTower(nn.Module):
@@ -87,7 +92,8 @@ class VisionTower(nn.Module):
         x_SE = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
         head_dim = self.config.embed_dim // self.config.num_heads
         cos, sin = vision_rotary(grids_I3, head_dim, self.config.spatial_merge_size)
-        cos, sin = cos.to(x_SE.device), sin.to(x_SE.device)
+        cos = cos.to(x_SE.device)
+        sin = sin.to(x_SE.device)
         # A video's frames attend within themselves only, hence t images of h * w patches.
         frames, heights, widths = grids_I3.unbind(dim=1)
         sizes = (heights * widths).repeat_interleave(frames).tolist()

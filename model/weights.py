@@ -71,20 +71,18 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-def checkpoint_layout(config: Qwen2VLConfig) -> dict[str, Slot]:
+def checkpoint_layout(model: Qwen2VL) -> dict[str, Slot]:
     """Published tensor name (`model.*`, `visual.*`, `lm_head.weight`) -> Slot, for every tensor of
     the model.
     """
-    with torch.device("meta"):
-        parameters = dict(Qwen2VL(config).named_parameters())
     layout = {}
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")  # kind: weight or bias
         stem, dot, leaf = owner.rpartition(".")
         names = _VISION if name.startswith("visual.") else _TEXT
         start = 0
         for published in names.get(leaf, [leaf]):
-            shape = _published_shape(published, tuple(parameter.shape), config)
+            shape = _published_shape(published, tuple(parameter.shape), model.config)
             rows = slice(start, start + shape[0])
             prefix = "" if name.startswith(("visual.", "lm_head.")) else "model."
             layout[f"{prefix}{stem}{dot}{published}.{kind}"] = Slot(name, rows, shape)
@@ -93,7 +91,9 @@ def checkpoint_layout(config: Qwen2VLConfig) -> dict[str, Slot]:
 
 
 def _published_shape(
-    published: str, shape: tuple[int, ...], config: Qwen2VLConfig
+    published: str,
+    shape: tuple[int, ...],
+    config: Qwen2VLConfig,
 ) -> tuple[int, ...]:
     """That of a published tensor, from the shape of the parameter of ours that holds it."""
     vision = config.vision
@@ -113,7 +113,9 @@ def _published_shape(
 
 @torch.no_grad()
 def load_model(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
 ) -> Qwen2VL:
     """Load a checkpoint folder: config.json and one or several safetensors files, in any published
     naming.
@@ -128,26 +130,26 @@ def load_model(
     folder = Path(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder)
-    layout = checkpoint_layout(config)
+    with torch.device("meta"):
+        model = Qwen2VL(config).to(dtype)
+    layout = checkpoint_layout(model)
     # Before memory is asked for: a config.json may claim any size, and only the files say that
     # there is so much.
     places = _tensor_places(folder, layout, config.tie_word_embeddings)
     written_head = places.pop(_HEAD, None) if config.tie_word_embeddings else None
-    with torch.device("meta"):
-        model = Qwen2VL(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, (file, key) in places.items():
         slot = layout[name]
         rows = parameters[slot.parameter][slot.rows]
-        rows.copy_(_read_tensor(file, key).reshape(rows.shape))
+        tensor = _read_tensor(file, key)
+        rows.copy_(tensor.reshape(rows.shape))
     if written_head:
-        file, key = written_head
-        head = _read_tensor(file, key).to(model.embed.weight)
+        head = _read_tensor(*written_head).to(model.embed.weight)
         if not torch.equal(head, model.embed.weight):
             raise InputError(
-                f"{file}: {key} is not the embedding, but config.json says it is tied;"
-                " set tie_word_embeddings to false there"
+                f"{written_head[0]}: lm_head.weight is not the embedding, but config.json says it"
+                " is tied; set tie_word_embeddings to false there"
             )
     model.companions = read_companions(folder)
     return model
@@ -162,7 +164,9 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 
 
 def _tensor_places(
-    folder: Path, layout: dict[str, Slot], tied: bool
+    folder: Path,
+    layout: dict[str, Slot],
+    tied: bool,
 ) -> dict[str, tuple[Path, str]]:
     """Published name -> the file that holds the tensor, and the tensor's key there.
 
@@ -177,22 +181,22 @@ def _tensor_places(
     for file in weight_files(folder):
         with _opened(file) as tensors:
             keys = tensors.keys()
-            shapes = [tensors.get_slice(key).get_shape() for key in keys]
-        for key, shape in zip(keys, shapes, strict=True):
-            name = _published_name(key)
-            if name not in allowed:
-                raise InputError(
-                    f"{file}: unexpected tensor {key}; is config.json of the same model?"
-                )
-            expected = list(allowed[name].shape)
-            if shape != expected:
-                raise InputError(
-                    f"{file}: {key} has shape {shape}, but config.json asks for {expected}"
-                )
-            places[name] = file, key
+            for key in keys:
+                name = _published_name(key)
+                if name not in allowed:
+                    raise InputError(
+                        f"{file}: unexpected tensor {key}; is config.json of the same model?"
+                    )
+                shape = tensors.get_slice(key).get_shape()
+                expected = list(allowed[name].shape)
+                if shape != expected:
+                    raise InputError(
+                        f"{file}: {key} has shape {shape}, but config.json asks for {expected}"
+                    )
+                places[name] = file, key
     missing = sorted(layout.keys() - places.keys())
     if missing:
-        names = ", ".join(missing[:3] + ["..."] * (len(missing) > 3))
+        names = ", ".join(missing[:3])
         raise InputError(
             f"{folder}: {len(missing)} tensors are missing ({names}); copy or download the"
             " checkpoint again"
@@ -202,9 +206,8 @@ def _tensor_places(
 
 def _published_name(key: str) -> str:
     """transformers 5 nests both halves below `model.`; the published files do not."""
-    if key.startswith("model.visual."):
-        return key.removeprefix("model.")
-    return key.replace("model.language_model.", "model.", 1)
+    key = key.replace("model.language_model.", "model.")
+    return key.replace("model.visual.", "visual.")
 
 
 def _read_tensor(file: Path, key: str) -> Tensor:

@@ -1,6 +1,9 @@
 """Every fast path of the model beside its slow, obviously right twin: values and gradients."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,8 +111,8 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
         (N, G, kv_heads, T, d),
     ]
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    seen = torch.arange(P) < torch.tensor([[7], [4]])
-    own_seen = torch.ones(T, T, dtype=torch.bool).tril()
+    prompt_mask = torch.arange(P) < torch.tensor([[7], [4]])
+    own_mask = torch.ones(T, T, dtype=torch.bool).tril()
     weight = torch.randn(shapes[0], generator=generator)
 
     q, prompt_k, prompt_v, own_k, own_v = inputs
@@ -120,18 +123,19 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
         for prompt, own in ((prompt_k, own_k), (prompt_v, own_v))
     )
     mask = torch.cat(
-        (seen[:, None, None, None, :].expand(N, G, H, T, P), own_seen.expand(N, G, H, T, T)), dim=-1
+        (prompt_mask[:, None, None, None, :].expand(N, G, H, T, P), own_mask.expand(N, G, H, T, T)),
+        dim=-1,
     )
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     slow_gradients = torch.autograd.grad((slow * weight).sum(), inputs)
-    fast = two_part_attention(*inputs, seen, own_seen)
+    fast = two_part_attention(*inputs, prompt_mask, own_mask)
     fast_gradients = torch.autograd.grad((fast * weight).sum(), inputs)
 
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-5, atol=1e-5)
-    full = two_part_attention(*inputs, None, own_seen)
+    full = two_part_attention(*inputs, None, own_mask)
     torch.testing.assert_close(
-        full, two_part_attention(*inputs, torch.ones(N, P, dtype=torch.bool), own_seen)
+        full, two_part_attention(*inputs, torch.ones(N, P, dtype=torch.bool), own_mask)
     )
     assert not torch.allclose(full[1], fast[1])
 
@@ -301,3 +305,16 @@ def assert_close_gradients(fast: dict[str, Tensor], slow: dict[str, Tensor]) -> 
         assert error <= 1e-4 * gradient.abs().max() + 1e-5, (
             f"{name}: {error} of {gradient.abs().max()}"
         )
+
+
+def test_importing_attention_switches_cudnns_attention_off() -> None:
+    """Its backward can give NaN where there is a mask. In a fresh process: the switch is torch's
+    own.
+    """
+    script = (
+        "import torch; before = torch.backends.cuda.cudnn_sdp_enabled(); import model.attention;"
+        "print(before, torch.backends.cuda.cudnn_sdp_enabled())"
+    )
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, check=True)
+    assert run.stdout.split() == [b"True", b"False"]
