@@ -22,18 +22,18 @@ from model.config import config_json, parse_config
 from model.weights import COMPANIONS, checkpoint_layout
 
 PUBLISHED_2B = """{
-  "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
-  "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
-  "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 1536,
-  "initializer_range": 0.02, "intermediate_size": 8960, "max_position_embeddings": 32768, "max_window_layers": 28,
-  "model_type": "qwen2_vl", "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
-  "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true,
-  "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": true, "use_sliding_window": false,
-  "vision_config": {
-    "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 1536,
-    "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2
-  },
-  "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 151936
+  "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id":
+  151643, "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+  "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656, "hidden_act":
+  "silu", "hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960,
+  "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2_vl",
+  "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps":
+  1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true,
+  "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": true,
+  "use_sliding_window": false, "vision_config": { "depth": 32, "embed_dim": 1280, "mlp_ratio": 4,
+  "num_heads": 16, "in_chans": 3, "hidden_size": 1536, "patch_size": 14, "spatial_merge_size": 2,
+  "spatial_patch_size": 14, "temporal_patch_size": 2 }, "rope_scaling": {"type": "mrope",
+  "mrope_section": [16, 24, 24]}, "vocab_size": 151936
 }"""
 TOWER = VisionConfig(depth=32, embed_dim=1280, num_heads=16)
 CONFIG_2B = Qwen2VLConfig(151_936, 1536, 8960, 28, 12, 2, TOWER, tie_word_embeddings=True)
@@ -93,16 +93,32 @@ def test_a_size_that_is_no_size_is_one_line_that_names_it(field: str, value: Any
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_hidden_layers", 10**6), ("vision_config.depth", 10**6), ("rms_norm_eps", "small"), ("rms_norm_eps", -1.0),
-        ("rope_theta", 0), ("rope_theta", float("inf")), ("image_token_id", "x"), ("image_token_id", -1),
-        ("num_key_value_heads", 3), ("num_key_value_heads", -2), ("vision_config", "tower"), ("vision_config", []),
-        ("rope_scaling", "mrope"), ("text_config", 7), ("hidden_act", "gelu"),
-        ("vision_config.hidden_act", "relu"), ("use_sliding_window", True), ("rope_scaling.type", "yarn"),
-        ("rope_scaling.mrope_section", [2, 3]), ("rope_scaling.mrope_section", [2, 3, 4]),
-        ("rope_scaling.mrope_section", ["2", 3, 3]), ("rope_scaling.mrope_section", [-1, 6, 3]),
-        ("rope_scaling.mrope_section", [2, 3.0, 3]), ("rope_scaling.mrope_section", 8),
+        ("num_hidden_layers", 10**6),
+        ("vision_config.depth", 10**6),
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", -1.0),
+        ("rope_theta", 0),
+        ("rope_theta", float("inf")),
+        ("image_token_id", "x"),
+        ("image_token_id", -1),
+        ("num_key_value_heads", 3),
+        ("num_key_value_heads", -2),
+        ("vision_config", "tower"),
+        ("vision_config", []),
+        ("rope_scaling", "mrope"),
+        ("text_config", 7),
+        ("hidden_act", "gelu"),
+        ("vision_config.hidden_act", "relu"),
+        ("use_sliding_window", True),
+        ("rope_scaling.type", "yarn"),
+        ("rope_scaling.mrope_section", [2, 3]),
+        ("rope_scaling.mrope_section", [2, 3, 4]),
+        ("rope_scaling.mrope_section", ["2", 3, 3]),
+        ("rope_scaling.mrope_section", [-1, 6, 3]),
+        ("rope_scaling.mrope_section", [2, 3.0, 3]),
+        ("rope_scaling.mrope_section", 8),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_describes_no_qwen2_vl_of_ours_is_refused(field: str, value: Any) -> None:
     assert_refused(
         lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json"
@@ -134,13 +150,25 @@ def test_a_folder_without_config_or_weights_names_the_file(folder: Path) -> None
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "missing": (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), "model.layers.1.self_attn.k_proj.bias"),
+    "missing": (
+        lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
+        "model.layers.1.self_attn.k_proj.bias",
+    ),
     "missing-head": (lambda t: t.pop("lm_head.weight"), "lm_head.weight"),
-    "unexpected": (lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.zeros(64)}), "model.layers.3."),
+    "unexpected": (
+        lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.zeros(64)}),
+        "model.layers.3.",
+    ),
     "misshapen": (lambda t: t.update({"model.norm.weight": torch.zeros(63)}), "model.norm.weight"),
-    "transposed": (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 72)}), "mlp.up_proj"),
-    "integer": (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "model.norm.weight"),
-}  # fmt: skip
+    "transposed": (
+        lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 72)}),
+        "mlp.up_proj",
+    ),
+    "integer": (
+        lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
+        "model.norm.weight",
+    ),
+}
 
 
 @pytest.mark.parametrize(("fault", "name"), FAULTS.values(), ids=FAULTS)
@@ -167,13 +195,19 @@ def test_a_torn_file_is_named(folder: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     ("index", "named"),
     [
-        ("{", INDEX), ("[]", INDEX), ('{"metadata": {}}', INDEX), ('{"weight_map": []}', INDEX),
-        ('{"weight_map": {"a": 5}}', INDEX), ('{"weight_map": {"a": ["x"]}}', INDEX),
-        ('{"weight_map": {"a": "../model.safetensors"}}', INDEX), ('{"weight_map": {"a": "/etc/passwd"}}', INDEX),
-        ('{"weight_map": {"a": ".."}}', ".."), ('{"weight_map": {}}', "tensors are missing"),
+        ("{", INDEX),
+        ("[]", INDEX),
+        ('{"metadata": {}}', INDEX),
+        ('{"weight_map": []}', INDEX),
+        ('{"weight_map": {"a": 5}}', INDEX),
+        ('{"weight_map": {"a": ["x"]}}', INDEX),
+        ('{"weight_map": {"a": "../model.safetensors"}}', INDEX),
+        ('{"weight_map": {"a": "/etc/passwd"}}', INDEX),
+        ('{"weight_map": {"a": ".."}}', ".."),
+        ('{"weight_map": {}}', "tensors are missing"),
         ('{"weight_map": {"a": "model.safetensors", "b": "gone.safetensors"}}', "gone.safetensors"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_index_is_one_line_that_names_it(folder: Path, index: str, named: str) -> None:
     (folder / INDEX).write_text(index)
     assert_refused(lambda: load_model(folder), str(folder), named)
@@ -271,8 +305,10 @@ def test_loading_holds_one_copy_of_the_model_and_one_tensor(tmp_path: Path) -> N
     assert 150e6 < size < 250e6
     script = (
         "import re, sys; from model import load_model\n"
-        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1]) * 1024\n"
-        "load_model(sys.argv[1]); before = peak(); model = load_model(sys.argv[2]); print(peak() - before)"
+        "status = lambda: open('/proc/self/status').read()\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+) kB', status())[1]) * 1024\n"
+        "load_model(sys.argv[1]); before = peak(); model = load_model(sys.argv[2])\n"
+        "print(peak() - before)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "small"), str(tmp_path / "large")]
     root = Path(__file__).parent.parent
