@@ -151,7 +151,9 @@ def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) ->
         model = tiny_model()
         model.recompute = recompute
         kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x) or x, lambda x: x
+        ):
             logp, _ = completion_logprobs(
                 model,
                 whole(prompts, rollout),
@@ -325,7 +327,7 @@ def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_
     )
     monkeypatch.setattr(grpo.sampler, "growing_rows", lambda *_, **__: growing)
     places = []
-    for part, slow in zip(shown, expected):
+    for part, slow in zip(shown, expected, strict=True):
         fast, _ = sampled(model, part, **options)
         assert growing.rows < 18  # some have left
         assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(

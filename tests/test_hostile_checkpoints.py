@@ -89,11 +89,23 @@ def test_code_that_lies_in_a_checkpoint_is_not_run(folder, tmp_path):
     assert not (tmp_path / "run_by_us").exists()
 
 
-@pytest.mark.parametrize("template", [
-    "{% for", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('\x1b[31m\n') }}", "{{ a.b.c }}",
-    "{{ 1 / 0 }}", "{% for i in range(10**9) %}x{% endfor %}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "{% include '/etc/passwd' %}", "{{ messages | nothing }}", 5, {"other": "x"},
-], ids=ascii)  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception('\x1b[31m\n') }}",
+        "{{ a.b.c }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% include '/etc/passwd' %}",
+        "{{ messages | nothing }}",
+        5,
+        {"other": "x"},
+    ],
+    ids=ascii,
+)
 def test_a_chat_template_that_fails_in_any_way_is_one_line(folder, template):
     (folder / "chat_template.jinja").unlink()
     change(folder / "tokenizer_config.json", chat_template=template)
@@ -124,30 +136,58 @@ def test_a_pipe_among_the_tokenizers_files_is_not_waited_for(folder, name):
     refused(lambda: loaded(folder), name, "a pipe or a device")
 
 
-@pytest.mark.parametrize("changed", [
-    {"merges": [["zz", "qq"]]}, {"vocab": {"a": -1}}, {"vocab": {"a": 2**32 - 1}}, {"vocab": {}, "merges": []},
-    {"vocab": []}, {"type": "Evil"}, {"unk_token": 5},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"merges": [["zz", "qq"]]},
+        {"vocab": {"a": -1}},
+        {"vocab": {"a": 2**32 - 1}},
+        {"vocab": {}, "merges": []},
+        {"vocab": []},
+        {"type": "Evil"},
+        {"unk_token": 5},
+    ],
+    ids=str,
+)
 def test_a_tokenizer_that_contradicts_itself_or_the_model_is_one_line(folder, changed):
     raw = json.loads((folder / "tokenizer.json").read_text())
     change(folder / "tokenizer.json", model=raw["model"] | changed)
     refused(lambda: loaded(folder))
 
 
-@pytest.mark.parametrize("changed", [
-    {"tokenizer_class": 5}, {"tokenizer_class": "RagTokenizer"}, {"tokenizer_class": "BertTokenizer"},
-    {"added_tokens_decoder": [1]}, {"extra_special_tokens": 5}, {"model_max_length": "x"}, {"eos_token": 5},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokenizer_class": 5},
+        {"tokenizer_class": "RagTokenizer"},
+        {"tokenizer_class": "BertTokenizer"},
+        {"added_tokens_decoder": [1]},
+        {"extra_special_tokens": 5},
+        {"model_max_length": "x"},
+        {"eos_token": 5},
+    ],
+    ids=str,
+)
 def test_a_tokenizer_config_of_nonsense_is_one_line(folder, changed):
     change(folder / "tokenizer_config.json", **changed)
     refused(lambda: loaded(folder))
 
 
-@pytest.mark.parametrize("changed", [
-    {"image_token_id": 900_000}, {"video_token_id": 340}, {"num_hidden_layers": 1000}, {"vocab_size": 1_000_000},
-    {"vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 10**6}},
-    {"tie_word_embeddings": [5]}, {"rope_theta": float("inf")}, {"hidden_size": 10**400}, {"text_config": [1]},
-], ids=lambda changed: next(iter(changed)))  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image_token_id": 900_000},
+        {"video_token_id": 340},
+        {"num_hidden_layers": 1000},
+        {"vocab_size": 1_000_000},
+        {"vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 10**6}},
+        {"tie_word_embeddings": [5]},
+        {"rope_theta": float("inf")},
+        {"hidden_size": 10**400},
+        {"text_config": [1]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
 def test_a_config_that_asks_for_the_impossible_is_one_line(folder, changed):
     change(folder / "config.json", **changed)
     refused(lambda: loaded(folder))
@@ -207,11 +247,26 @@ def test_an_index_of_impossible_names_is_one_line(folder, name):
 # Configs and artefacts
 
 
-@pytest.mark.parametrize("text", [
-    "a = " + DEEP, "beta = 1" + "0" * 400, "seed = 0x" + "f" * 5000, "seed = 9223372036854775808",
-    'model = "a\\u0000b"', "beta = 1e999", "seed = " + "9" * 5000, "a" * 10_000 + " = 1", "steps = 1979-05-27",
-    "\x00", "model.a = 3", "[model]", "test_questions = [[['a']]]", 'image_dir = "\\u0000"',
-], ids=lambda text: ascii(text[:20]))  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + DEEP,
+        "beta = 1" + "0" * 400,
+        "seed = 0x" + "f" * 5000,
+        "seed = 9223372036854775808",
+        'model = "a\\u0000b"',
+        "beta = 1e999",
+        "seed = " + "9" * 5000,
+        "a" * 10_000 + " = 1",
+        "steps = 1979-05-27",
+        "\x00",
+        "model.a = 3",
+        "[model]",
+        "test_questions = [[['a']]]",
+        'image_dir = "\\u0000"',
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
 def test_a_hostile_config_is_one_line(tmp_path, text):
     lines = {"model": '"m"', "train_questions": '"q"', "run_dir": '"r"'}
     needed = "".join(
@@ -235,8 +290,21 @@ def test_every_config_that_is_read_can_be_written_and_read_again(tmp_path):
         refused(lambda text=text: replace(config, run_dir=text), "run_dir", "printable")
 
 
-@pytest.mark.parametrize("line", [DEEP, "{", "[]", "5", "null", '{"step": [1]}', '{"step": 1%s}' % ("0" * 400), "\0",
-                                  '{"loss": 1}'], ids=lambda text: ascii(text[:12]))  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        DEEP,
+        "{",
+        "[]",
+        "5",
+        "null",
+        '{"step": [1]}',
+        '{"step": 1%s}' % ("0" * 400),
+        "\0",
+        '{"loss": 1}',
+    ],
+    ids=lambda text: ascii(text[:12]),
+)
 def test_metrics_of_nonsense_are_one_line(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
     refused(
@@ -244,10 +312,20 @@ def test_metrics_of_nonsense_are_one_line(tmp_path, line):
     )
 
 
-@pytest.mark.parametrize("progress", [
-    DEEP, "{", "[]", "5", "null", "{}", '{"step": -1, "seconds": 0, "tokens": 0}',
-    '{"step": 1, "seconds": "x", "tokens": 0}',
-], ids=lambda text: text[:20])  # fmt: skip
+@pytest.mark.parametrize(
+    "progress",
+    [
+        DEEP,
+        "{",
+        "[]",
+        "5",
+        "null",
+        "{}",
+        '{"step": -1, "seconds": 0, "tokens": 0}',
+        '{"step": 1, "seconds": "x", "tokens": 0}',
+    ],
+    ids=lambda text: text[:20],
+)
 def test_progress_of_nonsense_is_one_line(tmp_path, progress):
     config, model = load_config(write_run(tmp_path)), tiny_model()
     optimizer = MasterAdamW(model, config)

@@ -225,9 +225,8 @@ def greedy_by_forward(ours: Qwen2VL, batch: Batch) -> Tensor:
         logits = ours(tokens, batch.patches, batch.grids, lengths)
         tokens[rows, lengths] = best_allowed(logits[rows, lengths - 1])
         lengths += 1
-    return torch.stack(
-        [row[start : start + NEW_TOKENS] for row, start in zip(tokens, batch.lengths.tolist())]
-    )
+    columns = batch.lengths[:, None] + torch.arange(NEW_TOKENS)
+    return tokens.gather(1, columns)
 
 
 def best_allowed(logits: Tensor) -> Tensor:

@@ -196,9 +196,8 @@ def test_blocked_logprobs_in_bf16_stay_as_near_to_fp32_as_the_naive_ones() -> No
     assert fast.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-4)
     torch.testing.assert_close(fast, exact, rtol=0, atol=0.2)
-    for gradient, expected in zip(
-        torch.autograd.grad((fast * weight).sum(), narrow), exact_gradients
-    ):
+    gradients = torch.autograd.grad((fast * weight).sum(), narrow)
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
         assert gradient.dtype == torch.bfloat16
         assert (gradient.float() - expected).norm() < 0.02 * expected.norm()
 
@@ -215,9 +214,9 @@ def test_no_tensor_of_all_positions_and_all_ids_is_made_or_kept() -> None:
     M, ids = 64, 8
     hidden, head, tokens, allowed, weight = logprob_inputs(M)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        with Sizes() as forward:
-            logp, _ = token_logprobs(hidden, head, tokens, allowed, 0.7, M * 4 * ids)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x)
+    with hooks, Sizes() as forward:
+        logp, _ = token_logprobs(hidden, head, tokens, allowed, 0.7, M * 4 * ids)
     with Sizes() as backward:
         (logp * weight).sum().backward()
     for sizes in (forward, backward):

@@ -23,7 +23,7 @@ from torch import Tensor
 import train
 from data import Prompt, PromptEncoder
 from grpo.optimizer import MasterAdamW
-from model.config import read_config
+from model import load_model
 from model.weights import checkpoint_layout
 from rewards import Verdict
 
@@ -44,7 +44,7 @@ class RunOfOurs:
 def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs:
     """A run of train.py, observed. All that depends on our internals is here and in `METRICS`."""
     ours, generator = RunOfOurs(), torch.Generator().manual_seed(0)
-    layout = checkpoint_layout(read_config(folder / "base"))
+    layout = checkpoint_layout(load_model(folder / "base"))
     sample, update, assemble = train.sample_groups, MasterAdamW.step, PromptEncoder.assemble
 
     def observed_sampler(*args, **kwargs):
@@ -61,7 +61,7 @@ def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs
         published = {}
         for name, slot in layout.items():  # our fused matrices hold several published ones
             if gradients.get(slot.parameter) is not None:  # frozen ones have none
-                rows = gradients[slot.parameter][slot.start : slot.stop]
+                rows = gradients[slot.parameter][slot.rows]
                 published[name] = rows.clone().reshape(slot.shape)
         ours.gradients.append(published)
         return update(optimizer, *args, **kwargs)
