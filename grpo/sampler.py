@@ -1,12 +1,10 @@
-"""Grouped rollouts: every prompt, with its image, is run once; its G completions grow from the one
-cache.
+"""Grouped rollouts: a prompt with its image is run once, and G completions grow from its cache.
 
 What is sampled is exactly the distribution that is trained: the temperature, and the ids that can't
 be sampled, are in the loss's normaliser too, and there is no top-k or top-p. Randomness is data:
 one number per (seed, step, prompt, sample, position), drawn up front and turned into a token
-through the inverse of the cumulative distribution. So a completion depends (up to rounding) neither
-on what else is in the batch nor on how many processes share the work, and a resumed run needs no
-generator's state.
+through the inverse of the cumulative distribution. So a completion does not depend (up to rounding)
+on what else is in the batch, and a resumed run needs no generator's state.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,42 +65,37 @@ def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The ids (R,), and their log-probabilities, float32 (R,). `logits` are overwritten.
     """
-    R, V = logits.shape
+    V, size = logits.shape[1], IDS_IN_BLOCK
     highest = logits.amax(dim=-1, keepdim=True)
     odds = logits.sub_(highest).exp_()  # proportional to the probabilities
-    size = IDS_IN_BLOCK
     whole = V // size * size
-    masses = odds[:, :whole].view(R, -1, size).sum(dim=-1, dtype=torch.float32)
+    masses = odds[:, :whole].unflatten(1, (-1, size)).sum(dim=-1, dtype=torch.float32)
     if whole < V:
         masses = torch.cat((masses, odds[:, whole:].sum(dim=-1, keepdim=True)), dim=-1)
     blocks = masses.double().cumsum(dim=-1)
     mass = blocks[:, -1:]
     threshold = noise.double()[:, None] * mass
     block = torch.searchsorted(blocks, threshold, right=True).clamp(max=blocks.shape[1] - 1)
-    # How far into its block the threshold lies, as a share: the block's own running sum may round
-    # differently.
+
+    # How far into its block the threshold lies, as a share: the ids' running sum may be rounded
+    # otherwise than the block's mass.
     share = (threshold - blocks.gather(-1, block)) / masses.gather(-1, block).double() + 1
-    ids = block * size + torch.arange(size, device=logits.device)
-    within = (
-        odds.gather(-1, ids.clamp(max=V - 1)).masked_fill(ids >= V, 0.0).double().cumsum(dim=-1)
-    )
     share = share.clamp(0, 1 - 1e-12)  # below 1, so that some id's running sum exceeds it
+    ids = block * size + torch.arange(size, device=logits.device)
+    in_block = odds.gather(-1, ids.clamp(max=V - 1)).masked_fill(ids >= V, 0.0)
+    within = in_block.double().cumsum(dim=-1)
     place = torch.searchsorted(within, share * within[:, -1:], right=True).clamp(max=size - 1)
     chosen = ids.gather(-1, place).clamp(max=V - 1)
-    return chosen.squeeze(-1), (odds.gather(-1, chosen).double() / mass).log().float().squeeze(-1)
+    probability = odds.gather(-1, chosen).double() / mass
+    return chosen.squeeze(-1), probability.log().float().squeeze(-1)
 
 
 def naive_inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
-    """The twin of `inverse_cdf`: one running sum over all ids, logp (R, V), noise (R,) -> ids
-    (R,).
-    """
+    """The twin of `inverse_cdf`: one running sum over all ids. logp (R, V), noise (R,) -> (R,)."""
     cumulative = logp.double().exp().cumsum(dim=-1)
     threshold = noise.double()[:, None] * cumulative[:, -1:]
-    return (
-        torch.searchsorted(cumulative, threshold, right=True)
-        .squeeze(-1)
-        .clamp(max=logp.shape[-1] - 1)
-    )
+    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return ids.clamp(max=logp.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -124,42 +117,21 @@ def sample_groups(
         temperature: divides the logits, in sampling and in the log-probabilities returned.
         watch: called with each step's tokens (N, G) as they are chosen, for showing them.
     """
-    N, G, T = shape = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
+    N, G, T = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
     batch = collate(prompts, model.embed.weight.device)
-    kind = RolloutKind(shape, temperature, greedy=noise_NGT is None)
+    kind = RolloutKind((N, G, T), temperature, greedy=noise_NGT is None)
     growing = growing_rows(model, vocabulary, kind, batch.tokens_NP.shape[1])
     growing.begin(model, batch, noise_NGT)
     with arranged(model.decoding_weights(), rows=N * G):
         for t in range(T):
             if watch is not None:
-                watch(growing.tokens.view(shape)[..., t])
+                watch(growing.tokens.view(N, G, T)[..., t])
             if t + 1 == T:
                 break
             if (t + 1) % ASK_EVERY == 0 and not growing.drop_finished(written=t):
                 break
             growing.advance(model, t)
-
-    tokens, logps = growing.tokens.view(shape), growing.logps.view(shape)
-    ends = torch.isin(tokens, growing.ends)
-    mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end before it
-    if not bool(logps[mask].isfinite().all()):
-        raise InputError(
-            "the model's probabilities are not finite: its weights are damaged (copy them again), or training has diverged "
-            "(begin anew in another run_dir with a lower learning_rate)"
-        )
-    # Out of the buffers, which the next rollout may use again; behind a completion there are ends
-    # and zeros.
-    tokens, logps = tokens.masked_fill(~mask, vocabulary.end_ids[0]), logps.masked_fill(~mask, 0.0)
-    kept = int(mask.sum(-1).max())
-    tokens, mask, logps, ended = (
-        tokens[..., :kept],
-        mask[..., :kept],
-        logps[..., :kept],
-        ends[..., :kept].any(-1),
-    )
-    lengths, rows = mask.sum(-1).tolist(), tokens.cpu()
-    texts = [[vocabulary.decode(rows[n, g, : lengths[n][g]]) for g in range(G)] for n in range(N)]
-    return Rollout(prompts, tokens, mask, logps, ended, texts)
+    return growing.rollout(prompts)
 
 
 class RolloutKind(NamedTuple):
@@ -171,8 +143,7 @@ class RolloutKind(NamedTuple):
 
 
 class Growing:
-    """The completions that are still growing: R rows, as many of each group that is left, and what
-    they have so far.
+    """The completions that are still growing: R rows, as many of each group that is left.
 
     Results lie in `tokens` and `logps` (N * G, T) of all completions; `row_R` says which of them
     each row is. Beside rows that grow, a group may hold some that have ended: groups are kept
@@ -182,29 +153,27 @@ class Growing:
     """
 
     def __init__(
-        self,
-        model: Qwen2VL,
-        vocabulary: Vocabulary,
-        kind: RolloutKind,
-        prompt_size: int,
+        self, model: Qwen2VL, vocabulary: Vocabulary, kind: RolloutKind, prompt_size: int
     ) -> None:
-        (N, G, T), self.temperature, self.greedy = kind
-        self.vocabulary, self.allowed_V, self.kind = vocabulary, vocabulary.allowed_V, kind
+        N, G, T = kind.shape
         device = model.embed.weight.device
+        self.vocabulary, self.kind = vocabulary, kind
         self.cache = GroupCache(N, prompt_size, G, T, model.embed.weight.dtype, device)
         self.ends = torch.tensor(vocabulary.end_ids, device=device)
         self.noise = torch.zeros(N * G, T, device=device)
         self.tokens = torch.zeros(N * G, T, dtype=torch.int64, device=device)
         self.logps = torch.zeros(N * G, T, device=device)
-        self.row_R, self.position_R = (
-            torch.zeros(N * G, dtype=torch.int64, device=device) for _ in range(2)
-        )
+        self.row_R = torch.zeros(N * G, dtype=torch.int64, device=device)
+        self.position_R = torch.zeros_like(self.row_R)
         self.done_R = torch.zeros(N * G, dtype=torch.bool, device=device)
-        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph | None] = {}
+        self.rows = N * G
+        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+        self.warmed_up: set[tuple[int, int, int]] = set()
 
-    def holds(self, prompt_size: int) -> bool:
-        """Whether prompts of that length fit."""
-        return prompt_size <= self.cache.prompt_bias.shape[-1]
+    def fits(self, vocabulary: Vocabulary, kind: RolloutKind, prompt_size: int) -> bool:
+        """Whether this state can serve such a rollout too."""
+        room = self.cache.prompt_bias.shape[-1]
+        return self.vocabulary is vocabulary and self.kind == kind and prompt_size <= room
 
     def begin(self, model: Qwen2VL, batch: PromptBatch, noise_NGT: Tensor | None) -> None:
         """Run the prompts and choose the first tokens."""
@@ -216,9 +185,8 @@ class Growing:
         self.logps.zero_()
         self.done_R.zero_()
         self.row_R.copy_(torch.arange(self.rows))
-        after_prompt_N = (
-            batch.positions_3NP.amax(dim=(0, 2)) + 1
-        )  # where all completions of a prompt go on
+        # All completions of a prompt go on after the largest of its three positions.
+        after_prompt_N = batch.positions_3NP.amax(dim=(0, 2)) + 1
         self.position_R.copy_(after_prompt_N.repeat_interleave(G))
         last_ND = model.prefill(*batch.parts(), self.cache)
         self._choose(model, last_ND.repeat_interleave(G, dim=0))
@@ -230,35 +198,36 @@ class Growing:
         replayed together.
         """
         if not self.tokens.is_cuda:
-            return self.decode_and_choose(model, span=t + 1)
+            self.decode_and_choose(model, span=t + 1)
+            return
         span = min((t // SPAN_STEP + 1) * SPAN_STEP, self.tokens.shape[1])
         shape = self.cache.groups, self.rows, span
+        if shape not in self.warmed_up:  # what the libraries do at first can't be captured
+            self.warmed_up.add(shape)
+            self.decode_and_choose(model, span, padded=True)
+            return
         if shape not in self.graphs:
-            self.graphs[shape] = None
-            return self.decode_and_choose(
-                model, span, padded=True
-            )  # the libraries' warm-up, which can't be captured
-        if self.graphs[shape] is None:
-            pool = next((graph.pool() for graph in self.graphs.values() if graph is not None), None)
+            # One pool of memory: the graphs run one at a time.
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):  # one pool: they run one at a time
+            with torch.cuda.graph(graph, pool=pool):
                 self.decode_and_choose(model, span, padded=True)
             self.graphs[shape] = graph
         self.graphs[shape].replay()
 
     def decode_and_choose(self, model: Qwen2VL, span: int, padded: bool = False) -> None:
-        """The device's part of a step: no host in it, and nothing that depends on which step it is
-        but `span`.
-        """
+        """The device's share of a step: no host in it, and of the step only its `span`."""
         row_R, step = self.row_R[: self.rows], self.cache.step
         position_R = self.position_R[: self.rows] + step
-        hidden_RD = model.decode(self.tokens[row_R, step], position_R, self.cache, span, padded)
+        tokens_R = self.tokens[row_R, step]
+        hidden_RD = model.decode(tokens_R, position_R, self.cache, span, padded)
         self._choose(model, hidden_RD)
 
     def _choose(self, model: Qwen2VL, hidden_RD: Tensor) -> None:
         row_R, step = self.row_R[: self.rows], self.cache.step
-        logits_RV = masked_logits(hidden_RD, model.head_weight, self.allowed_V, self.temperature)
-        if self.greedy:
+        allowed_V, temperature = self.vocabulary.allowed_V, self.kind.temperature
+        logits_RV = masked_logits(hidden_RD, model.head_weight, allowed_V, temperature)
+        if self.kind.greedy:
             logp_R, chosen_R = logits_RV.log_softmax(dim=-1).max(dim=-1)
         else:
             chosen_R, logp_R = inverse_cdf(logits_RV, self.noise[row_R, step])
@@ -286,20 +255,39 @@ class Growing:
             self.rows = len(rows)
         return True
 
+    def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
+        """What was sampled, out of the buffers, which the next rollout may use again.
+
+        InputError if the model's probabilities are not finite.
+        """
+        N, G, T = self.kind.shape
+        tokens, logps = self.tokens.view(N, G, T), self.logps.view(N, G, T)
+        ends = torch.isin(tokens, self.ends)
+        mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end before it
+        if not logps[mask].isfinite().all():
+            raise InputError(
+                "the model's probabilities are not finite: its weights are damaged (copy them "
+                "again), or training has diverged (begin anew in another run_dir with a lower "
+                "learning_rate)"
+            )
+        longest = int(mask.sum(-1).max())
+        mask, ends = mask[..., :longest], ends[..., :longest]
+        # Behind a completion there are ends and zeros.
+        tokens = tokens[..., :longest].masked_fill(~mask, self.vocabulary.end_ids[0])
+        logps = logps[..., :longest].masked_fill(~mask, 0.0)
+        texts = []
+        for group, lengths in zip(tokens.cpu(), mask.sum(-1).tolist(), strict=True):
+            rows = zip(group, lengths, strict=True)
+            texts.append([self.vocabulary.decode(row[:length]) for row, length in rows])
+        return Rollout(prompts, tokens, mask, logps, ends.any(-1), texts)
+
 
 def growing_rows(
     model: Qwen2VL, vocabulary: Vocabulary, kind: RolloutKind, prompt_size: int
 ) -> Growing:
-    """A rollout's state. On a GPU the model keeps the latest one, with its graphs, for the next
-    step's rollout.
-    """
+    """A rollout's state. On a GPU the model keeps the latest one, with its graphs."""
     kept = model.rollout_state
-    if (
-        kept is not None
-        and kept.vocabulary is vocabulary
-        and kept.kind == kind
-        and kept.holds(prompt_size)
-    ):
+    if kept is not None and kept.fits(vocabulary, kind, prompt_size):
         return kept
     model.rollout_state = None  # its memory goes before the new one's comes
     if not model.embed.weight.is_cuda:
