@@ -282,10 +282,9 @@ def test_every_config_that_is_read_can_be_written_and_read_again(tmp_path):
     file = write_run(tmp_path)
     config = replace(load_config(file), image_dir="a'\"\\\U0001f600")
     file.write_text(config_toml(config))
-    assert (
-        load_config(file) == config
-        and tomllib.loads(config_toml(config))["image_dir"] == config.image_dir
-    )
+    assert load_config(file) == config
+    tables = tomllib.loads(config_toml(config)).values()
+    assert config.image_dir in [table.get("image_dir") for table in tables]
     for text in ("\udcff", "a\x7f", "a\nb", ""):  # as a shell may pass them
         refused(lambda text=text: replace(config, run_dir=text), "run_dir", "printable")
 
