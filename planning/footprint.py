@@ -1,158 +1,135 @@
-"""What a run holds in memory and computes, phase by phase: its own code, rehearsed on tensors
-without values.
+"""What a run holds in memory and how long it takes, phase by phase.
 
-Left out is what is small: the optimiser's step (AdamW is fused and works in place), the clipping of
-gradients, rewards and loss. All completions are taken to be as long as they may be.
+Weights and the optimiser's state are arithmetic. Activations are measured: the model's own code
+runs on tensors without values. All completions are taken to be as long as they may be. Left out is
+what is small: the optimiser's step (AdamW is fused and works in place), clipping, rewards and loss.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
 
 import torch
 from torch import Tensor
 
 from common.config import Config
-from data import Prompt, PromptEncoder, Question, Vocabulary
-from grpo.optimizer import MasterAdamW
-from grpo.rollout import MicroBatch, PromptBatch, collate, completion_logprobs, with_image_features
-from grpo.sampler import RolloutKind, growing_rows
+from data import PromptEncoder, Question
+from grpo.rollout import MicroBatch, PromptBatch, collate, completion_logprobs
 from model import Qwen2VL, Qwen2VLConfig
+from model.cache import GroupCache
+from model.linear import linear
 
-from .meter import Meter, fused_kernels
-from .workload import Load
+from .meter import MEASURED, Meter, Phase, fused_attention
+from .speed import Speed
+from .workload import Workload
 
-POLICY, REFERENCE, MASTERS, MOMENTS = "policy", "reference", "fp32 masters", "AdamW's moments"
-GRADIENTS, FP32_GRADIENTS, ARRANGED = "gradients", "fp32 gradients", "arranged weights"
-CACHE, IMAGES, SAVED = "keys and values", "images", "copy to save"
+FP32_GRADIENTS = "fp32 gradients"
+CACHE, SAVED = "keys and values", "copy to save"
 
 
 class Rehearsal:
-    """A run of `config` without values. What each of its phases holds and does is in
-    `meter.phases`.
+    """A run of `config` without values.
 
-    On a GPU, what lies in the host's memory is what the meter calls elsewhere.
+    Attributes:
+        weights, saved: bytes of the policy's weights, and of a checkpoint.
+        device, host: bytes by purpose that are held from beginning to end in the memory of the
+            device, and of its host if the device is a GPU.
     """
 
     def __init__(
-        self, config: Config, shape: Qwen2VLConfig, encoder: PromptEncoder, vocabulary: Vocabulary
+        self, config: Config, shape: Qwen2VLConfig, encoder: PromptEncoder, load: Workload
     ) -> None:
-        self.config, self.encoder, self.vocabulary = config, encoder, vocabulary
-        self.gpu = config.device.startswith("cuda")
-        offload = self.gpu and config.offload_optimizer
-        hosted = (IMAGES, SAVED, *((MASTERS, MOMENTS, FP32_GRADIENTS) if offload else ()))
-        self.meter = Meter(elsewhere=hosted if self.gpu else ())
+        self.config, self.encoder, self.load = config, encoder, load
         with torch.device("meta"):
-            self.policy, base = (Qwen2VL(shape).to(getattr(torch, config.dtype)) for _ in range(2))
+            self.policy = Qwen2VL(shape).to(getattr(torch, config.dtype))
         self.policy.recompute = config.activation_checkpointing
-        self.reference = (
-            base.requires_grad_(False) if config.beta and config.method == "grpo" else None
-        )
-        if config.freeze_vision:
-            self.policy.visual.requires_grad_(False)
-            if self.reference is not None:
-                self.reference.visual = self.policy.visual
-        with self.meter.making(MASTERS), self.meter:
-            self.optimizer = MasterAdamW(self.policy, replace(config, offload_optimizer=offload))
-        if self.reference is not None:
-            self.meter.assign(REFERENCE, self.reference.parameters())
-        self.meter.assign(POLICY, self.policy.parameters())
+        self.policy.visual.requires_grad_(not config.freeze_vision)
+        trained = [param for param in self.policy.parameters() if param.requires_grad]
+        numbers = sum(param.numel() for param in trained)
+        self.weights = sum(param.nbytes for param in self.policy.parameters())
+        self.gpu = config.device.startswith("cuda")
+        self.offload = self.gpu and config.offload_optimizer
+        # An fp32 model's own weights and gradients serve the optimiser, if they lie where it does.
+        self.fp32_copy = 4 * numbers if self.offload or config.dtype != "float32" else 0
+        optimizer = Counter({"fp32 masters": self.fp32_copy, "AdamW's moments": 8 * numbers})
+        self.saved = self.weights + optimizer.total()
+        self.device, self.host = Counter(policy=self.weights), Counter[str]()
+        if config.method == "grpo" and config.beta:
+            # A vision tower that is not trained serves both models.
+            self.device["reference"] = sum(param.nbytes for param in trained)
+        (self.host if self.offload else self.device).update(optimizer)
 
-    def run(self, load: Load) -> Meter:
-        """Go once through all that a run does with memory."""
-        with fused_kernels(self.gpu), self.meter:
-            if load.tested:
-                self._sample("test", self._prompts(load.tested), 1, self.config.max_new_tokens)
-            self._make_moments()
-            self._step(load)
-            self._save()
-        return self.meter
+    def run(self, speed: Speed) -> dict[str, Phase]:
+        """Go once through all that a step does with memory. Returns by name the phases of a step,
+        each with what it holds in the device's memory; "test", a batch of the questions that
+        measure accuracy; and "saving" a checkpoint, or "host", a GPU's host at its fullest.
+        """
+        self.meter = Meter(speed, outside=self.policy.parameters())
+        config, load, phases = self.config, self.load, {}
+        passes = config.prompts_per_step / load.micro_batch
+        library = fused_attention()
+        if load.tested:
+            phases["test"] = self._sample(load.tested, load.test_batch, 1)
+        if config.method == "grpo":
+            size = config.prompts_per_step, config.group_size
+            phases["rollout"] = self._sample(load.trained, *size)
+        if self.device["reference"]:  # another model, but of the policy's shape
+            with self.meter.phase() as phases["reference"], torch.no_grad():
+                self._log_probabilities()
+            phases["reference"].seconds *= passes
+        phases["update"] = self._update()
+        phases["update"].seconds *= passes * config.inner_updates
+        del library
+        for phase in phases.values():
+            phase.memory = self.device + phase.memory
+        # What is saved is copied first, and written while the run goes on.
+        where = self.host if self.gpu else self.device
+        phases["host" if self.gpu else "saving"] = Phase(where + Counter({SAVED: self.saved}))
+        return phases
 
-    def _step(self, load: Load) -> None:
-        step, micro_batch = self._prompts(load.step), self._prompts(load.micro_batch)
-        coming = self._prompts(load.step)  # read while this step is worked on
-        if self.config.freeze_vision:
-            step, micro_batch = (
-                with_image_features(self.policy, prompts) for prompts in (step, micro_batch)
-            )
-        if self.config.method == "grpo":
-            self._sample("rollout", step, load.group_size, load.completion)
-        batch = collate(micro_batch)
-        del micro_batch  # they are some of the step's
-        shape = len(load.micro_batch), load.group_size, load.completion
-        if self.reference is not None:
-            with self.meter.phase("reference"), torch.no_grad():
-                self._log_probabilities(self.reference, batch, shape)
-        for name in ("update", "further update")[: 1 + load.accumulates]:
-            self._update(name, batch, shape)
-        self.optimizer.forget_gradients()
-        del step, coming
-
-    def _prompts(self, questions: Sequence[Question]) -> list[Prompt]:
-        with self.meter.making(IMAGES):
-            values = self.policy.config.vision.patch_values
-            grids = [self.encoder.grids(question) for question in questions]
-            seen = [
-                [(torch.empty(t * h * w, values), (t, h, w)) for t, h, w in images]
-                for images in grids
-            ]
-            return [self.encoder.assemble(*pair) for pair in zip(questions, seen)]
-
-    def _make_moments(self) -> None:
-        """As they are from the second step on."""
-        with self.meter.making(MOMENTS):
-            for master in self.optimizer.masters:
-                self.optimizer.adamw.state[master] = {
-                    name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")
-                }
+    def _prompts(self, question: Question, count: int) -> PromptBatch:
+        """A batch of equal prompts whose images have no pixels."""
+        values = self.policy.config.vision.patch_values
+        grids = self.encoder.grids(question)
+        images = [(torch.empty(t * h * w, values), (t, h, w)) for t, h, w in grids]
+        return collate([self.encoder.assemble(question, images) for _ in range(count)])
 
     @torch.no_grad()
-    def _sample(self, name: str, prompts: list[Prompt], group_size: int, length: int) -> None:
-        """The prompts, and one token of all that follow: the last, which sees the most."""
-        self.policy.rollout_state = None
-        size = len(prompts), group_size, length
-        with self.meter.phase(name):
-            batch = collate(prompts)
-            kind = RolloutKind(size, self.config.temperature, greedy=name == "test")
-            growing = growing_rows(self.policy, self.vocabulary, kind, batch.tokens_NP.shape[1])
-            growing.begin(self.policy, batch, None if kind.greedy else torch.zeros(size))
-            self.meter.assign(CACHE, growing.cache.prompt + growing.cache.own)
-        with self.meter.phase(f"{name}, a token"):
-            arranged = self._arranged()
-            growing.decode_and_choose(self.policy, span=length, padded=self.gpu)
-        del arranged
-        if self.gpu:  # there the state of a rollout stays until the next
-            self.policy.rollout_state = growing
+    def _sample(self, question: Question, count: int, group_size: int) -> Phase:
+        """The prompts, and of the tokens that follow the last, which attends to the most."""
+        policy, length = self.policy, self.config.max_new_tokens
+        with self.meter.phase() as phase:
+            prompts = self._prompts(question, count)
+            size, dtype = prompts.tokens_NP.shape[1], policy.embed.weight.dtype
+            cache = GroupCache(count, size, group_size, length, dtype, torch.device("cpu"))
+            policy.prefill(*prompts.parts(), cache)
+            prefill = phase.seconds
+            zeros_R = torch.zeros(count * group_size, dtype=torch.int64)
+            hidden_RD = policy.decode(zeros_R, zeros_R, cache, length, padded=self.gpu)
+            linear(hidden_RD, policy.head_weight).float().log_softmax(dim=-1)
+        phase.seconds += (length - 1) * (phase.seconds - prefill)
+        for buffer in cache.prompt + cache.own:
+            phase.memory[CACHE] += buffer.nbytes
+        phase.memory[MEASURED] -= phase.memory[CACHE]
+        return phase
 
-    def _arranged(self) -> list[Tensor]:
-        """What `model.linear.arranged` makes, on a processor in fp32."""
-        if self.gpu or self.config.dtype != "float32":
-            return []
-        with self.meter.making(ARRANGED):
-            return [torch.empty_like(weight) for weight in self.policy.decoding_weights()]
+    def _log_probabilities(self) -> Tensor:
+        policy, load = self.policy, self.load
+        prompts = self._prompts(load.trained, load.micro_batch)
+        allowed_V = torch.ones(policy.config.vocab_size, dtype=torch.bool)
+        mask_NGT = allowed_V[0].expand(load.micro_batch, load.group_size, load.completion)
+        batch = MicroBatch(slice(None), prompts, mask_NGT.long(), mask_NGT)
+        return completion_logprobs(policy, batch, allowed_V, temperature=1.0)[0]
 
-    def _log_probabilities(
-        self, model: Qwen2VL, batch: PromptBatch, shape: tuple[int, int, int]
-    ) -> Tensor:
-        tokens, mask = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-        micro_batch = MicroBatch(slice(None), batch, tokens, mask)
-        allowed_V = self.vocabulary.allowed_V
-        return completion_logprobs(model, micro_batch, allowed_V, self.config.temperature)[0]
-
-    def _update(self, name: str, batch: PromptBatch, shape: tuple[int, int, int]) -> None:
-        with self.meter.phase(name):
-            self._log_probabilities(self.policy, batch, shape).sum().backward()
-            self.meter.assign(GRADIENTS, (param.grad for param in self.optimizer.params))
-            with self.meter.making(FP32_GRADIENTS):
-                self.optimizer.accumulate()
-
-    def _save(self) -> None:
-        """What is saved is copied in the host's memory first, and written from there while the run
-        goes on.
-        """
-        with self.meter.phase("checkpoint"), self.meter.making(SAVED):
-            copies = [torch.empty_like(tensor) for tensor in self.saved()]
-        del copies
-
-    def saved(self) -> list[Tensor]:
-        """What a checkpoint holds."""
-        return [*self.policy.parameters(), *self.optimizer.state().values()]
+    def _update(self) -> Phase:
+        accumulates = self.load.micro_batch < self.config.prompts_per_step
+        for _ in range(1 + accumulates):  # the second adds to the gradients of the first
+            with self.meter.phase() as phase:
+                torch.autograd.backward(self._log_probabilities().sum())
+            if self.fp32_copy:  # they are added to the fp32 ones, and go
+                self.policy.zero_grad()
+        if self.offload:
+            self.host[FP32_GRADIENTS] = self.fp32_copy
+        elif accumulates:
+            phase.memory[FP32_GRADIENTS] = self.fp32_copy
+        elif phase.memory[MEASURED] < self.fp32_copy:  # made when the activations are gone
+            phase.memory = Counter({FP32_GRADIENTS: self.fp32_copy})
+        return phase

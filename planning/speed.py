@@ -1,80 +1,50 @@
-"""How fast a device is, in a few numbers that are measured in about a second, and what work then
-takes.
-"""
+"""How fast a device is, in two numbers that are measured in less than a second."""
 
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from model.linear import arranged, linear
 
-from .meter import Work
+CALL = 5e-6  # seconds that any operator takes: a launch on a GPU, torch's dispatch on a processor
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Floating-point operations a second in products; bytes a second that products read, and that
-    all other operators read and write; seconds that any operator takes.
-    """
+class Speed(NamedTuple):
+    """Floating-point operations and bytes of memory a second, and where these numbers are from."""
 
     flops: float
-    read: float
-    moved: float
-    call: float
+    bytes: float
     source: str
 
-    def seconds(self, work: Iterable[Work]) -> float:
-        """A product takes as long as its arithmetic or its reading, whichever is longer."""
-        return sum(
-            self.call
-            + (
-                max(done.flops / self.flops, done.bytes / self.read)
-                if done.flops
-                else done.bytes / self.moved
-            )
-            for done in work
-        )
+    def seconds(self, flops: float, size: float) -> float:
+        """An operator takes as long as its arithmetic or its reading and writing, whichever is
+        longer (the roofline model, Williams et al. 2009).
+        """
+        return CALL + max(flops / self.flops, size / self.bytes)
 
 
-ASSUMED = Speed(
-    # NVIDIA's data sheet of the A100 80GB SXM: 312 TFLOP/s in bf16 and 2,039 GB/s. Half of the
-    # first and three quarters of the second are what well-written code gets; a launch takes about 5
-    # microseconds.
-    flops=312e12 / 2, read=2039e9 * 3 / 4, moved=2039e9 * 3 / 4, call=5e-6, source="assumed: an A100 of 80 GB",
-)  # fmt: skip
+# NVIDIA's data sheet of the A100 80GB SXM says 312 TFLOP/s in bf16 and 2,039 GB/s. Well-written
+# code gets half of the first and three quarters of the second.
+ASSUMED = Speed(156e12, 1529e9, "assumed: an A100 of 80 GB")
 
 
 def speed_of(device: str, dtype: torch.dtype) -> Speed:
     """Measured, or assumed for a GPU that is not there."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         return ASSUMED
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in "ab")
-    few, weight = a[:16], torch.randn(16384, 1024, device=device).to(dtype)
-    small = torch.ones(8, device=device)
-    with torch.no_grad(), arranged([weight], rows=len(few)):
-        product = _fastest(lambda: linear(a, b), device)
-        read = _fastest(lambda: linear(few, weight), device)
-        moved = _fastest(lambda: weight * weight, device)
-        call = _fastest(lambda: small + 1, device)
-    size = weight.nbytes
-    return Speed(
-        2 * 1024**3 / product, size / read, 3 * size / moved, call, f"measured on this {device}"
-    )
+    square = torch.randn(1024, 1024, device=device, dtype=dtype)
+    # As in decoding: a few rows meet a matrix that is too large for a processor's cache.
+    rows, weight = square[:16], torch.randn(16384, 1024, device=device, dtype=dtype)
+    with torch.no_grad(), arranged([weight], rows=len(rows)):
+        flops = 2 * 1024**3 / _seconds(square, square)
+        return Speed(flops, weight.nbytes / _seconds(rows, weight), f"measured on this {device}")
 
 
-def _fastest(run: Callable[[], object], device: str, seconds: float = 0.3) -> float:
-    """Seconds of the fastest of the runs that fit into that time: others on the machine can only
-    make it slower.
-    """
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    run()  # libraries load
-    wait()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.perf_counter()
-        run()
-        wait()
-        best = min(best, time.perf_counter() - started)
-    return best
+def _seconds(x: Tensor, weight: Tensor) -> float:
+    names = {"linear": linear, "x": x, "weight": weight}
+    threads = torch.get_num_threads()
+    timer = Timer("linear(x, weight)", globals=names, num_threads=threads)
+    # The fastest of all runs: others on the machine can only make it slower.
+    return min(timer.blocked_autorange(min_run_time=0.3).times)

@@ -1,127 +1,63 @@
-"""What a run works on, from its questions and its images' headers alone: sizes of prompts, steps,
-the heaviest.
-"""
+"""What a run works on, from its questions and its images' headers alone."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
 
 from common.config import Config
 from common.errors import InputError
-from data import PromptEncoder, Question, Vocabulary, questions_of_step
+from data import PromptEncoder, Question, Vocabulary
 from data.choice import load_questions, refuse_overlap
 from grpo.rollout import micro_batch_slices
 from training.sft import target
 
 
-@dataclass(frozen=True)
-class Load:
-    """The most that a run works on at once: questions of a batch of tests, of a step, of a
-    micro-batch.
-
-    `accumulates` says whether a step has more than one micro-batch; `group_size` and `completion`
-    are the number and length of a question's completions in training.
-    """
-
-    tested: Sequence[Question]
-    step: Sequence[Question]
-    micro_batch: Sequence[Question]
-    accumulates: bool
-    group_size: int
-    completion: int
-
-
-@dataclass(frozen=True)
 class Workload:
-    """The questions of a run, in the order of `load_questions`, and its steps.
+    """The questions of a run, read and checked as the run does it, but no pixel.
 
-    `sizes` are the tokens of each question's prompt; `parts` the numbers of micro-batches that
-    steps have; `passes` says how many of the heaviest micro-batch all steps together amount to, by
-    their tokens.
+    Every prompt is taken to be as long as the longest, and every completion as long as it may be.
+
+    Attributes:
+        questions: to train on, to validate on and to test on, by those verbs.
+        left_out: how many have too long a prompt.
+        prompts: tokens of each question's prompt.
+        trained, tested: the questions with the longest prompts, of those to train on, and of those
+            whose greedy accuracy is measured (None if there are none).
+        micro_batch, test_batch: how many questions a micro-batch and a batch of tests hold.
+        group_size, completion: completions of a question in training, and their tokens.
+
+    Raises:
+        InputError: whatever the run would refuse.
     """
 
-    train: list[Question]
-    validation: list[Question]
-    test: list[Question]
-    left_out: int
-    sizes: dict[Question, int]
-    parts: list[int]
-    passes: float
-    heaviest: Load
+    def __init__(self, config: Config, encoder: PromptEncoder, vocabulary: Vocabulary) -> None:
+        train, validation, test = load_questions(config)
+        refuse_overlap(train, validation, test)
+        unreadable: list[InputError] = []
+        forgive = unreadable.append if config.bad_images == "skip" else None
+        train, too_long = encoder.select(train, forgive)
+        validation, too_long_to_validate = encoder.select(validation)
+        test, too_long_to_test = encoder.select(test)
+        self.left_out = too_long + too_long_to_validate + too_long_to_test
+        self.questions = {"train": train, "validate": validation, "test": test}
+        self.prompts: dict[Question, int] = {}
+        for question in (*train, *validation, *test):
+            with suppress(InputError):  # of an image that `forgive` has taken
+                self.prompts[question] = encoder.count_tokens(question)
 
+        self.group_size, self.completion = config.group_size, config.max_new_tokens
+        if config.method == "sft":
+            answers = [vocabulary.encode(target(one, config.sft_answer)) for one in train]
+            self.group_size, self.completion = 1, max(map(len, answers)) + 1  # its end of turn
+        self.trained = self._longest(train)
+        lengths = [self.prompts[self.trained]] * config.prompts_per_step
+        completions = [self.completion] * config.prompts_per_step
+        tokens_each = config.micro_batch_tokens
+        slices = micro_batch_slices(lengths, completions, self.group_size, tokens_each)
+        self.micro_batch = slices[0].stop
+        measured = max(validation, test, key=len)
+        self.tested = self._longest(measured) if measured else None
+        self.test_batch = min(config.eval_batch_prompts, len(measured))
 
-def read_workload(config: Config, encoder: PromptEncoder, vocabulary: Vocabulary) -> Workload:
-    """Read and check all questions as the run does, but no pixel. InputError for whatever the run
-    would refuse.
-    """
-    unreadable: list[InputError] = []
-    forgive = unreadable.append if config.bad_images == "skip" else None
-    train, validation, test = load_questions(config)
-    refuse_overlap(train, validation, test)
-    train, left_out = encoder.select(train, forgive)
-    (validation, more), (test, most) = encoder.select(validation), encoder.select(test)
-    sizes = {}
-    for question in (*train, *validation, *test):
-        try:
-            sizes[question] = encoder.count_tokens(question)
-        except InputError:
-            pass  # `select` has found that the run forgives it
-    train = [question for question in train if question in sizes]
-    answers = {question: _completion(config, vocabulary, question) for question in train}
-    parts, passes, heaviest = _steps(
-        config, train, sizes, answers, max((validation, test), key=len)
-    )
-    return Workload(train, validation, test, left_out + more + most, sizes, parts, passes, heaviest)
-
-
-def _completion(config: Config, vocabulary: Vocabulary, question: Question) -> int:
-    """Most tokens of a completion, end of turn included."""
-    if config.method == "grpo":
-        return config.max_new_tokens
-    return len(vocabulary.encode(target(question, config.sft_answer))) + 1
-
-
-def _steps(
-    config: Config,
-    train: list[Question],
-    sizes: dict[Question, int],
-    answers: dict[Question, int],
-    tested: list[Question],
-) -> tuple[list[int], float, Load]:
-    """How many micro-batches each step has; see `Workload.passes`; the heaviest of all."""
-    group_size = config.group_size if config.method == "grpo" else 1
-
-    def tokens(questions: Sequence[Question]) -> int:
-        prompt, answer = (
-            max(found[question] for question in questions) for found in (sizes, answers)
-        )
-        return len(questions) * (prompt + group_size * answer)
-
-    steps = [
-        questions_of_step(train, step, config.prompts_per_step, config.seed)
-        for step in range(config.steps)
-    ]
-    parts, micro_batches = [], []
-    for step in steps:
-        found = ([sizes[question] for question in step], [answers[question] for question in step])
-        slices = micro_batch_slices(*found, group_size, config.micro_batch_tokens)
-        parts.append(len(slices))
-        micro_batches += [step[part] for part in slices]
-    heaviest = max(micro_batches, key=tokens)
-    passes = sum(map(tokens, micro_batches)) / tokens(heaviest)
-    return parts, passes, Load(
-        tested=_heaviest_batch(tested, sizes, config.eval_batch_prompts),
-        step=max(steps, key=tokens),
-        micro_batch=heaviest,
-        accumulates=max(parts) > 1,
-        group_size=group_size,
-        completion=max(answers[question] for question in heaviest),
-    )  # fmt: skip
-
-
-def _heaviest_batch(
-    questions: list[Question], sizes: dict[Question, int], size: int
-) -> list[Question]:
-    """Of those that `evaluation.answers` makes: like lengths together."""
-    order = sorted(questions, key=sizes.__getitem__)
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    return max(batches, key=lambda batch: len(batch) * sizes[batch[-1]], default=[])
+    def _longest(self, questions: Iterable[Question]) -> Question:
+        readable = (question for question in questions if question in self.prompts)
+        return max(readable, key=self.prompts.__getitem__)

@@ -19,16 +19,20 @@ from benchmarks.shapes import TOKENIZER, make_checkpoint, make_questions, shape
 from common.config import load_config
 from data import load_vocabulary
 from data.choice import prompt_encoder
-from grpo.rollout import collate, completion_logprobs
+from grpo.rollout import MicroBatch, collate, completion_logprobs
 from model import Qwen2VL, read_config
 from model.attention import causal_attention
 from model.config import config_json
-from planning.footprint import IMAGES, MASTERS, MOMENTS, POLICY, Rehearsal
-from planning.meter import Meter, fused_kernels
-from planning.workload import Workload, read_workload
+from model.vision import run_block
+from planning.footprint import FP32_GRADIENTS, Rehearsal
+from planning.meter import MEASURED, Meter, fused_attention
+from planning.speed import ASSUMED, Speed
+from planning.workload import Workload
 
 ROOT = Path(__file__).parent.parent
-TOLD_PEAK = "import resource, sys, train; train.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+TOLD_PEAK = """import resource, train
+train.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
 """A program that runs train.py and prints, last, the most memory in bytes that it ever had."""
 
 
@@ -39,12 +43,13 @@ def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def read(config_file: Path, **fields: object) -> tuple[Rehearsal, Workload]:
-    """What a dry run of the config makes, on a processor."""
+    """What a dry run of the config makes."""
     config = load_config(config_file, fields)
     model = read_config(config.model)
     vocabulary = load_vocabulary(config.model, model)
     encoder = prompt_encoder(vocabulary, model, config)
-    return Rehearsal(config, model, encoder, vocabulary), read_workload(config, encoder, vocabulary)
+    load = Workload(config, encoder, vocabulary)
+    return Rehearsal(config, model, encoder, load), load
 
 
 def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -> Path:
@@ -112,7 +117,7 @@ def test_a_model_of_2b_on_a_gpu_is_planned_without_gpu_and_weights_in_a_minute_a
     assert time.monotonic() - started < 60 and int(peak) < 4e9
     plan = "\n".join(lines)
     assert "2,209.0 M parameters" in plan and "the weights are not there yet" in plan
-    gpu = float(re.search(r"the GPU at its peak \(update\): ([\d.]+) GB", plan).group(1))
+    gpu = float(re.search(r"the GPU at its peak: ([\d.]+) GB", plan).group(1))
     assert 44 < gpu < 80  # policy, reference, masters, moments and gradients alone take 44
     assert "the host's memory" in plan and "a checkpoint 30.93 GB" in plan
     assert not (tmp_path / "run").exists()
@@ -121,104 +126,104 @@ def test_a_model_of_2b_on_a_gpu_is_planned_without_gpu_and_weights_in_a_minute_a
 class OfRealTensors(Meter):
     """Counts what is computed with values, as the real run computes it."""
 
-    def call(self, func, args, kwargs):
+    def call(self, func, inputs, args, kwargs):
         return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("fields", [{}, {"activation_checkpointing": True}, {"dtype": "bfloat16"}])
 def test_a_rehearsal_holds_what_the_same_update_holds_on_real_tensors(tmp_path, fields):
-    rehearsal, workload = read(write_run(tmp_path, max_new_tokens=40, test_questions=[]), **fields)
-    load = workload.heaviest
+    config = write_run(tmp_path, max_new_tokens=40, test_questions=[])
+    rehearsal, load = read(config, micro_batch_tokens=10**6, **fields)
     policy = Qwen2VL(rehearsal.policy.config).to(rehearsal.policy.embed.weight.dtype)
     policy.recompute = rehearsal.config.activation_checkpointing
-    prompts = [rehearsal.encoder.encode(question) for question in load.micro_batch]
-    tokens = torch.full((len(load.micro_batch), load.group_size, load.completion), 7)
-    real = OfRealTensors()
-    real.assign(POLICY, policy.parameters())
-    with real, real.phase("update"):
-        batch = collate(prompts)
-        logp, _ = completion_logprobs(
-            policy,
-            batch,
-            tokens,
-            torch.ones_like(tokens, dtype=torch.bool),
-            rehearsal.vocabulary.allowed_V,
-            1.0,
-        )
+    prompt = rehearsal.encoder.encode(load.trained)
+    mask = torch.ones(load.micro_batch, load.group_size, load.completion, dtype=torch.bool)
+    allowed = torch.ones(policy.config.vocab_size, dtype=torch.bool)
+    meter = OfRealTensors(ASSUMED, outside=policy.parameters())
+    with meter.phase() as real:
+        prompts = collate([prompt] * load.micro_batch)
+        batch = MicroBatch(slice(None), prompts, mask.long(), mask)
+        logp, _ = completion_logprobs(policy, batch, allowed, 1.0)
         logp.sum().backward()
-    held = real.phases["update"].here.total()
-    rehearsed = rehearsal.run(load).phases["update"].here
-    resident = rehearsed[MASTERS] + rehearsed[MOMENTS] + rehearsed[IMAGES] + rehearsed["reference"]
-    assert rehearsed.total() - resident == pytest.approx(held, rel=0.05)
+    rehearsed = rehearsal.run(ASSUMED)["update"].memory
+    assert rehearsed[MEASURED] == pytest.approx(real.memory[MEASURED], rel=0.05)
 
 
 def test_a_storage_counts_from_its_first_tensor_to_its_last():
-    with Meter() as meter:
-        with meter.phase("together"):
-            a = torch.empty(1000)
-            view = a[10:]
-            del a
-            b = torch.empty(500)
-        with meter.phase("after"):
-            del view
-            c = torch.empty(200)
-    assert meter.phases["together"].here == {"activations": 6000}
-    assert meter.phases["after"].here == {"activations": 6000}  # at its beginning
-    assert b.is_meta and c.is_meta
+    outside = torch.empty(300, device="meta")
+    meter = Meter(ASSUMED, outside=[outside])
+    with meter.phase() as together:
+        a = torch.empty(1000)
+        view = a[10:]
+        del a
+        b = torch.empty(500)
+        c = outside[5:]
+    with meter.phase() as after:
+        del view
+        d = torch.empty(200)
+    assert together.memory == {MEASURED: 6000}
+    assert after.memory == {MEASURED: 6000}  # at its beginning
+    assert b.is_meta and c.is_meta and d.is_meta
 
 
 def test_numbers_that_decide_shapes_are_known_and_all_others_are_not():
-    with Meter():
+    with Meter(ASSUMED).phase():
         mask = torch.arange(6) < 4
         picked = torch.empty(9, 3).index_select(0, torch.arange(3, 9)[mask])
-        total = int(picked.sum())
-    assert picked.is_meta and picked.shape == (4, 3) and total == 1  # a number nobody knows
+        total = int(mask.sum())
+    assert picked.is_meta and picked.shape == (4, 3) and total == 4
 
 
-def test_attention_does_not_hold_scores_and_is_left_as_it_was():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_does_not_hold_scores_and_is_left_as_it_was(recompute):
     q, k = (torch.empty(1, heads, 2000, 8, device="meta", requires_grad=True) for heads in (4, 2))
-    with Meter() as meter, fused_kernels(gpu=False), meter.phase("attention"):
-        causal_attention(q, k, k).sum().backward()
-    assert (
-        meter.phases["attention"].here.total() < 20 * q.nbytes
-    )  # the scores of all heads are 1,000 times q
+    library = fused_attention()
+    with Meter(ASSUMED).phase() as phase:
+        run_block(recompute, causal_attention, q, k, k).sum().backward()
+    # The scores of all heads are 1,000 times q.
+    assert phase.memory.total() < 20 * q.nbytes
+    del library
+    with Meter(ASSUMED).phase() as phase:
+        causal_attention(q, k, k)
+    assert phase.memory.total() > 500 * q.nbytes
     real = torch.randn(1, 2, 5, 8)
     assert causal_attention(real, real, real).isfinite().all()
 
 
-def test_the_products_of_a_pass_are_counted():
-    a, b = (
-        torch.empty(64, 32, device="meta", requires_grad=True),
-        torch.empty(32, 16, device="meta"),
-    )
-    with Meter() as meter, meter.phase("product") as phase:
+def test_the_products_of_a_pass_take_their_time():
+    a = torch.empty(640, 320, device="meta", requires_grad=True)
+    b = torch.empty(320, 160, device="meta")
+    speed = Speed(flops=1e3, bytes=1e12, source="")  # slow, so that nothing else counts
+    with Meter(speed).phase() as phase:
         (a @ b).sum().backward()
-    assert sum(work.flops for work in phase.work) == 2 * 2 * 64 * 32 * 16
+    assert phase.seconds == pytest.approx(2 * 2 * 640 * 320 * 160 / 1e3, rel=1e-4)
 
 
 def test_offloaded_masters_and_moments_lie_in_the_hosts_memory(tmp_path):
-    config = write_run(
-        tmp_path, dtype="bfloat16", device="cuda", offload_optimizer=True, max_new_tokens=10
-    )
-    rehearsal, workload = read(config)
-    update = rehearsal.run(workload.heaviest).phases["further update"]
-    assert update.here[POLICY] and not update.here.keys() & {MASTERS, MOMENTS, "fp32 gradients"}
-    assert update.elsewhere[MOMENTS] == 2 * update.elsewhere[MASTERS] == 4 * update.here[POLICY]
+    fields = {"device": "cuda", "offload_optimizer": True, "max_new_tokens": 10}
+    rehearsal, _ = read(write_run(tmp_path, dtype="bfloat16", **fields))
+    phases = rehearsal.run(ASSUMED)
+    update, host = phases["update"].memory, phases["host"].memory
+    assert update["policy"] == rehearsal.weights
+    assert not update.keys() & {"fp32 masters", "AdamW's moments", FP32_GRADIENTS}
+    assert host["fp32 masters"] == host[FP32_GRADIENTS] == 2 * rehearsal.weights
+    assert host["AdamW's moments"] == 4 * rehearsal.weights
 
 
-def test_the_heaviest_step_and_micro_batch_hold_the_longest_prompts_that_are_drawn(tmp_path):
-    _, workload = read(write_run(tmp_path), steps=8)
-    longest = max(workload.sizes[question] for question in workload.train)
-    assert longest in [workload.sizes[question] for question in workload.heaviest.micro_batch]
-    assert longest in [workload.sizes[question] for question in workload.heaviest.step]
-    assert len(workload.parts) == 8 and workload.heaviest.accumulates == (max(workload.parts) > 1)
-    assert workload.passes <= sum(workload.parts)
+def test_the_longest_prompts_that_could_be_drawn_fill_the_step_and_its_micro_batches(tmp_path):
+    config = write_run(tmp_path)
+    _, load = read(config, steps=8)
+    longest = max(load.prompts[question] for question in load.questions["train"])
+    assert load.prompts[load.trained] == longest
+    _, one = read(config, micro_batch_tokens=1)
+    _, all_of_them = read(config, micro_batch_tokens=10**6, prompts_per_step=3)
+    assert one.micro_batch == 1 and all_of_them.micro_batch == 3
 
 
 def test_sft_has_no_rollout_and_no_reference(tmp_path):
-    rehearsal, workload = read(write_run(tmp_path, method="sft"))
-    assert not {"rollout", "reference"} & rehearsal.run(workload.heaviest).phases.keys()
-    assert workload.heaviest.group_size == 1 and workload.heaviest.completion < 20
+    rehearsal, load = read(write_run(tmp_path, method="sft"))
+    assert not {"rollout", "reference"} & rehearsal.run(ASSUMED).keys()
+    assert load.group_size == 1 and load.completion < 20
 
 
 def dry_run(monkeypatch, config: Path, *flags: str) -> int:
