@@ -12,6 +12,7 @@ import argparse
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,24 +29,29 @@ from train import grpo_step
 from training.run import Run, prepared
 from training.step import Step
 
-from .common import endless, on_checkpoint, program, step_config, summary
+from .common import endless, run_measurement, step_config, summary
 
-WITHOUT = {
-    "oneDNN": lambda: setattr(model.linear, "_HAS_ONEDNN", False),
-    "arranged weights": lambda: setattr(grpo.sampler, "arranged", lambda *_, **__: nullcontext()),
-    "kept memory": lambda: setattr(training.run, "keep_freed_memory", lambda: None),
-    "merged attention": lambda: setattr(model.cache, "merged_attention", _unmerged_attention),
-    "dropping the finished": lambda: setattr(grpo.sampler, "SHRINK_AT", 0.0),
-    "blocked log-probs": lambda: setattr(grpo.rollout, "token_logprobs", naive_logprobs),
-}
-"""How each of FAST_PATHS is left out: its slow twin takes its place in this process."""
+
+def _nothing(*_: object, **__: object) -> nullcontext:
+    return nullcontext()
 
 
 def _unmerged_attention(
     q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor
 ) -> Tensor:
-    own = (x.unflatten(0, q.shape[:2]) for x in (own_k, own_v))
-    return two_part_attention(q, prompt_k, prompt_v, *own, bias[:, 0, 0] == 0, None)
+    own_k, own_v = own_k.unflatten(0, q.shape[:2]), own_v.unflatten(0, q.shape[:2])
+    return two_part_attention(q, prompt_k, prompt_v, own_k, own_v, bias[:, 0, 0] == 0, None)
+
+
+# How each of FAST_PATHS is left out: whose attribute becomes which slow twin, in this process.
+WITHOUT: dict[str, tuple[Any, str, object]] = {
+    "oneDNN": (model.linear, "_HAS_ONEDNN", False),
+    "arranged weights": (grpo.sampler, "arranged", _nothing),
+    "kept memory": (training.run, "keep_freed_memory", _nothing),
+    "merged attention": (model.cache, "merged_attention", _unmerged_attention),
+    "dropping the finished": (grpo.sampler, "SHRINK_AT", 0.0),
+    "blocked log-probs": (grpo.rollout, "token_logprobs", naive_logprobs),
+}
 
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
@@ -53,20 +59,24 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     writes.
     """
     for name in args.without:
-        WITHOUT[name]()
+        setattr(*WITHOUT[name])
     config = step_config(checkpoint, folder, args)
+    # What a run prints would stand before the line of JSON.
     with redirect_stdout(sys.stderr), prepared(config) as run:
         return timed_steps(run, config, args)
 
 
 def timed_steps(run: Run, config: Config, args: argparse.Namespace) -> dict[str, object]:
+    """The `summary` of as many steps as `config` has."""
     run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)
-    laps, counts, steps = [], [], range(config.steps)
-    prompts_of = prompts_of_steps(run.encoder, run.train_questions, steps, args.prompts, 0)
-    for number, prompts in zip(steps, prompts_of, strict=True):
+    laps, counts, numbers = [], [], range(config.steps)
+    batches = prompts_of_steps(run.encoder, run.train_questions, numbers, args.prompts, seed=0)
+    for number, prompts in zip(numbers, batches, strict=True):
         step = Step(number, prompts, args.device)
         grpo_step(run, step, config)
+        assert step.rollout is not None
         counts.append(int(step.rollout.mask_NGT.sum()))
+        # A completion that ended early would make the step look fast.
         assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
         laps.append(step.seconds)
         print(f"step {number}: {sum(step.seconds.values()):.2f} s", file=sys.stderr)
@@ -74,4 +84,4 @@ def timed_steps(run: Run, config: Config, args: argparse.Namespace) -> dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(program(lambda: on_checkpoint(measured_steps, "grpo_step", __doc__.split("\n")[0])))
+    sys.exit(run_measurement("grpo_step", __doc__.split("\n")[0], measured_steps))

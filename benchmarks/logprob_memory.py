@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.program import run_program
 from model import keep_freed_memory, token_logprobs
 
 
@@ -24,18 +25,17 @@ def full_logprobs(hidden_MD: Tensor, head_VD: Tensor, tokens_M: Tensor) -> Tenso
     return (hidden_MD @ head_VD.T).log_softmax(dim=-1).gather(-1, tokens_M[:, None]).squeeze(-1)
 
 
-def held(what: str = "VmRSS") -> int:
-    """Bytes of memory that this process holds now, or has held at most ("VmHWM"), as Linux
-    counts.
+def held(what: str) -> int:
+    """Bytes of memory that this process holds now ("VmRSS"), or has held at most ("VmHWM"), as
+    Linux counts.
     """
     status = Path("/proc/self/status").read_text().split("\n")
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{what}:"))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.logprob_memory", description=__doc__.split("\n")[0]
-    )
+def work() -> None:
+    """Measure what the command line asks for, and print it."""
+    parser = argparse.ArgumentParser("python -m benchmarks.logprob_memory")
     parser.add_argument("--full", action="store_true", help="by full logits")
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
@@ -46,22 +46,19 @@ def main() -> int:
     head = torch.empty(args.vocabulary, args.hidden).normal_(0, 0.02).requires_grad_()
     tokens = torch.randint(0, args.vocabulary, (args.positions,))
     allowed = torch.ones(args.vocabulary, dtype=torch.bool)
-    torch.ones(64, 64, requires_grad=True).matmul(
-        torch.ones(64, 64)
-    ).sum().backward()  # the libraries' own memory
-    before = held()
-    started = time.perf_counter()
-    logp = (
-        full_logprobs(hidden, head, tokens)
-        if args.full
-        else token_logprobs(hidden, head, tokens, allowed)[0]
-    )
+    # A product and its backward first: libraries take memory of their own when they are called.
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
+
+    before, started = held("VmRSS"), time.perf_counter()
+    if args.full:
+        logp = full_logprobs(hidden, head, tokens)
+    else:
+        logp, _ = token_logprobs(hidden, head, tokens, allowed)
     logp.sum().backward()
     seconds = time.perf_counter() - started
-    extra = held("VmHWM") - before - hidden.grad.nbytes - head.grad.nbytes
+    extra = held("VmHWM") - before - hidden.nbytes - head.nbytes  # gradients are as large as these
     print(json.dumps({"extra_mb": extra / 1e6, "seconds": seconds, **vars(args)}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks", work))

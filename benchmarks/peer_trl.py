@@ -22,24 +22,20 @@ from trl import GRPOConfig, GRPOTrainer
 
 from data import prompt_text, read_questions
 
-from .common import WARM_UP, machine, on_checkpoint, peak_memory, program
+from .common import WARM_UP, machine, peak_memory, run_measurement
 from .shapes import make_questions
 
 
 class ImageProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor without its part for videos, which would need torchvision."""
 
-    def __init__(
-        self, image_processor=None, tokenizer=None, chat_template=None, **_: object
-    ) -> None:
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: object):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
     def check_argument_for_proper_class(self, name: str, argument: object) -> type:
-        return (
-            type(argument)
-            if argument is None
-            else super().check_argument_for_proper_class(name, argument)
-        )
+        if argument is None:  # the part for videos
+            return type(None)
+        return super().check_argument_for_proper_class(name, argument)
 
 
 class Clock(TrainerCallback):
@@ -63,50 +59,62 @@ def letters(completions: Sequence[object], **_: object) -> list[float]:
     return [float(len(str(completion)) % 7) for completion in completions]
 
 
+def trl_config(args: argparse.Namespace, folder: Path, forbidden: list[int]) -> GRPOConfig:
+    """TRL's settings for the steps that the arguments describe."""
+    return GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=args.prompts * args.group,
+        num_generations=args.group,
+        max_completion_length=args.tokens,
+        max_steps=args.steps + WARM_UP,
+        beta=args.beta,
+        temperature=1.0,
+        learning_rate=1e-6,
+        gradient_checkpointing=False,
+        bf16=args.dtype == "bfloat16",
+        report_to="none",
+        use_cpu=args.device == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        generation_kwargs={"min_new_tokens": args.tokens, "suppress_tokens": forbidden},
+    )
+
+
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
     """As the function of that name in benchmarks/grpo_step.py, without the phases."""
-    questions = read_questions(
-        make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder)
-    )
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": prompt_text(q)}],
-            "image": Image.open(q.images[0]).convert("RGB"),
-        }
-        for q in questions
-    ]
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=getattr(torch, args.dtype)
-    )
+    file = make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder)
+    rows = []
+    for question in read_questions(file):
+        chat = [{"role": "user", "content": prompt_text(question)}]
+        rows.append({"prompt": chat, "image": Image.open(question.images[0]).convert("RGB")})
+    dtype, load = getattr(torch, args.dtype), Qwen2VLForConditionalGeneration.from_pretrained
+    model = load(checkpoint, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
-    clock, config = Clock(), model.config
-    endless = [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    shape = model.config
+    forbidden = [shape.image_token_id, shape.video_token_id]
+    forbidden += [shape.vision_start_token_id, shape.vision_end_token_id]
+    clock = Clock()
     trainer = GRPOTrainer(
         model=model,
         processing_class=ImageProcessor(images, tokenizer, tokenizer.chat_template),
         reward_funcs=letters,
         train_dataset=Dataset.from_list(rows),
         callbacks=[clock],
-        args=GRPOConfig(
-            output_dir=str(folder), per_device_train_batch_size=args.prompts * args.group, num_generations=args.group,
-            max_completion_length=args.tokens, max_steps=args.steps + WARM_UP, beta=args.beta, temperature=1.0,
-            learning_rate=1e-6, gradient_checkpointing=False, bf16=args.dtype == "bfloat16", report_to="none",
-            use_cpu=args.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            generation_kwargs={
-                "min_new_tokens": args.tokens, "suppress_tokens": [config.image_token_id, *endless],
-            },
-        ),
-    )  # fmt: skip
+        args=trl_config(args, folder, forbidden),
+    )
     trainer.train()
     seconds = clock.seconds[WARM_UP:]
-    result = {
+    return {
         "seconds_per_step": statistics.median(seconds),
         "spread": [min(seconds), max(seconds)],
+        **peak_memory(args.device),
+        **vars(args),
+        **machine(args.device),
     }
-    return result | peak_memory(args.device) | vars(args) | machine(args.device)
 
 
 if __name__ == "__main__":
-    sys.exit(program(lambda: on_checkpoint(measured_steps, "peer_trl", __doc__.split("\n")[0])))
+    sys.exit(run_measurement("peer_trl", __doc__.split("\n")[0], measured_steps))

@@ -17,79 +17,75 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.errors import InputError
+from common.program import run_program
 
-from .common import argument_parser, at_least, checkpoint_folder, program
+from .common import argument_parser, at_least, checkpoint_folder
 
+Result = dict[str, Any]
 MODULES = {"ours": "grpo_step", "transformers": "peer_transformers", "trl": "peer_trl"}
-RATIOS = {
-    "step": lambda ours, theirs: theirs["seconds_per_step"] / ours["seconds_per_step"],
-    "memory": lambda ours, theirs: theirs[memory_of(theirs)] / ours[memory_of(ours)],
-    "rollout": lambda ours, theirs: (
-        ours["rollout_tokens_per_second"] / theirs["rollout_tokens_per_second"]
-    ),
-    "update": lambda ours, theirs: theirs["seconds"]["update"] / ours["seconds"]["update"],
-}
-"""How much ours is better, of two results."""
 
 
-def memory_of(result: dict) -> str:
-    """Which memory counts: the GPU's where there is one."""
-    return "peak_gpu_mb" if "peak_gpu_mb" in result else "peak_rss_mb"
+def memory_of(result: Result) -> float:
+    """MB at the peak: the GPU's where there is one."""
+    return result["peak_gpu_mb" if "peak_gpu_mb" in result else "peak_rss_mb"]
 
 
-def run(name: str, args: argparse.Namespace, **changed: object) -> dict:
-    """One result of `name` (of MODULES) in a process of its own, with the arguments, some of them
-    changed.
+def compare(
+    args: argparse.Namespace, variants: dict[str, dict[str, Any]], rounds: int
+) -> dict[str, list[Result]]:
+    """Results of each variant by name, one of each a round, taking turns. A variant is what differs
+    from the arguments; one that bears a name of MODULES is that peer's.
     """
-    given = vars(args) | changed
-    without = given.pop("without")
-    options = [
-        f"--{key.replace('_', '-')}={value}"
-        for key, value in given.items()
-        if key not in ("rounds", "peers")
-    ]
-    options += ["--without", *without] if without else []
-    command = [sys.executable, "-m", f"benchmarks.{MODULES[name]}", *options]
-    print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 2:
-        raise InputError(done.stderr.strip().split("\n")[-1].removeprefix("benchmarks: "))
-    if done.returncode:
-        raise InputError(f"{name} failed; its last words:\n{done.stderr[-2000:]}")
-    result = json.loads(done.stdout.strip().split("\n")[-1])
-    print(
-        f"  {result['seconds_per_step']:.2f} s a step, {result[memory_of(result)]:,.0f} MB",
-        file=sys.stderr,
-    )
-    return result
-
-
-def compare(args: argparse.Namespace, peers: Sequence[str], rounds: int) -> dict[str, list[dict]]:
-    """Results of ours and of the peers, one of each a round, taking turns."""
-    results: dict[str, list[dict]] = {name: [] for name in ("ours", *peers)}
+    results: dict[str, list[Result]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name in results:
-            results[name].append(run(name, args))
+        for name, changed in variants.items():
+            results[name].append(_run(name, vars(args) | changed))
     return results
 
 
-def ratios(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, list[float]]:
-    """Each of RATIOS pair by pair, where both results have what it needs."""
-    found = {}
-    for name, ratio in RATIOS.items():
-        try:
-            found[name] = [ratio(a, b) for a, b in zip(ours, theirs, strict=True)]
-        except KeyError:  # TRL does not tell its phases apart
-            continue
-    return found
+def _run(name: str, options: dict[str, Any]) -> Result:
+    """One result, in a process of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{MODULES.get(name, 'grpo_step')}"]
+    for key, value in options.items():
+        if key not in ("rounds", "peers", "without"):  # those that all take, and with one value
+            command.append(f"--{key.replace('_', '-')}={value}")
+    if options["without"]:
+        command += ["--without", *options["without"]]
+    print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise InputError(f"{name} failed, as it says above")
+    result = json.loads(done.stdout.strip().split("\n")[-1])  # TRL prints lines of its own before
+    print(f"  {result['seconds_per_step']:.2f} s a step", file=sys.stderr)
+    return result
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def ratios(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, list[float]]:
+    """Theirs over ours, pair by pair, of each of `_costs`."""
+    pairs = [(_costs(our), _costs(their)) for our, their in zip(ours, theirs, strict=True)]
+    return {name: [their[name] / our[name] for our, their in pairs] for name in pairs[0][1]}
+
+
+def _costs(result: Result) -> dict[str, float]:
+    """What is better if it is less: seconds of a step, memory, and of those that time their phases
+    (TRL does not) seconds of a rollout's token and of the update.
+    """
+    costs = {"step": result["seconds_per_step"], "memory": memory_of(result)}
+    if "seconds" in result:
+        costs["rollout"] = 1 / result["rollout_tokens_per_second"]
+        costs["update"] = result["seconds"]["update"]
+    return costs
+
+
+def median_and_range(values: Sequence[float], digits: int = 1) -> str:
+    """As in "2.1 (1.9 to 2.4)"."""
+    numbers = statistics.median(values), min(values), max(values)
+    return "{} ({} to {})".format(*(f"{number:.{digits}f}" for number in numbers))
 
 
 def installed_peers() -> list[str]:
@@ -97,22 +93,22 @@ def installed_peers() -> list[str]:
     return ["transformers", *(["trl"] if importlib.util.find_spec("trl") else [])]
 
 
-def measured_pairs() -> None:
+def work() -> None:
+    """Measure what the command line describes, and print each ratio and its pairs."""
     parser = argument_parser("python -m benchmarks.peers", __doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="pairs (default: 3)")
-    parser.add_argument("--peers", nargs="+", default=installed_peers(), choices=list(MODULES)[1:])
+    peers, trl = installed_peers(), "trl is one where pip install -e '.[bench]' was done"
+    parser.add_argument("--rounds", type=partial(at_least, 1), default=3, help="pairs")
+    parser.add_argument("--peers", nargs="+", default=peers, choices=peers, help=trl)
     args = parser.parse_args()
-    if missing := set(args.peers) - set(installed_peers()):
-        raise InputError(f"{', '.join(missing)} is not installed: pip install -e '.[bench]'")
     with tempfile.TemporaryDirectory() as folder:
         args.checkpoint = str(checkpoint_folder(args.checkpoint, Path(folder)))
-        results = compare(args, args.peers, args.rounds)
+        variants: dict[str, dict[str, Any]] = {name: {} for name in ("ours", *args.peers)}
+        results = compare(args, variants, args.rounds)
     for peer in args.peers:
         for name, values in ratios(results["ours"], results[peer]).items():
-            print(
-                f"{peer} / ours, {name}: {spread(values)}; pairs {', '.join(f'{value:.2f}' for value in values)}"
-            )
+            pairs = ", ".join(f"{value:.2f}" for value in values)
+            print(f"{peer} / ours, {name}: {median_and_range(values)}; pairs {pairs}")
 
 
 if __name__ == "__main__":
-    sys.exit(program(measured_pairs))
+    sys.exit(run_program("benchmarks", work))

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,28 +14,64 @@ from PIL import Image
 
 from model import Qwen2VL, Qwen2VLConfig, VisionConfig, read_config, save_model
 
+# Any tokenizer serves; the rows of the embedding that it does not use are as in the published
+# checkpoints.
 TOKENIZER = Path(__file__).resolve().parent.parent / "miniature" / "base"
-"""Any tokenizer serves; the rows of the embedding that it does not use are as in the published
-checkpoints.
-"""
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
 
-_SHAPES = {
-    "tiny": dict(
-        vocab_size=1024, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, mrope_section=(2, 3, 3), vision=VisionConfig(depth=2, embed_dim=64, num_heads=4),
-    ),
-    "46m": dict(
-        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=2, mrope_section=(8, 12, 12), vision=VisionConfig(depth=4, embed_dim=256, num_heads=4),
-    ),
-    "2b": dict(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, mrope_section=(16, 24, 24), rope_theta=1e6,
-        vision=VisionConfig(depth=32, embed_dim=1280, num_heads=16),
-    ),
-}  # fmt: skip
+# 46m is for a laptop's processor; 2b is Qwen2-VL-2B's shape.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mrope_section": (2, 3, 3),
+        "vision": VisionConfig(depth=2, embed_dim=64, num_heads=4),
+    },
+    "46m": {
+        "vocab_size": 32768,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "mrope_section": (8, 12, 12),
+        "vision": VisionConfig(depth=4, embed_dim=256, num_heads=4),
+    },
+    "2b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "mrope_section": (16, 24, 24),
+        "rope_theta": 1e6,
+        "vision": VisionConfig(depth=32, embed_dim=1280, num_heads=16),
+    },
+}
 SHAPES = tuple(_SHAPES)
-"""46m is for a laptop's processor; 2b is Qwen2-VL-2B's shape."""
+
+_QUESTION = {
+    "question": "What is the specific abnormality that can be seen in this slice of the brain?",
+    "options": [
+        "Intracranial hemorrhage",
+        "Focal flair hyper intensity",
+        "White matter changes",
+        "Normal",
+    ],
+    "answer": "Normal",
+    "modality": "MRI",
+}
 
 
 def shape(name: str) -> Qwen2VLConfig:
@@ -57,8 +94,7 @@ def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32)
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-                 "preprocessor_config.json"):  # fmt: skip
+    for file in FILES:
         shutil.copy(TOKENIZER / file, folder)
     save_model(model, folder)
     return folder
@@ -69,14 +105,9 @@ def make_questions(count: int, side: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
-            folder / f"{i}.png"
-        )
-        rows.append({
-            "image": [f"{i}.png"], "answer": "Normal", "modality": "MRI",
-            "question": "What is the specific abnormality that can be seen in this slice of the brain?",
-            "options": ["Intracranial hemorrhage", "Focal flair hyper intensity", "White matter changes", "Normal"],
-        })  # fmt: skip
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append(_QUESTION | {"image": [f"{i}.png"]})
     file = folder / "questions.json"
     file.write_text(json.dumps(rows), encoding="utf-8")
     return file

@@ -18,7 +18,7 @@ import torch
 
 from common.config import Config
 from common.device import available_memory, use_device
-from common.hub import is_complete, model_folder
+from common.hub import model_folder
 from data import load_vocabulary
 from data.choice import prompt_encoder
 from model import keep_freed_memory, read_config
@@ -60,7 +60,7 @@ def print_plan(config: Config) -> None:
     rehearsal = Rehearsal(config, shape, encoder, load)
 
     millions = sum(param.numel() for param in rehearsal.policy.parameters()) / 1e6
-    there = "" if is_complete(folder, weights=True) else "; the weights are not there yet"
+    there = "" if any(folder.glob("*.safetensors")) else "; the weights are not there yet"
     print(f"model      {millions:,.1f} M parameters, {config.model}{there}")
     begins = f"go on from {checkpoint}" if checkpoint else "begin anew: no checkpoint there"
     print(f"run        {config.method}, {config.dtype} on {config.device}")

@@ -9,22 +9,15 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from benchmarks.__main__ import MARKS, write_tables
-from benchmarks.common import (
-    FAST_PATHS,
-    argument_parser,
-    endless,
-    on_checkpoint,
-    program,
-    step_config,
-)
+from benchmarks.__main__ import MARKS, PAGE, RESULTS, write_tables
+from benchmarks.common import FAST_PATHS, argument_parser, endless, run_measurement, step_config
 from benchmarks.grpo_step import WITHOUT, measured_steps
 from benchmarks.peer_transformers import logprobs, repeated
 from benchmarks.peers import ratios
 from benchmarks.shapes import SHAPES, make_checkpoint, shape
 from data import load_vocabulary
 from data.choice import load_questions, prompt_encoder
-from grpo.rollout import collate, completion_logprobs
+from grpo.rollout import MicroBatch, collate, completion_logprobs
 from model import Qwen2VL, load_model
 
 ROOT = Path(__file__).parent.parent
@@ -71,22 +64,22 @@ def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(
 
 def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
     """In a process of its own, because what is left out stays out."""
-    parts = ["model.linear._HAS_ONEDNN", "grpo.sampler.arranged", "training.run.keep_freed_memory"]
-    parts += [
-        "grpo.sampler.SHRINK_AT",
-        "model.cache.merged_attention",
-        "grpo.rollout.token_logprobs",
-    ]
-    code = "\n".join([
-        "import sys, tempfile, pathlib",
-        "from benchmarks import grpo_step as bench; from benchmarks.common import argument_parser",
-        "import grpo.rollout, training.run, grpo.sampler, model.cache, model.linear",
-        f"before = [{', '.join(parts)}]",
-        f"args = argument_parser('', '').parse_args({SMALL!r} + ['--without', *bench.WITHOUT])",
-        f"bench.measured_steps(args, pathlib.Path({str(checkpoint)!r}), pathlib.Path(tempfile.mkdtemp()))",
-        f"after = [{', '.join(parts)}]",
-        "assert len(bench.WITHOUT) == len(before) and not any(a is b for a, b in zip(before, after))",
-    ])  # fmt: skip
+    attributes = "model.linear._HAS_ONEDNN, grpo.sampler.arranged, training.run.keep_freed_memory"
+    attributes += ", grpo.sampler.SHRINK_AT, model.cache.merged_attention"
+    attributes += ", grpo.rollout.token_logprobs"
+    code = f"""
+import sys, tempfile, pathlib
+from benchmarks import grpo_step as bench
+from benchmarks.common import argument_parser
+import grpo.rollout, training.run, grpo.sampler, model.cache, model.linear
+before = [{attributes}]
+args = argument_parser("", "").parse_args({SMALL!r} + ["--without", *bench.WITHOUT])
+folder = pathlib.Path(tempfile.mkdtemp())
+bench.measured_steps(args, pathlib.Path({str(checkpoint)!r}), folder)
+after = [{attributes}]
+assert len(bench.WITHOUT) == len(before)
+assert not any(a is b for a, b in zip(before, after))
+"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -105,14 +98,13 @@ def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(
     with torch.no_grad():
         slow = logprobs(
             theirs,
-            repeated(prompt, 3, ours.config.image_token_id, "cpu"),
+            repeated([prompt], 3, ours.config.image_token_id, "cpu"),
             completions,
             vocabulary.allowed_V,
         )
-        every = torch.ones(1, 3, 4, dtype=torch.bool)
-        fast, _ = completion_logprobs(
-            ours, collate([prompt]), completions[None], every, vocabulary.allowed_V, 1.0
-        )
+        mask = torch.ones(1, 3, 4, dtype=torch.bool)
+        batch = MicroBatch(slice(None), collate([prompt]), completions[None], mask)
+        fast, _ = completion_logprobs(ours, batch, vocabulary.allowed_V, 1.0)
     torch.testing.assert_close(fast[0], slow, rtol=0, atol=1e-4)
 
 
@@ -148,11 +140,18 @@ def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path
     pair = {"ours": [ours, ours], "trl": [peer, peer | {"seconds_per_step": 20.0}]}
     assert ratios(pair["ours"], pair["trl"]) == {"step": [12.0, 10.0], "memory": [5.0, 5.0]}
     results = {
-        "date": "2026-01-02", "rounds": 2, "minutes": 3.0, "versions": {"torch": "2"}, "peers 448": pair,
-        "peers 224": pair, "groups": {"4": [ours], "16": [ours | {"seconds_per_step": 3.0}]},
-        "ragged": {"nothing": [ours], "dropping the finished": [ours]}, "without": {"nothing": [ours], "kept memory": [ours | {"seconds_per_step": 2.5}]}, "dtypes": {"float32": [ours], "bfloat16": [ours]},
+        "date": "2026-01-02",
+        "rounds": 2,
+        "minutes": 3.0,
+        "versions": {"torch": "2"},
+        "peers 448": pair,
+        "peers 224": pair,
+        "groups": {"4": [ours], "16": [ours | {"seconds_per_step": 3.0}]},
+        "ragged": {"nothing": [ours], "dropping the finished": [ours]},
+        "without": {"nothing": [ours], "kept memory": [ours | {"seconds_per_step": 2.5}]},
+        "dtypes": {"float32": [ours], "bfloat16": [ours]},
         "logprobs": {"": {"extra_mb": 100.0}, "--full": {"extra_mb": 7000.0}},
-    }  # fmt: skip
+    }
     write_tables(results, page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
@@ -179,7 +178,7 @@ def test_a_wrong_argument_is_one_line_with_exit_code_2(
 ):
     monkeypatch.setattr(sys, "argv", ["grpo_step", "--checkpoint", str(checkpoint), *SMALL, *flags])
     try:
-        code = program(lambda: on_checkpoint(measured_steps, "grpo_step", ""))
+        code = run_measurement("grpo_step", "", measured_steps)
     except SystemExit as stopped:
         code = stopped.code
     error = capsys.readouterr().err.strip().split("\n")[-1]
@@ -188,3 +187,10 @@ def test_a_wrong_argument_is_one_line_with_exit_code_2(
 
 def test_what_can_be_left_out_is_what_the_command_line_offers() -> None:
     assert tuple(WITHOUT) == FAST_PATHS
+
+
+def test_the_tables_on_the_page_are_those_of_the_results_beside_it(tmp_path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.read_text())
+    write_tables(json.loads(RESULTS.read_text()), page)
+    assert page.read_text() == PAGE.read_text()
