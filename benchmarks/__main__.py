@@ -67,6 +67,7 @@ def measure(rounds: int, device: str) -> None:
         checkpoint = str(checkpoint_folder("46m", Path(folder)))
         flags = ["--checkpoint", checkpoint, "--steps", "2", "--device", device]
         args = argument_parser("", "").parse_args(flags)
+        # One part after the other, so that an hour of measuring survives the failure of the next.
         for part, variants in VARIANTS.items():
             results[part] = compare(args, variants, rounds)
             _save(results)
@@ -111,6 +112,7 @@ def tables(results: dict[str, Any]) -> str:
 
 def _table(*rows: Sequence[str]) -> list[str]:
     """Lines of Markdown; the first row is the head, and its first cell is empty."""
+    # Only in the head: pages that are there already have it so.
     head, *lines = [f"| {' | '.join(row)} |" for row in rows]
     return [head.replace("|  |", "| |", 1), "|---" * len(rows[0]) + "|", *lines]
 

@@ -60,7 +60,7 @@ def run_measurement(program: str, description: str, measure: Measurement) -> int
 
 def _print_measurement(parser: argparse.ArgumentParser, measure: Measurement) -> None:
     args = parser.parse_args()
-    # First of all: a large checkpoint takes a while to make.
+    # Before anything else: a large checkpoint takes a while to make.
     if args.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device is {args.device!r}, but torch finds no CUDA GPU; give cpu")
     with tempfile.TemporaryDirectory() as temporary:
@@ -128,7 +128,7 @@ def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Con
         beta=args.beta,
         dtype=args.dtype,
         device=args.device,
-        max_pixels=args.side**2,
+        max_pixels=args.side**2,  # images are neither shrunk nor enlarged
         micro_batch_tokens=args.micro_batch_tokens,
         max_prompt_tokens=1024 + args.side**2,  # more than any image has
     )
@@ -147,6 +147,7 @@ def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig, ending: float = 0.0) -
     allowed_V[[*vocabulary.end_ids, *vision]] = False
     if not ending:
         return replace(vocabulary, allowed_V=allowed_V)
+    # Spread over all rows, so that their share of the probability is as large.
     ends = torch.arange(0, len(allowed_V), round(1 / ending))
     return replace(vocabulary, allowed_V=allowed_V, end_ids=tuple(ends[allowed_V[ends]].tolist()))
 
@@ -159,6 +160,7 @@ def summary(
     """
     counted = laps[WARM_UP:]
     seconds = {phase: statistics.median(lap[phase] for lap in counted) for phase in counted[0]}
+    # The sums of steps, as medians of phases do not add up to the median of a step.
     steps = [sum(lap.values()) for lap in counted]
     tokens = statistics.median(counts[WARM_UP:])
     return {
@@ -177,6 +179,7 @@ def peak_memory(device: str) -> dict[str, float]:
     """Most memory that this process has held, in MB (10^6 bytes): all of it, and on a GPU torch's
     share of that.
     """
+    # In KB, as Linux counts.
     peak = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
     if device.startswith("cuda"):
         peak["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 1e6

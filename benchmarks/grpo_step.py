@@ -32,6 +32,7 @@ from training.step import Step
 from .common import endless, run_measurement, step_config, summary
 
 
+# For what prepares something, as a call or as a context: its twin leaves all as it is.
 def _nothing(*_: object, **__: object) -> nullcontext:
     return nullcontext()
 
@@ -58,6 +59,7 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run
     writes.
     """
+    # For good: what is left out in a process stays out, so that a measurement has one of its own.
     for name in args.without:
         setattr(*WITHOUT[name])
     config = step_config(checkpoint, folder, args)

@@ -41,7 +41,7 @@ def work() -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=512)
     args = parser.parse_args()
-    keep_freed_memory()
+    keep_freed_memory()  # as in a run
     hidden = torch.randn(args.positions, args.hidden, requires_grad=True)
     head = torch.empty(args.vocabulary, args.hidden).normal_(0, 0.02).requires_grad_()
     tokens = torch.randint(0, args.vocabulary, (args.positions,))

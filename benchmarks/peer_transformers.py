@@ -53,8 +53,25 @@ def logprobs(
     # The state of the token before predicts a token: one position more, and the last left out.
     kept = completions_GT.shape[1] + 1
     logits = model(**whole, logits_to_keep=kept, use_cache=False).logits[:, :-1].float()
+    # The same distribution as ours: what can't be sampled is not in its normaliser.
     logits = logits.masked_fill(~allowed_V, float("-inf"))
     return logits.log_softmax(dim=-1).gather(-1, completions_GT[..., None]).squeeze(-1)
+
+
+def sampled(policy: Any, inputs: dict[str, Any], allowed_V: Tensor, length: int) -> Tensor:
+    """One completion of that length (rows, length) for each row of the inputs."""
+    tokens = policy.generate(
+        **inputs,
+        do_sample=True,  # of all ids: the checkpoints' own defaults leave most of them out
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        suppress_tokens=(~allowed_V).nonzero()[:, 0].tolist(),
+        pad_token_id=0,  # never needed, but asked for
+    )
+    return tokens[:, -length:]
 
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
@@ -91,20 +108,11 @@ def one_step(
     groups = [repeated([prompt], *inputs) for prompt in step.prompts]
     with step.phase("rollout"):
         # As one batch: the prompts of the bench are of one length.
-        tokens = policy.generate(
-            **repeated(step.prompts, *inputs),
-            do_sample=True,  # of all ids: the checkpoints' own defaults leave most of them out
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=args.tokens,
-            min_new_tokens=args.tokens,
-            suppress_tokens=(~allowed_V).nonzero()[:, 0].tolist(),
-            pad_token_id=0,
-        )
-    rollouts = list(zip(groups, tokens[:, -args.tokens :].split(args.group), strict=True))
+        tokens = sampled(policy, repeated(step.prompts, *inputs), allowed_V, args.tokens)
+    rollouts = list(zip(groups, tokens.split(args.group), strict=True))
     with step.phase("reference"), torch.no_grad():
         refs = [reference and logprobs(reference, *group, allowed_V) for group in rollouts]
+    # What a step costs does not depend on its rewards.
     advantages = group_advantages(torch.rand(args.prompts, args.group)).to(args.device)
     with step.phase("update"):
         for group, ref, advantages_G in zip(rollouts, refs, advantages, strict=True):

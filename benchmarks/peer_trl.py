@@ -48,6 +48,7 @@ class Clock(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, *_: object, **__: object) -> None:
+        # Kernels are queued: the step has ended when the last is done.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._began)
@@ -70,13 +71,13 @@ def trl_config(args: argparse.Namespace, folder: Path, forbidden: list[int]) -> 
         beta=args.beta,
         temperature=1.0,
         learning_rate=1e-6,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False,  # it would cost another forward pass
         bf16=args.dtype == "bfloat16",
         report_to="none",
         use_cpu=args.device == "cpu",
         save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,
+        disable_tqdm=True,  # stdout is for the line of JSON
         generation_kwargs={"min_new_tokens": args.tokens, "suppress_tokens": forbidden},
     )
 
@@ -91,6 +92,7 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     dtype, load = getattr(torch, args.dtype), Qwen2VLForConditionalGeneration.from_pretrained
     model = load(checkpoint, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # TRL pads with it; the tokenizer at hand may have none.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
     shape = model.config

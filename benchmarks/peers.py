@@ -42,6 +42,7 @@ def compare(
     from the arguments; one that bears a name of MODULES is that peer's.
     """
     results: dict[str, list[Result]] = {name: [] for name in variants}
+    # Taking turns: a machine that slows down slows all that are compared.
     for _ in range(rounds):
         for name, changed in variants.items():
             results[name].append(_run(name, vars(args) | changed))
@@ -57,6 +58,7 @@ def _run(name: str, options: dict[str, Any]) -> Result:
     if options["without"]:
         command += ["--without", *options["without"]]
     print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
+    # A process of its own, because the most memory that one has held never goes down.
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"{name} failed, as it says above")

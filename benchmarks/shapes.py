@@ -87,11 +87,11 @@ def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32)
     """
     if (folder / "config.json").exists():
         return folder
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # so that every peer, and every round, has the same weights
     model = Qwen2VL(shape(name)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1:  # norms and biases are fine as they are made
                 parameter.normal_(0, 0.02)
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES:

@@ -47,6 +47,7 @@ def kill_somewhere(process: subprocess.Popen, run_dir: Path, rng: random.Random)
     """SIGKILL after a random time, or when a checkpoint is being written; returns which, or "" if
     it ended before.
     """
+    # Saves are short: left to chance alone, a kill would hardly ever meet one.
     in_save, rows = rng.random() < 0.4, _rows(run_dir)
     # The libraries load for seconds, in which nothing can go wrong: the time runs from the first
     # step on.
@@ -55,6 +56,7 @@ def kill_somewhere(process: subprocess.Popen, run_dir: Path, rng: random.Random)
     deadline = time.monotonic() + rng.uniform(0, 3)
     while process.poll() is None:
         if _is_saving(run_dir) if in_save else time.monotonic() > deadline:
+            # Not always at the first file of a save.
             time.sleep(rng.uniform(0, 0.02) if in_save else 0)
             process.kill()
             process.wait()
@@ -79,6 +81,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
         for file in run_dir.glob(pattern):
             contents[str(file.relative_to(run_dir))] = file.read_bytes()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    # Clocks differ from run to run; all else must not.
     for row in rows:
         for name in [name for name in row if name.startswith(("seconds", "tokens_per_second"))]:
             del row[name]

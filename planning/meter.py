@@ -122,9 +122,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,  # this kernel takes grouped queries in any case
+    **_: object,  # scale, and enable_gqa: this kernel takes grouped queries in any case
 ) -> Tensor:
     attend = aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return attend(q, k, v, dropout_p, is_causal, attn_mask=attn_mask)[0]
