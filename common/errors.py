@@ -19,6 +19,11 @@ class InputError(ValueError):
         )  # escapes make it up to ten times as long
 
 
+def reason(error: Exception) -> str:
+    """What a library raised, its kind and its words, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def printable(text: str) -> str:
     """The text as one line, every character escaped that could steer a terminal or break the line.
 

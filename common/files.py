@@ -5,6 +5,7 @@ real one.
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,21 @@ def read_json(file: str | Path, remedy: str) -> Any:
     that.
     """
     try:
-        return json.loads(read_bytes(file).decode("utf-8"))
+        return json.loads(read_bytes(file).decode("utf-8-sig"), object_pairs_hook=_object)
     except InputError:
         raise
     except (ValueError, OSError, RecursionError) as error:  # RecursionError: brackets 100,000 deep
         raise InputError(f"{file}: not readable as JSON ({error}); {remedy}") from None
 
 
-def read_json_lines(file: str | Path, remedy: str) -> Iterator[tuple[int, Any]]:
+def read_json_lines(
+    file: str | Path, remedy: str, skip_torn: bool = True
+) -> Iterator[tuple[int, Any]]:
     """Yields (line number from 1, value) of a file of JSON lines, however long; blank lines are
     passed over.
 
-    A last line that is torn, as a crash leaves it, is passed over too. `remedy` ends the InputError
-    that anything else is which can't be read.
+    A last line that is torn, as a crash leaves it, is passed over too with `skip_torn`. `remedy`
+    ends the InputError that anything else is which can't be read.
     """
     try:
         check_file(file, most_bytes=2**63)
@@ -70,12 +73,22 @@ def read_json_lines(file: str | Path, remedy: str) -> Iterator[tuple[int, Any]]:
                 number += 1
                 try:
                     if line.strip():
-                        yield number, json.loads(line.decode("utf-8-sig"))
+                        text = line.decode("utf-8-sig")
+                        yield number, json.loads(text, object_pairs_hook=_object)
                 except (ValueError, RecursionError) as error:
-                    if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    if skip_torn and not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                         return  # torn
                     raise InputError(
                         f"{file} line {number}: not JSON ({error}); {remedy}"
                     ) from None
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error.strerror}); {remedy}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError if a field stands twice: readers disagree on which counts."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the field {twice!r} stands there twice")
+    return fields
