@@ -11,7 +11,8 @@ from .question import Question, option_letter
 
 TASK = """\
 Your task:
-1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags.
+1. Think through the question step by step, enclose your reasoning process in <think>...</think> \
+tags.
 2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags.
 3. No extra information or text outside of these tags."""
 

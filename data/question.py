@@ -4,26 +4,48 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Names of OmniMedVQA (whose files say "Mag-netic", "ultrasound" and leave the parenthesis of "OCT
-# (..." open), of the data sets derived from it, and of everyday use; compared without case, spaces
-# and punctuation.
+# Names of OmniMedVQA, whose files say "Mag-netic" and "ultrasound" and leave the parenthesis of
+# "OCT (..." open, of the data sets derived from it, and of everyday use.
 _NAMES = {
-    "MRI": ("MR (Magnetic Resonance Imaging)", "MRI (Magnetic Resonance Imaging)", "Magnetic Resonance Imaging",
-            "Magnetic Resonance Imaging (MRI)", "MRI", "MR"),
-    "CT": ("CT (Computed Tomography)", "Computed Tomography", "Computed Tomography (CT)", "CT", "CT scan"),
-    "X-ray": ("X-ray", "X-ray imaging", "Chest X-ray", "Radiograph", "Radiography", "Digital Radiography"),
+    "MRI": (
+        "MRI",
+        "MR",
+        "MR (Magnetic Resonance Imaging)",
+        "MRI (Magnetic Resonance Imaging)",
+        "Magnetic Resonance Imaging",
+        "Magnetic Resonance Imaging (MRI)",
+    ),
+    "CT": (
+        "CT",
+        "CT scan",
+        "CT (Computed Tomography)",
+        "Computed Tomography",
+        "Computed Tomography (CT)",
+    ),
+    "X-ray": (
+        "X-ray",
+        "X-ray imaging",
+        "Chest X-ray",
+        "Radiograph",
+        "Radiography",
+        "Digital Radiography",
+    ),
     "Ultrasound": ("Ultrasound", "Ultrasonography", "US (Ultrasound)"),
-    "Fundus": ("Fundus Photography", "Fundus"),
+    "Fundus": ("Fundus", "Fundus Photography"),
     "Dermoscopy": ("Dermoscopy",),
-    "Microscopy": ("Microscopy Images", "Microscopy Image", "Microscopy"),
-    "OCT": ("OCT (Optical Coherence Tomography)", "Optical Coherence Tomography",
-            "Optical Coherence Tomography (OCT)", "OCT"),
-}  # fmt: skip
+    "Microscopy": ("Microscopy", "Microscopy Image", "Microscopy Images"),
+    "OCT": (
+        "OCT",
+        "OCT (Optical Coherence Tomography)",
+        "Optical Coherence Tomography",
+        "Optical Coherence Tomography (OCT)",
+    ),
+}
 MODALITIES = tuple(_NAMES)
-UNKNOWN_MODALITY = "unknown"
 
 
 def _plain(name: str) -> str:
+    """The name as it is compared: without case, spaces and punctuation."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
@@ -59,7 +81,7 @@ def canonical_modality(name: str) -> str:
     A name that is not known is kept as it is (surrounding white space aside); an empty one becomes
     "unknown".
     """
-    return _CANONICAL.get(_plain(name), name.strip() or UNKNOWN_MODALITY)
+    return _CANONICAL.get(_plain(name), name.strip() or "unknown")
 
 
 def option_letter(index: int) -> str:

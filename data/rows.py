@@ -1,5 +1,7 @@
-"""One row of a question file: its fields, checked, with errors that say where they are."""
+"""One row of a file of questions: its fields, checked, with errors that say where they are."""
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -7,15 +9,25 @@ from typing import Any, NoReturn
 from common.errors import InputError
 
 LONGEST_TEXT = 20_000  # characters of one field: several times a long clinical case
+_KINDS = {
+    list: "a list",
+    dict: "an object",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+"""What JSON calls the values that Python reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object of a question file.
+    """One object of a file of questions.
 
     Attributes:
         fields: the object itself.
-        file: the question file.
+        file: the file.
         place: "row 12" or "line 12".
         image_root: resolved folder that no image path may leave.
         check_images: whether an image must exist.
@@ -29,9 +41,9 @@ class Row:
 
     def __post_init__(self) -> None:
         if not isinstance(self.fields, dict):
-            raise InputError(
-                f"{self.file} {self.place}: is {_kind(self.fields)}: give an object with `question`, `options`, ..."
-            )
+            kind = _KINDS[type(self.fields)]
+            remedy = "give an object with `question`, `options`, ..."
+            raise InputError(f"{self.file} {self.place}: is {kind}: {remedy}")
 
     @property
     def source(self) -> str:
@@ -55,70 +67,44 @@ class Row:
     def strings(self, field: str) -> tuple[str, ...]:
         """A list of texts, at least one."""
         values = self._value(field)
-        if not isinstance(values, list) or not values:
-            self.fail(field, f"is {_kind(values)}", "give a list of texts")
+        if not values or not isinstance(values, list):
+            self.fail(field, f"is {_KINDS[type(values)]}", "give a list of at least one text")
         return tuple(self._text(field, value) for value in values)
 
-    def image(self, field: str, name: str) -> Path:
-        """The resolved path of an image that lies in the image folder."""
-        path = Path(name)
-        if path.is_absolute() or ".." in path.parts:
-            self.fail(
-                field,
-                f"leaves the image folder ({name!r})",
-                f"give a path relative to {self.image_root}",
-            )
-        try:
-            resolved = (self.image_root / path).resolve()
-            missing = self.check_images and not resolved.is_file()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # too long a name, a loop of links, a NUL character
-            self.fail(
-                field, f"is no usable path ({name[:80]!r}, {type(error).__name__})", "correct it"
-            )
-        if not resolved.is_relative_to(self.image_root):
-            self.fail(
-                field, f"leaves the image folder ({name!r}, a link to {resolved})", "copy the image"
-            )
-        if missing:
-            self.fail(
-                field,
-                f"names a missing image, {resolved}",
-                "add it, or correct the path or the image folder",
-            )
+    def images(self, field: str) -> tuple[Path, ...]:
+        """The resolved paths of one image, or of a list of them, that lie in the image folder."""
+        one = isinstance(self.fields.get(field), str)
+        names = (self.string(field),) if one else self.strings(field)
+        return tuple(self._image(field, name) for name in names)
+
+    def _image(self, field: str, name: str) -> Path:
+        # Links are followed first: one within the folder may lead out of it.
+        resolved = Path(os.path.realpath(self.image_root / name))
+        if ".." in Path(name).parts or not resolved.is_relative_to(self.image_root):
+            problem = f"leaves the image folder ({name!r} is {resolved})"
+            self.fail(field, problem, f"copy the image into {self.image_root}")
+        if self.check_images and not os.path.isfile(resolved):
+            remedy = "add it, or correct the path or the image folder"
+            self.fail(field, f"names a missing image, {resolved}", remedy)
         return resolved
 
     def _value(self, field: str) -> Any:
         if field not in self.fields:
-            self.fail(
-                field,
-                "is missing",
-                f"add it (this row has {', '.join(sorted(self.fields)) or 'no field'})",
-            )
+            names = ", ".join(sorted(self.fields)) or "no field"
+            self.fail(field, "is missing", f"add it (this row has {names})")
         return self.fields[field]
 
     def _text(self, field: str, value: Any) -> str:
-        text = value.strip() if isinstance(value, str) else ""
+        if not isinstance(value, str):
+            self.fail(field, f"holds {_KINDS[type(value)]}", "give a text")
+        text = value.strip()
         if not text:
-            self.fail(
-                field,
-                f"holds {'no text' if isinstance(value, str) else _kind(value)}",
-                "give a text",
-            )
+            self.fail(field, "holds no text", "give a text")
         if len(text) > LONGEST_TEXT:
             self.fail(field, f"holds {len(text):,} characters", f"shorten it to {LONGEST_TEXT:,}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            self.fail(field, "holds half of a surrogate pair", "write the character whole")
+        # No file can have such a name, and no tokenizer takes the latter.
+        if re.search("[\0\ud800-\udfff]", text):
+            self.fail(
+                field, "holds NUL or half of a surrogate pair", "give text that UTF-8 can have"
+            )
         return text
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}.get(
-        type(value), "a number"
-    )

@@ -108,7 +108,10 @@ def test_omnimedvqa_option_that_is_null_is_no_option(write):
 
 
 def test_med_r1_options_may_hold_commas_parentheses_and_full_stops(write):
-    problem = "If (as in A) unsure, what is seen? A)Good (A), clear., B)Type (B), e.g. C) small, D) none, C)IQA (D)."
+    problem = (
+        "If (as in A) unsure, what is seen? "
+        "A)Good (A), clear., B)Type (B), e.g. C) small, D) none, C)IQA (D)."
+    )
     [question] = read_questions(write(med_r1_row(problem), name="X-Ray_test.json"))
     assert question.question == "If (as in A) unsure, what is seen?"
     assert question.options == ("Good (A), clear.", "Type (B), e.g. C) small, D) none", "IQA (D).")
@@ -190,7 +193,7 @@ def test_duplicate_options_are_settled_by_the_solution_only(write):
         (medvlm_row(question=None), ["`question`", "null"]),
         (medvlm_row(question="\ud800"), ["`question`", "surrogate"]),
         (medvlm_row(subset=7), ["`subset`", "a number"]),
-        (medvlm_row(image=[]), ["`image`", "an empty list"]),
+        (medvlm_row(image=[]), ["`image`", "a list", "at least one"]),
         (medvlm_row(image=5), ["`image`", "a number"]),
         (medvlm_row(image="gone.png"), ["`image`", "gone.png"]),
         (omni_row(gt_answer="Spleen"), ["`gt_answer`", "'Spleen'"]),
@@ -217,11 +220,12 @@ def test_wrong_row_is_one_line_that_names_file_row_and_field(write, row, parts):
         ("", "empty"),
         (" \n\t\n", "empty"),
         ("[]", "empty"),
-        ("[{]", "not JSON"),
+        ("[{]", "not readable as JSON"),
         ("question,answer\n1,2", "line 1: not JSON"),
         ('{"a": 1}\n{oops', "line 1"),
-        ("[" * 100_000, "not JSON"),
-        ("[" + "9" * 5000 + "]", "not JSON"),
+        (json.dumps(medvlm_row()) + '\n{"image": ["scan.p', "line 2: not JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ("[" + "9" * 5000 + "]", "not readable as JSON"),
         ('{"questions": [', "not JSON"),
         ("3", "a number"),
     ],

@@ -16,10 +16,10 @@ from PIL import Image, PngImagePlugin
 
 from common.config import load_config
 from common.errors import LONGEST_MESSAGE, InputError, printable
-from common.files import MOST_BYTES
+from common.files import LONGEST_LINE, MOST_BYTES
 from data import load_image, read_questions
 from data.images import image_size
-from data.readers import LONGEST_ROW
+from data.readers import MOST_LIST_BYTES
 from data.rows import LONGEST_TEXT
 from evaluation.audits.completions import read_completions
 from model import read_config
@@ -114,51 +114,73 @@ def question_file(tmp_path, content):
     return tmp_path / "test.json"
 
 
-LISTS = "[" + "[]," * 3_000_000 + "[]]"  # 9 MB that become 300 MB of empty lists if they are parsed
+LISTS = "[" + "[]," * 1_000_000 + "[]]"  # 3 MB that become 70 MB of empty lists
+LONG = "x" * (LONGEST_LINE - 1000)
 
 
-@pytest.mark.parametrize("before", ["[", '[{"a": ', '{"a": '])
-def test_a_row_is_not_parsed_beyond_its_limit(tmp_path, before):
-    file = question_file(tmp_path, before + LISTS)
+def test_a_list_takes_25_times_its_limit_at_most_and_a_longer_one_is_not_parsed(tmp_path):
+    file = question_file(tmp_path, LISTS)
     tracemalloc.start()
-    refused(read_questions, file, "1: not JSON", f"a row of more than {LONGEST_ROW:,} characters")
+    refused(read_questions, file, "row 1: is a list")
+    peak = tracemalloc.get_traced_memory()[1]
+    question_file(tmp_path, "[" + " " * MOST_LIST_BYTES + "]")
+    tracemalloc.reset_peak()
+    refused(read_questions, file, "a JSON list of more than 64 MB: write it as JSON lines")
+    peak_of_refusal = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30 * len(LISTS) and peak_of_refusal < 3 * MOST_LIST_BYTES
+
+
+def test_a_line_is_not_parsed_beyond_its_limit(tmp_path):
+    file = question_file(tmp_path, '{"a": ' + LISTS * 10)
+    tracemalloc.start()
+    refused(read_questions, file, "line 1: not JSON")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 60_000_000  # the file's bytes, its text, and what a row of the limit may become
+    assert peak < 30 * LONGEST_LINE + len(LISTS * 10)
 
 
-def test_a_row_just_within_the_limit_is_read(tmp_path):
-    row = json.dumps(ROW | {"note": "x" * (LONGEST_ROW - 1000)})
+def test_a_row_just_within_the_limit_is_read_and_one_beyond_is_not(tmp_path):
+    row = json.dumps(ROW | {"note": LONG})
     assert len(read_questions(question_file(tmp_path, f"[{row}, {row}]"))) == 2
     assert len(read_questions(question_file(tmp_path, f" \n{row}\r\n \n{row}"))) == 2
+    row = json.dumps(ROW | {"note": LONG + "x" * 1000})
+    refused(read_questions, question_file(tmp_path, f"{row}\n{row}"), "line 1: not JSON")
 
 
 @pytest.mark.parametrize(
     ("content", "part"),
     [
         (b"\0" * 1000, "line 1: not JSON"),
-        (json.dumps([ROW]).encode("utf-16"), "not UTF-8"),
-        (b"\xff\xfe[1]", "not UTF-8"),
+        (json.dumps([ROW]).encode("utf-16"), "as UTF-8"),
+        (b"\xff\xfe[1]", "as UTF-8"),
         ('{"question": "' + "x" * 10_000_000 + '"}', "line 1: not JSON"),
         (
             "[" + json.dumps(ROW | {"question": "x" * (LONGEST_TEXT + 1)}) + "]",
             "`question` holds 20,001 characters",
         ),
         (json.dumps([ROW | {"options": ["x"] * 10_000}]), "`options` makes 10000 options"),
-        (json.dumps([ROW | {"question": "\udc80"}]), "`question` holds half of a surrogate"),
+        (json.dumps([ROW | {"question": "\udc80"}]), "half of a surrogate"),
+        (json.dumps([ROW | {"question": "\0"}]), "`question` holds NUL"),
         (
             json.dumps([ROW | {"\x1b[2J\u202e\ud800" * 1000: 1, "question": None}]),
             "`question` holds null",
         ),
-        ('[{"a": ' * 100_000, "row 1: not JSON"),
+        ('[{"a": ' * 100_000, "not readable as JSON"),
+        ('{"a": ' * 100_000, "line 1: not JSON"),
         ('[{"image": "a", "image": "b"}]', "the field 'image' stands there twice"),
-        (json.dumps([ROW])[:-2] + ', "big": ' + "9" * 5000 + "}]", "row 1: not JSON"),
+        (
+            '\n{"image": "a", "image": "b"}',
+            "line 2: not JSON (the field 'image' stands there twice",
+        ),
+        (json.dumps([ROW])[:-2] + ', "big": ' + "9" * 5000 + "}]", "not readable as JSON"),
         (json.dumps([ROW | {"options": [10**4000, float("inf")]}]), "`options` holds a number"),
-        (json.dumps([ROW])[:-1], "row 1 is not followed by a comma"),
-        (json.dumps([ROW]) + "[]", "row 1 is not followed by a comma, or by ] and nothing"),
-        (json.dumps([ROW])[:-1] + ",]", "row 2: not JSON"),
-        (json.dumps(ROW) + " {}", "line 1: not JSON (something follows"),
-        ("\n" * 5_000_000 + "x", "line 5000001: not JSON"),
+        (json.dumps([ROW])[:-1], "not readable as JSON (Expecting ',' delimiter: line 1 column"),
+        (json.dumps([ROW]) + "[]", "not readable as JSON (Extra data"),
+        (json.dumps([ROW])[:-1] + ",]", "not readable as JSON (Expecting value"),
+        (json.dumps(ROW) + " {}", "line 1: not JSON (Extra data"),
+        (json.dumps(ROW) + "\n" + json.dumps(ROW)[:-9], "line 2: not JSON"),
+        ("\n" * 500_000 + "x", "line 500001: not JSON"),
     ],
     ids=lambda value: ascii(value[:12]),
 )
@@ -168,7 +190,7 @@ def test_a_hostile_question_file_is_one_line(tmp_path, content, part):
 
 @pytest.mark.parametrize("unit", ["\n", ", ", "\n,", ",\n ", " A)", ",B)", "A)x,"])
 def test_splitting_a_problem_takes_linear_time(tmp_path, unit, monkeypatch):
-    monkeypatch.setattr("data.rows.LONGEST_TEXT", LONGEST_ROW)
+    monkeypatch.setattr("data.rows.LONGEST_TEXT", 1_000_000)
     row = {
         "image": "scan.png",
         "problem": "Q? A)x" + unit * (900_000 // len(json.dumps(unit))),
@@ -234,8 +256,28 @@ def test_a_pipe_in_the_image_folder_is_no_image(tmp_path):
 
 # Completions
 
-UNITS = ("B)", "a ", "no mass, ", "(", "*", "not ", "option ", "</answer>", "<think>", "\n", "\u200b", "\ufdfa",
-         "is not ", "{B)", "which is ", "A or ", "'", "ß", "\ud800", "the left ")  # fmt: skip
+UNITS = (
+    "B)",
+    "a ",
+    "no mass, ",
+    "(",
+    "*",
+    "not ",
+    "option ",
+    "</answer>",
+    "<think>",
+    "\n",
+    "\u200b",
+    "\ufdfa",
+    "is not ",
+    "{B)",
+    "which is ",
+    "A or ",
+    "'",
+    "ß",
+    "\ud800",
+    "the left ",
+)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)

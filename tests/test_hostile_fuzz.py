@@ -27,9 +27,16 @@ from model.config import parse_config
 from rewards import LETTERS, RULES, read_letter, score
 
 fuzzed = settings(
-    max_examples=200, derandomize=True, deadline=None, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
 
 
 def result_or_line(call: Any, *arguments: Any) -> Any:
@@ -58,14 +65,48 @@ JSON = st.recursive(
     max_leaves=10,
 )
 LAYOUTS = (
-    {"image": ["scan.png"], "question": "What?", "options": ["Cyst", "Mass"], "answer": "Mass", "solution": "B",
-     "modality": "MRI", "question_type": "Disease"},
-    {"image_path": "scan.png", "question": "What?", "option_A": "Cyst", "option_B": "Mass", "gt_answer": "Mass",
-     "modality_type": "CT", "question_type": "Disease"},
-    {"image": "scan.png", "problem": "What? A)Cyst, B)Mass", "solution": "<answer> B </answer>", "modality": "CT"},
-    {"id": "1", "model": "m", "question": "What?", "options": ["Cyst", "Mass"], "ground_truth": "B", "completion": "B"},
-    {"model": "m", "probe": "p", "place": 0, "contract": "c", "digest": "d", "letter": "A", "modality": "MRI"},
-)  # fmt: skip
+    {
+        "image": ["scan.png"],
+        "question": "What?",
+        "options": ["Cyst", "Mass"],
+        "answer": "Mass",
+        "solution": "B",
+        "modality": "MRI",
+        "question_type": "Disease",
+    },
+    {
+        "image_path": "scan.png",
+        "question": "What?",
+        "option_A": "Cyst",
+        "option_B": "Mass",
+        "gt_answer": "Mass",
+        "modality_type": "CT",
+        "question_type": "Disease",
+    },
+    {
+        "image": "scan.png",
+        "problem": "What? A)Cyst, B)Mass",
+        "solution": "<answer> B </answer>",
+        "modality": "CT",
+    },
+    {
+        "id": "1",
+        "model": "m",
+        "question": "What?",
+        "options": ["Cyst", "Mass"],
+        "ground_truth": "B",
+        "completion": "B",
+    },
+    {
+        "model": "m",
+        "probe": "p",
+        "place": 0,
+        "contract": "c",
+        "digest": "d",
+        "letter": "A",
+        "modality": "MRI",
+    },
+)
 FIELDS = sorted({name for layout in LAYOUTS for name in layout})
 
 
@@ -141,11 +182,26 @@ def encoded(kind: str, mode: str = "RGB", **options: Any) -> bytes:
 IMAGES = tuple(
     encoded(kind, *mode)
     for kind, *mode in (
-        ("PNG",), ("PNG", "P"), ("PNG", "LA"), ("PNG", "1"), ("PNG", "I;16"), ("JPEG",), ("JPEG", "CMYK"), ("MPO",),
-        ("TIFF",), ("TIFF", "LAB"), ("TIFF", "F"), ("GIF",), ("BMP",), ("BMP", "P"), ("WEBP",), ("WEBP", "RGBA"),
-        ("PPM",), ("JPEG2000",),
+        ("PNG",),
+        ("PNG", "P"),
+        ("PNG", "LA"),
+        ("PNG", "1"),
+        ("PNG", "I;16"),
+        ("JPEG",),
+        ("JPEG", "CMYK"),
+        ("MPO",),
+        ("TIFF",),
+        ("TIFF", "LAB"),
+        ("TIFF", "F"),
+        ("GIF",),
+        ("BMP",),
+        ("BMP", "P"),
+        ("WEBP",),
+        ("WEBP", "RGBA"),
+        ("PPM",),
+        ("JPEG2000",),
     )
-)  # fmt: skip
+)
 
 
 @settings(fuzzed, max_examples=600)
@@ -168,8 +224,10 @@ VALUES = (
 
 
 @fuzzed
-@given(st.dictionaries(st.sampled_from(sorted(CONFIG)), VALUES, max_size=3),
-       st.dictionaries(st.sampled_from(sorted(CONFIG["vision_config"])), VALUES, max_size=2))  # fmt: skip
+@given(
+    st.dictionaries(st.sampled_from(sorted(CONFIG)), VALUES, max_size=3),
+    st.dictionaries(st.sampled_from(sorted(CONFIG["vision_config"])), VALUES, max_size=2),
+)
 @example({"rope_scaling": {"mrope_section": "abc"}}, {})
 def test_a_changed_model_config_is_a_config_or_one_line(changes, vision):
     raw = json.loads(
@@ -191,10 +249,27 @@ def test_a_damaged_model_config_is_a_config_or_one_line(scratch, content):
 
 
 NEEDED = 'model = "m"\ntrain_questions = "q"\nrun_dir = "r"\n'
-TOML_VALUES = st.sampled_from([
-    "1", "-1", "0.5", "nan", "inf", "true", '"x"', '["a"]', "[[1]]", "{a = 1}", "0x" + "f" * 5000, "1" + "0" * 400,
-    '"\\u0000"', "1979-05-27", '"\\u007f"', '"cuda:9"', "''",
-])  # fmt: skip
+TOML_VALUES = st.sampled_from(
+    [
+        "1",
+        "-1",
+        "0.5",
+        "nan",
+        "inf",
+        "true",
+        '"x"',
+        '["a"]',
+        "[[1]]",
+        "{a = 1}",
+        "0x" + "f" * 5000,
+        "1" + "0" * 400,
+        '"\\u0000"',
+        "1979-05-27",
+        '"\\u007f"',
+        '"cuda:9"',
+        "''",
+    ]
+)
 TOML_KEYS = st.sampled_from(
     [
         "steps",
@@ -211,8 +286,12 @@ TOML_KEYS = st.sampled_from(
 
 
 @fuzzed
-@given(st.dictionaries(TOML_KEYS, TOML_VALUES, max_size=3).map(lambda d: "".join(f"{k} = {v}\n" for k, v in d.items())),
-       st.binary(max_size=20) | st.just(b""))  # fmt: skip
+@given(
+    st.dictionaries(TOML_KEYS, TOML_VALUES, max_size=3).map(
+        lambda d: "".join(f"{k} = {v}\n" for k, v in d.items())
+    ),
+    st.binary(max_size=20) | st.just(b""),
+)
 @example("beta = 1" + "0" * 400, b"")
 @example("a = " + "[" * 5000, b"")
 @example("test_questions = 0x" + "f" * 5000, b"")
@@ -228,9 +307,30 @@ def test_any_toml_is_a_config_or_one_line(scratch, text, tail):
 
 
 PIECES = [
-    "<think>", "</think>", "<answer>", "</answer>", "B", "A)", "(b)", "**C**", "not ", "option ", "answer is ", "mass",
-    "no mass", "kidneys", "therefore ", ". ", "\n", "or ", "是", "\u202e", "\ud800", "'", "  ",
-]  # fmt: skip
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "B",
+    "A)",
+    "(b)",
+    "**C**",
+    "not ",
+    "option ",
+    "answer is ",
+    "mass",
+    "no mass",
+    "kidneys",
+    "therefore ",
+    ". ",
+    "\n",
+    "or ",
+    "是",
+    "\u202e",
+    "\ud800",
+    "'",
+    "  ",
+]
 COMPLETIONS = st.text(max_size=60) | st.lists(
     st.sampled_from(PIECES) | st.text(max_size=3), max_size=25
 ).map("".join)
