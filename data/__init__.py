@@ -3,13 +3,13 @@ of prompts.
 """
 
 from .encode import Prompt, PromptEncoder
-from .images import load_image, preprocess
+from .images import load_image
 from .prompt import prompt_text
 from .question import Question, canonical_modality, option_letter
 from .readers import read_questions
 from .stream import prompts_of_steps, questions_of_step
 from .subset import choose_questions, split_by_image
-from .vocabulary import Vocabulary, allowed_tokens_V, decode_completion, load_vocabulary
+from .vocabulary import Vocabulary, allowed_tokens_V, load_vocabulary
 
 __all__ = [
     "Prompt",
@@ -19,11 +19,9 @@ __all__ = [
     "allowed_tokens_V",
     "canonical_modality",
     "choose_questions",
-    "decode_completion",
     "load_image",
     "load_vocabulary",
     "option_letter",
-    "preprocess",
     "prompt_text",
     "prompts_of_steps",
     "questions_of_step",
