@@ -84,7 +84,7 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     policy = load(checkpoint, dtype=dtype).to(args.device)
     reference = load(checkpoint, dtype=dtype).to(args.device) if args.beta else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    laps, numbers, questions = [], range(config.steps), load_questions(config)[0]
+    laps, numbers, questions = [], range(config.steps), load_questions(config).train
     batches = prompts_of_steps(encoder, questions, numbers, args.prompts, seed=0)
     for number, prompts in zip(numbers, batches, strict=True):
         step = Step(number, prompts, args.device)

@@ -1,4 +1,4 @@
-"""From a question to what the model reads, and from what it writes back to text.
+"""From a question to what the model reads.
 
 The question's words are tokenised apart from the chat template, with control tokens switched off:
 "<|im_end|>" or "<|image_pad|>" in a question file stays text. Because Qwen's template has a control
@@ -8,28 +8,20 @@ token on either side of the words, harmless ones give the very tokens of transfo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, reason
+from model import Qwen2VLConfig
 from model.rope import mrope_positions
 
-from .images import (
-    MERGE_SIZE,
-    PATCH_SIZE,
-    TEMPORAL_PATCH_SIZE,
-    fitted_size,
-    image_size,
-    load_image,
-    preprocess,
-)
+from .images import Grid, fitted_size, image_size, load_image, preprocess
 from .prompt import prompt_text
 from .question import Question
 
@@ -37,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LoadImage = Callable[[Path], Image]
+Patches = list[tuple[Tensor, Grid]]
+"""Of each image of a question: its patches (S, C) and their grid."""
 _PLACEHOLDER = "(the words)"  # holds their place while the template is rendered
 
 
@@ -50,8 +44,8 @@ class Prompt:
         patches_SC: float32 (S, C), the patches of all images in reading order.
         grids_I3: int64 (I, 3), each image's patches as (1, rows, columns).
         positions_3P: int64 (3, P), each token's temporal, height and width position.
-        features_ID: what a vision tower made of the images, one row for each image token, if it was
-            asked already.
+        features_ID: the vision tower's output, one row for each image token, where the images are
+            encoded already.
     """
 
     question: Question
@@ -63,53 +57,53 @@ class Prompt:
 
     def continued(self, ids: Sequence[int]) -> Prompt:
         """The prompt with the beginning of an answer behind it, for the model to go on from."""
-        after = int(self.positions_3P.max()) + 1 + torch.arange(len(ids))
+        # Not the length: an image of many tokens takes as many positions as its longer side.
+        next_position = int(self.positions_3P.max()) + 1
+        positions_T = next_position + torch.arange(len(ids))
         return replace(
             self,
             tokens_P=torch.cat((self.tokens_P, torch.tensor(ids, dtype=torch.int64))),
-            positions_3P=torch.cat((self.positions_3P, after.expand(3, -1)), dim=1),
+            positions_3P=torch.cat((self.positions_3P, positions_T.expand(3, -1)), dim=1),
         )
 
 
+class Selection(NamedTuple):
+    """The questions that can be used, in their order; how many others have prompts that are too
+    long; and, for each of those kept though an image can't be used, the error that says why.
+    """
+
+    questions: list[Question]
+    too_long: int
+    unreadable: list[InputError]
+
+
+@dataclass
 class PromptEncoder:
     """Turns questions into prompts for one checkpoint.
 
-    Args:
+    Attributes:
         tokenizer: the checkpoint's, of transformers, with its chat template.
-        image_token_id: id of `<|image_pad|>`.
+        shape: the checkpoint's config, for its image token and the sizes of its patches.
         min_pixels, max_pixels: limits of a resized image's area.
         max_prompt_tokens: the longest prompt allowed, image tokens included.
-        too_long: what `select` does about a longer one.
-        patch_size, merge_size, temporal_patch_size: of the checkpoint's vision tower.
+        too_long: what `select` does about a longer one, "error" or "skip".
 
     Raises:
         InputError: the tokenizer's chat template is missing or has no place for an image and the
             words.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        image_token_id: int,
-        min_pixels: int,
-        max_pixels: int,
-        max_prompt_tokens: int,
-        too_long: Literal["error", "skip"] = "error",
-        patch_size: int = PATCH_SIZE,
-        merge_size: int = MERGE_SIZE,
-        temporal_patch_size: int = TEMPORAL_PATCH_SIZE,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.image_token_id = image_token_id
-        self.min_pixels = min_pixels
-        self.max_pixels = max_pixels
-        self.max_prompt_tokens = max_prompt_tokens
-        self.too_long = too_long
-        self.patch_size = patch_size
-        self.merge_size = merge_size
-        self.temporal_patch_size = temporal_patch_size
-        self._templates = {1: self._template(image_count=1)}
+    tokenizer: PreTrainedTokenizerBase
+    shape: Qwen2VLConfig
+    _: KW_ONLY
+    min_pixels: int
+    max_pixels: int
+    max_prompt_tokens: int
+    too_long: str = "error"
+    _templates: dict[int, tuple[list[int], list[int]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._template(image_count=1)  # a template of no use is refused before anything else begins
 
     def encode(self, question: Question, load: LoadImage = load_image) -> Prompt:
         """The whole prompt; `load` reads an image file.
@@ -120,159 +114,131 @@ class PromptEncoder:
         """
         return self.assemble(question, self.patchify(question, load))
 
-    def patchify(
-        self, question: Question, load: LoadImage = load_image
-    ) -> list[tuple[Tensor, tuple[int, int, int]]]:
-        """Patches (S, C) and grid of each image: the slow half of `encode`, which any thread may
-        do.
-        """
-        seen = []
-        for path in question.images:
-            image = load(path)
-            with _naming(question, path):
-                seen.append(
-                    preprocess(
-                        image, self.min_pixels, self.max_pixels, self.patch_size, self.merge_size,
-                        self.temporal_patch_size,
-                    )
-                )  # fmt: skip
-        return seen
+    def patchify(self, question: Question, load: LoadImage = load_image) -> Patches:
+        """Patches and grid of each image: the slow half of `encode`, safe in any thread."""
+        vision = self.shape.vision
+        limits = self.min_pixels, self.max_pixels
+        sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        return [preprocess(load(path), *limits, *sizes) for path in question.images]
 
-    def assemble(
-        self, question: Question, seen: list[tuple[Tensor, tuple[int, int, int]]]
-    ) -> Prompt:
-        """The other half of `encode`: words around the images. One thread at a time may use the
-        tokenizer.
+    def assemble(self, question: Question, images: Patches) -> Prompt:
+        """The other half of `encode`: words around the images, which are what `patchify` gave. Only
+        one thread at a time may use the tokenizer.
         """
-        patches = [torch.empty(0, self._patch_values()), *(patches_SC for patches_SC, _ in seen)]
-        grids = [grid for _, grid in seen]
-        tokens_P = torch.tensor(
-            self._tokens(question, [self._image_tokens(grid) for grid in grids])
-        )
+        grids = [grid for _, grid in images]
+        tokens_P = torch.tensor(self._tokens(question, grids))
         if len(tokens_P) > self.max_prompt_tokens:
             raise self._too_long_error(question, len(tokens_P))
         grids_I3 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-        positions_3P = mrope_positions(tokens_P, grids_I3, self.image_token_id, self.merge_size)
-        return Prompt(question, tokens_P, torch.cat(patches), grids_I3, positions_3P)
+        positions_3P = mrope_positions(
+            tokens_P, grids_I3, self.shape.image_token_id, self.shape.vision.spatial_merge_size
+        )
+        # None at first, as a question without images has patches of the right width too.
+        no_patches = torch.empty(0, self.shape.vision.patch_values)
+        patches_SC = torch.cat([no_patches, *(patches for patches, _ in images)])
+        return Prompt(question, tokens_P, patches_SC, grids_I3, positions_3P)
 
     def count_tokens(self, question: Question) -> int:
-        """Length of the prompt, from the headers of the image files: no pixel is decoded. Raises
-        InputError.
-        """
-        return len(
-            self._tokens(question, [self._image_tokens(grid) for grid in self.grids(question)])
-        )
+        """Length of the prompt, by the headers of its image files alone. Raises InputError."""
+        return len(self._tokens(question, self.grids(question)))
 
-    def grids(self, question: Question) -> list[tuple[int, int, int]]:
-        """The grid that `patchify` will make of each image, from the headers of their files. Raises
+    def grids(self, question: Question) -> list[Grid]:
+        """The grid that `patchify` will make of each image, by the headers of their files. Raises
         InputError.
         """
+        patch_size = self.shape.vision.patch_size
+        factor = patch_size * self.shape.vision.spatial_merge_size
         grids = []
         for path in question.images:
             width, height = image_size(path)
-            with _naming(question, path):
-                factor = self.patch_size * self.merge_size
-                height, width = fitted_size(height, width, factor, self.min_pixels, self.max_pixels)
-            grids.append((1, height // self.patch_size, width // self.patch_size))
+            height, width = fitted_size(height, width, factor, self.min_pixels, self.max_pixels)
+            grids.append((1, height // patch_size, width // patch_size))
         return grids
 
-    def select(
-        self, questions: Sequence[Question], unreadable: Callable[[InputError], None] | None = None
-    ) -> tuple[list[Question], int]:
-        """The questions whose prompts fit, and how many were left out as too long.
+    def select(self, questions: Sequence[Question], keep_unreadable: bool = False) -> Selection:
+        """The questions whose prompts fit.
 
-        One with an image that can't be used stays, if `unreadable` takes the error: it keeps its
-        place in the order, for a resumed run that may find more such images, and is left out when
-        its step comes.
+        With `keep_unreadable` a question whose image can't be used keeps its place in the order, so
+        that a resumed run, which may meet more such images, trains on the same questions at the
+        same steps. It is left out when its step comes.
 
         Raises:
-            InputError: one is too long and `too_long` is "error"; an image can't be used and
-                `unreadable` is None; or no question can be used.
+            InputError: a prompt is too long and `too_long` is "error"; an image can't be used and
+                is not kept; or no question can be used.
         """
-        fitting, too_long, bad = [], 0, 0
+        kept: list[Question] = []
+        unreadable: list[InputError] = []
+        too_long = 0
         for question in questions:
             try:
                 length = self.count_tokens(question)
             except InputError as error:
-                if unreadable is None:
+                if not keep_unreadable:
                     raise
-                unreadable(error)
-                bad += 1
-                length = 0
+                unreadable.append(error)
+                length = 0  # fits
             if length <= self.max_prompt_tokens:
-                fitting.append(question)
+                kept.append(question)
             elif self.too_long == "error":
                 raise self._too_long_error(question, length)
             else:
                 too_long += 1
-        if questions and len(fitting) == bad:
+        if questions and len(kept) == len(unreadable):
             raise InputError(
-                f"none of the {len(questions)} prompts can be used: {too_long} don't fit into max_prompt_tokens = "
-                f"{self.max_prompt_tokens} (raise it or lower max_pixels), and of {bad} an image can't be read"
+                f"none of the {len(questions)} prompts can be used: {too_long} are longer than "
+                "max_prompt_tokens (raise it or lower max_pixels), and of "
+                f"{len(unreadable)} an image can't be read"
             )
-        return fitting, too_long
+        return Selection(kept, too_long, unreadable)
 
     def _too_long_error(self, question: Question, length: int) -> InputError:
         return InputError(
             f"{question.source}: the prompt has {length} tokens, more than max_prompt_tokens = "
-            f"{self.max_prompt_tokens}: raise it, lower max_pixels, or skip such questions (too_long = 'skip')"
+            f"{self.max_prompt_tokens}: raise it, lower max_pixels, or skip such questions "
+            "(too_long = 'skip')"
         )
 
-    def _patch_values(self) -> int:
-        return 3 * self.temporal_patch_size * self.patch_size**2
-
-    def _image_tokens(self, grid: tuple[int, int, int]) -> int:
-        frames, rows, columns = grid
-        return frames * rows * columns // self.merge_size**2
-
-    def _tokens(self, question: Question, image_tokens: list[int]) -> list[int]:
-        images = len(image_tokens)
-        if images not in self._templates:  # rendering costs more than all the rest
-            self._templates[images] = self._template(images)
-        head, tail = self._templates[images]
-        counts = iter(image_tokens)
-        expanded = [
-            token
-            for token in head
-            for _ in range(next(counts) if token == self.image_token_id else 1)
-        ]
+    def _tokens(self, question: Question, grids: list[Grid]) -> list[int]:
+        before, after = self._template(len(grids))
+        merged = self.shape.vision.spatial_merge_size**2
+        lengths = [rows * columns // merged for _, rows, columns in grids]
+        tokens: list[int] = []
+        for token in before:
+            copies = lengths.pop(0) if token == self.shape.image_token_id else 1
+            tokens += [token] * copies
+        # Split, so that a control token in a question file is so many letters.
         words = self.tokenizer(
             prompt_text(question), add_special_tokens=False, split_special_tokens=True
         )
-        return [*expanded, *words.input_ids, *tail]
+        return [*tokens, *words.input_ids, *after]
 
     def _template(self, image_count: int) -> tuple[list[int], list[int]]:
         """Tokens before and after the words, with one image token for each image."""
-        if self.tokenizer.chat_template is None:
-            raise InputError(
-                "the checkpoint's tokenizer has no chat template: add chat_template.jinja to its folder"
-            )
+        if image_count not in self._templates:  # rendering costs more than all the rest
+            self._templates[image_count] = self._rendered(image_count)
+        return self._templates[image_count]
+
+    def _rendered(self, image_count: int) -> tuple[list[int], list[int]]:
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": _PLACEHOLDER}]
+        message: dict[str, Any] = {"role": "user", "content": content}
         try:
-            chat = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            chat = str(
+                self.tokenizer.apply_chat_template(
+                    [message], tokenize=False, add_generation_prompt=True
+                )
             )
-            parts = [
-                self.tokenizer(part, add_special_tokens=False).input_ids
-                for part in chat.split(_PLACEHOLDER)
+            sides = [
+                self.tokenizer(side, add_special_tokens=False).input_ids
+                for side in chat.split(_PLACEHOLDER)
             ]
-        except Exception as error:  # raised again as InputError: a template is a program, which may do anything wrong
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        except Exception as error:  # a template is a program, which may do anything wrong
             raise InputError(
-                f"the tokenizer's chat template can't be rendered or tokenised ({reason}): use the template of Qwen2-VL"
+                "the tokenizer's chat template can't be rendered or tokenised "
+                f"({reason(error)}): use the template of Qwen2-VL (chat_template.jinja)"
             ) from None
-        if len(parts) != 2 or parts[0].count(self.image_token_id) != image_count:
+        if len(sides) != 2 or sides[0].count(self.shape.image_token_id) != image_count:
             raise InputError(
-                "the tokenizer's chat template does not render one image token for each image and then the words: "
-                "use the template of Qwen2-VL"
+                "the tokenizer's chat template does not render one image token for each image and "
+                "then the words: use the template of Qwen2-VL"
             )
-        return parts[0], parts[1]
-
-
-@contextmanager
-def _naming(question: Question, path: Path) -> Iterator[None]:
-    """Lets an error about pixels say whose they are."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{question.source}: {path}: {error}") from None
+        return sides[0], sides[1]

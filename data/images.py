@@ -16,28 +16,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, reason
 from common.files import check_file
+
+Grid = tuple[int, int, int]
+"""An image's patches: (1, rows, columns); the 1 is the frames of a video's, over two."""
 
 PATCH_SIZE = 14  # pixels along a side of a patch
 MERGE_SIZE = 2  # patches along a side of what becomes one token
 TEMPORAL_PATCH_SIZE = 2  # frames in a patch; a still image fills both
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_ASPECT_RATIO = 200
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our error says it
-_FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "WEBP",
-    "PPM",
-    "JPEG2000",
-)  # told apart by contents; MPO goes as JPEG
+MAX_ASPECT_RATIO = 200  # as transformers has it
+# As the contents say, whatever the file is called; MPO goes as JPEG.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 _BIT_DEPTHS = (8, 10, 12, 14, 16)  # those of DICOM's "bits stored"
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our error says it
 
 
 def load_image(path: Path | str) -> Image.Image:
@@ -51,7 +47,7 @@ def load_image(path: Path | str) -> Image.Image:
 
     Raises:
         InputError: the file is missing, is no image of a usual format, is truncated, has too many
-            pixels or holds NaN or infinity.
+            pixels, is too thin or holds NaN or infinity.
     """
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -79,28 +75,31 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
     try:
         check_file(path)
         with Image.open(path, formats=_FORMATS) as image:
-            # Pillow refuses twice that limit by itself. Warnings made into errors would be no help:
-            # several threads load images, and the filters of warnings are common to all.
-            if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Image.DecompressionBombError
+            _check_size(*image.size, path)
             yield image
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ):  # the latter where the user's filters say so
-        limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
+    except Exception as error:  # a damaged file makes decoders raise whatever there is
         raise InputError(
-            f"{path}: more than {limit}, which is not decoded: give a smaller copy"
+            f"{path}: not a readable image ({reason(error)}): replace the file"
         ) from None
-    except (
-        Exception
-    ) as error:  # raised again as InputError: a damaged file makes decoders raise whatever there is
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: not a readable image ({reason}): replace the file") from None
+
+
+def _check_size(width: int, height: int, path: Path | str) -> None:
+    # Pillow itself only warns up to twice its limit. Warnings made into errors would be no help:
+    # several threads load images, and the filters of warnings are common to all.
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if width * height > limit:
+        raise InputError(
+            f"{path}: more than {limit:,} pixels, which is not decoded: give a smaller copy"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise InputError(
+            f"{path}: an image of {width} x {height} pixels has an aspect ratio over "
+            f"{MAX_ASPECT_RATIO}: crop or pad it"
+        )
 
 
 def _from_deep(image: Image.Image, path: Path | str) -> Image.Image:
@@ -110,7 +109,8 @@ def _from_deep(image: Image.Image, path: Path | str) -> Image.Image:
     low, high = values.min(), values.max()
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0, next(2**bits - 1 for bits in _BIT_DEPTHS if high < 2**bits)
-    scaled = (values - low) * (255 / ((high - low) or 1))
+    scale = 255 / ((high - low) or 1)  # 1: an image of one value becomes black
+    scaled = (values - low) * scale
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
@@ -121,24 +121,17 @@ def fitted_size(
     same shape.
 
     The `smart_resize` of Qwen2-VL, to the pixel.
-
-    Raises:
-        InputError: one side is more than 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise InputError(
-            f"an image of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT_RATIO}: crop or pad it"
-        )
-    fitted_height, fitted_width = round(height / factor) * factor, round(width / factor) * factor
-    if fitted_height * fitted_width > max_pixels:
+    # Python rounds half to even, as there. A side may become 0, whose area then is too small.
+    sides = height, width
+    fitted = [round(side / factor) * factor for side in sides]
+    if math.prod(fitted) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        fitted_height = max(factor, math.floor(height / shrink / factor) * factor)
-        fitted_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif fitted_height * fitted_width < min_pixels:
+        fitted = [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
+    elif math.prod(fitted) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        fitted_height = math.ceil(height * grow / factor) * factor
-        fitted_width = math.ceil(width * grow / factor) * factor
-    return fitted_height, fitted_width
+        fitted = [math.ceil(side * grow / factor) * factor for side in sides]
+    return fitted[0], fitted[1]
 
 
 def preprocess(
@@ -148,31 +141,29 @@ def preprocess(
     patch_size: int = PATCH_SIZE,
     merge_size: int = MERGE_SIZE,
     temporal_patch_size: int = TEMPORAL_PATCH_SIZE,
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
+) -> tuple[Tensor, Grid]:
     """Resize, normalise and cut into patches.
 
     Args:
         image: RGB, as `load_image` gives it.
         min_pixels, max_pixels: limits of the resized image's area.
+        patch_size, merge_size, temporal_patch_size: of the checkpoint's vision tower.
 
     Returns:
         patches_SC, float32 (S, 3 * temporal * patch * patch), where each merge x merge patches that
-        become one token are neighbours, and the grid (1, rows, columns) of patches.
-
-    Raises:
-        InputError: one side is more than 200 times the other.
+        become one token are neighbours, and the grid of patches.
     """
-    height, width = fitted_size(
-        image.height, image.width, patch_size * merge_size, min_pixels, max_pixels
-    )
+    factor = patch_size * merge_size
+    height, width = fitted_size(image.height, image.width, factor, min_pixels, max_pixels)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels_HWC = np.asarray(resized, dtype=np.float32) / 255
-    pixels_HWC = (pixels_HWC - np.float32(MEAN)) / np.float32(STD)
+    mean, std = np.array((MEAN, STD), dtype=np.float32)
+    pixels_HWC = (pixels_HWC - mean) / std
     rows, columns = height // patch_size, width // patch_size
     blocks = torch.from_numpy(pixels_HWC).reshape(
         rows // merge_size, merge_size, patch_size, columns // merge_size, merge_size, patch_size, 3
     )
-    # -> block row, block column, row and column in the block, channel, frame, y, x
-    blocks = blocks.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(5)
-    blocks = blocks.expand(-1, -1, -1, -1, -1, temporal_patch_size, -1, -1)
+    # -> block row, block column, row and column in the block, channel, (frame,) y, x
+    blocks = blocks.permute(0, 3, 1, 4, 6, 2, 5)
+    blocks = torch.stack([blocks] * temporal_patch_size, dim=5)
     return blocks.reshape(rows * columns, -1), (1, rows, columns)

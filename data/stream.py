@@ -9,13 +9,13 @@ from functools import lru_cache
 
 from common.errors import InputError
 
-from .encode import Prompt, PromptEncoder
+from .encode import Patches, Prompt, PromptEncoder
 from .question import Question
 
 _DECODERS = 4  # threads; Pillow and NumPy release the interpreter while they work
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # a step's questions need one or two; sorting all anew takes longer
 def permutation(length: int, seed: str) -> tuple[int, ...]:
     """A permutation of range(length), the same on every machine.
 
@@ -35,19 +35,14 @@ def questions_of_step(
     Every epoch is a permutation of all questions, drawn from (seed, epoch); steps walk through the
     epochs one after the other. A step may begin in one epoch and end in the next: no question is
     dropped, and none is shown twice within an epoch.
-
-    Raises:
-        InputError: there are no questions.
     """
-    if not questions:
-        raise InputError(
-            "there are no questions to train on: check the question file and the subset that is chosen"
-        )
     total = len(questions)
-    places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
-    return [
-        questions[permutation(total, f"epoch {seed} {at // total}")[at % total]] for at in places
-    ]
+    chosen = []
+    for place in range(step * prompts_per_step, (step + 1) * prompts_per_step):
+        epoch, within = divmod(place, total)
+        order = permutation(total, f"epoch {seed} {epoch}")
+        chosen.append(questions[order[within]])
+    return chosen
 
 
 def prompts_of_steps(
@@ -61,27 +56,22 @@ def prompts_of_steps(
     """The prompts of each of the `steps` in turn; threads decode the next step's images while a
     step is worked on.
 
-    Tokenising stays in the caller's thread: it takes no time, and tokenizers are not made for
-    sharing. A question whose image can't be used is left out of its step if `unreadable` takes the
-    error.
+    A question whose image can't be used is left out of its step if `unreadable` takes the error.
 
     Raises:
-        InputError: when its step comes, an image can't be used and `unreadable` is None, or a
-            prompt is too long.
+        InputError: an image of the step can't be used and `unreadable` is None.
     """
     pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
-
-    def begin(step: int) -> list[tuple[Question, Future]]:
-        asked = questions_of_step(questions, step, prompts_per_step, seed) if step in steps else []
-        return [(question, pool.submit(encoder.patchify, question)) for question in asked]
-
+    chosen = (questions_of_step(questions, step, prompts_per_step, seed) for step in steps)
+    begun = (_begin(pool, encoder, batch) for batch in chosen)  # each when it is asked for
     try:
-        coming = begin(steps.start)
-        for step in steps:
-            now, coming = coming, begin(step + 1)
+        coming = next(begun, None)
+        while coming is not None:
+            now, coming = coming, next(begun, None)
             prompts = []
             for question, images in now:
                 try:
+                    # Here and not in the pool: tokenizers are not made for several threads.
                     prompts.append(encoder.assemble(question, images.result()))
                 except InputError as error:
                     if unreadable is None:
@@ -89,6 +79,10 @@ def prompts_of_steps(
                     unreadable(error)
             yield prompts
     finally:
-        pool.shutdown(
-            cancel_futures=True
-        )  # whoever stops does not wait for images that nobody will see
+        pool.shutdown(cancel_futures=True)  # who stops does not wait for images that nobody needs
+
+
+def _begin(
+    pool: ThreadPoolExecutor, encoder: PromptEncoder, questions: list[Question]
+) -> list[tuple[Question, Future[Patches]]]:
+    return [(question, pool.submit(encoder.patchify, question)) for question in questions]

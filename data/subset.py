@@ -12,41 +12,31 @@ from .stream import permutation
 
 def choose_questions(
     questions: Sequence[Question],
-    modality: str | None = None,
-    count: int | None = None,
+    modality: str = "",
+    count: int = 0,
     seed: int = 0,
 ) -> list[Question]:
     """`count` questions of one modality, drawn with a seed, in the order in which they were given.
 
-    None means all modalities, or all questions. With one seed a smaller choice is part of every
-    larger one.
+    "" means all modalities, 0 all questions. With one seed a smaller choice is part of every larger
+    one.
 
     Raises:
         InputError: there are fewer than `count` such questions, or none at all.
     """
-    wanted = None if modality is None else canonical_modality(modality)
-    found = [question for question in questions if wanted in (None, question.modality)]
-    if count is not None and count < 1:
+    wanted = canonical_modality(modality) if modality else ""
+    matching = [question for question in questions if wanted in ("", question.modality)]
+    if len(matching) < max(count, 1):
+        counts = Counter(question.modality for question in questions)
+        available = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
         raise InputError(
-            f"{count} questions asked for: give a positive number, or leave it out to take all"
+            f"{count or 'some'} questions of {wanted or 'any modality'} asked for, but there are "
+            f"only {len(matching)} (available: {available or 'none'}): ask for fewer, correct the "
+            "modality, or give another question file"
         )
-    if not found and questions and wanted:
-        known = ", ".join(sorted({question.modality for question in questions}))
-        raise InputError(
-            f"no question of modality {wanted!r} (there are {known}): correct the name or the file"
-        )
-    if len(found) < (count or 1):
-        by_modality = Counter(question.modality for question in questions)
-        available = (
-            ", ".join(f"{name} {number}" for name, number in sorted(by_modality.items()))
-            or "no questions"
-        )
-        raise InputError(
-            f"{count or 'some'} questions{f' of modality {wanted}' if wanted else ''} asked for, but there are only "
-            f"{len(found)} (available: {available}): ask for fewer or give another question file"
-        )
-    chosen = permutation(len(found), f"subset {seed}")[:count]
-    return [found[index] for index in sorted(chosen)]
+    # The beginning of one permutation, so that a larger count keeps what a smaller one has.
+    drawn = permutation(len(matching), f"subset {seed}")[: count or None]
+    return [matching[index] for index in sorted(drawn)]
 
 
 def split_by_image(
@@ -60,43 +50,45 @@ def split_by_image(
     asked for, never larger.
 
     Raises:
-        InputError: one of the two sets would be empty, or `test_fraction` is not between 0 and 1.
+        InputError: one of the two sets would be empty.
     """
-    if not 0 < test_fraction < 1:
-        raise InputError(f"test fraction {test_fraction}: give a number between 0 and 1")
     clusters = _clusters(questions)
     room = round(test_fraction * len(questions))
     in_test: set[int] = set()
     for index in permutation(len(clusters), f"split {seed}"):
-        if len(clusters[index]) <= room - len(in_test):
+        # One that does not fit is passed over: a smaller one behind it may.
+        if len(in_test) + len(clusters[index]) <= room:
             in_test.update(clusters[index])
-    if not 0 < len(in_test) < len(questions):
-        raise InputError(
-            f"{len(questions)} questions on {len(clusters)} unconnected groups of images can't be split with test "
-            f"fraction {test_fraction}: choose another fraction or give more images"
-        )
     train = [question for index, question in enumerate(questions) if index not in in_test]
-    test = [question for index, question in enumerate(questions) if index in in_test]
+    test = [questions[index] for index in sorted(in_test)]
+    if not train or not test:
+        raise InputError(
+            f"{len(questions)} questions on {len(clusters)} unconnected groups of images can't be "
+            f"split with test fraction {test_fraction}: choose another fraction or give more images"
+        )
     return train, test
 
 
 def _clusters(questions: Sequence[Question]) -> list[list[int]]:
-    """Indices of the questions, grouped by images that they share (union-find with path
-    halving).
+    """Indices of the questions, grouped by images that they share, the first question's group
+    first.
     """
-    parent = list(range(len(questions)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    first_with: dict[Path, int] = {}
+    with_image: dict[Path, list[int]] = {}
     for index, question in enumerate(questions):
         for image in question.images:
-            parent[root(index)] = root(first_with.setdefault(image, index))
-    groups: dict[int, list[int]] = {}
-    for index in range(len(questions)):
-        groups.setdefault(root(index), []).append(index)
-    return list(groups.values())
+            with_image.setdefault(image, []).append(index)
+    clusters = []
+    placed: set[int] = set()
+    for first in range(len(questions)):
+        cluster, coming = [], [first]
+        while coming:
+            index = coming.pop()
+            if index not in placed:
+                placed.add(index)
+                cluster.append(index)
+                for image in questions[index].images:
+                    # Taken out, so that an image of many questions is looked at once.
+                    coming += with_image.pop(image, [])
+        if cluster:
+            clusters.append(cluster)
+    return clusters

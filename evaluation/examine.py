@@ -53,7 +53,7 @@ def chosen_questions(config: Config) -> tuple[list[Question], list[Question], Pr
     base = model_folder(config.model, weights=False)
     shape = read_config(base)
     encoder = prompt_encoder(load_vocabulary(base, shape), shape, config)
-    questions, skipped = encoder.select(questions)
+    questions, skipped, _ = encoder.select(questions)
     if skipped:
         print(f"{skipped} questions left out as longer than {config.max_prompt_tokens} tokens")
     return train, questions, encoder

@@ -30,18 +30,18 @@ class Workload:
     """
 
     def __init__(self, config: Config, encoder: PromptEncoder, vocabulary: Vocabulary) -> None:
-        train, validation, test = load_questions(config)
-        refuse_overlap(train, validation, test)
-        unreadable: list[InputError] = []
-        forgive = unreadable.append if config.bad_images == "skip" else None
-        train, too_long = encoder.select(train, forgive)
-        validation, too_long_to_validate = encoder.select(validation)
-        test, too_long_to_test = encoder.select(test)
+        questions = load_questions(config)
+        refuse_overlap(questions)
+        train, too_long, _ = encoder.select(
+            questions.train, keep_unreadable=config.bad_images == "skip"
+        )
+        validation, too_long_to_validate, _ = encoder.select(questions.validation)
+        test, too_long_to_test, _ = encoder.select(questions.test)
         self.left_out = too_long + too_long_to_validate + too_long_to_test
         self.questions = {"train": train, "validate": validation, "test": test}
         self.prompts: dict[Question, int] = {}
         for question in (*train, *validation, *test):
-            with suppress(InputError):  # of an image that `forgive` has taken
+            with suppress(InputError):  # of an image that the selection has kept
                 self.prompts[question] = encoder.count_tokens(question)
 
         self.group_size, self.completion = config.group_size, config.max_new_tokens

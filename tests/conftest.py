@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_tokenizer
+from tiny_run import tiny_model
 
 from data import Prompt, PromptEncoder, Question
 
@@ -28,16 +29,15 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
     words = ["Which?", "What is seen in this image?", "What?"]
     return [
         encoder.encode(Question(i, w, ("Mass", "Normal"), "A", "MRI", "", w))
-        for i, w in zip(images, words)
+        for i, w in zip(images, words, strict=True)
     ]
 
 
 def tiny_encoder() -> PromptEncoder:
     """For the tiny tokenizer's checkpoints."""
-    tokenizer = tiny_tokenizer()
     return PromptEncoder(
-        tokenizer,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        tiny_tokenizer(),
+        tiny_model().config,
         min_pixels=3136,
         max_pixels=10000,
         max_prompt_tokens=2000,

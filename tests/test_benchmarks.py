@@ -93,7 +93,7 @@ def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(
         Qwen2VLForConditionalGeneration.from_pretrained(checkpoint),
     )
     vocabulary = endless(load_vocabulary(checkpoint, ours.config), ours.config)
-    prompt = prompt_encoder(vocabulary, ours.config, config).encode(load_questions(config)[0][0])
+    prompt = prompt_encoder(vocabulary, ours.config, config).encode(load_questions(config).train[0])
     completions = torch.randint(0, 700, (3, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         slow = logprobs(

@@ -4,16 +4,18 @@ template.
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import SPECIAL_TOKENS, tiny_tokenizer
+from tiny_run import tiny_model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common.errors import InputError
-from data import PromptEncoder, Question, allowed_tokens_V, decode_completion, prompt_text
+from data import PromptEncoder, Question, Vocabulary, allowed_tokens_V, prompt_text
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 12_000}
 IMAGE_PAD = tiny_tokenizer().convert_tokens_to_ids("<|image_pad|>")
@@ -21,8 +23,8 @@ END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
 
 
 def encoder(tokenizer=None, **changes):
-    settings = {"image_token_id": IMAGE_PAD, "max_prompt_tokens": 1000, **LIMITS, **changes}
-    return PromptEncoder(tokenizer or tiny_tokenizer(), **settings)
+    settings = {"max_prompt_tokens": 1000, **LIMITS, **changes}
+    return PromptEncoder(tokenizer or tiny_tokenizer(), tiny_model().config, **settings)
 
 
 @pytest.fixture
@@ -42,8 +44,10 @@ def test_prompt_bytes_are_pinned(question):
         b"A) Mass\n"
         b"B) \xc3\x96dem, 5 mm.\n"
         b"Your task:\n"
-        b"1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags.\n"
-        b"2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags.\n"
+        b"1. Think through the question step by step, enclose your reasoning process in "
+        b"<think>...</think> tags.\n"
+        b"2. Then provide the correct single-letter choice (A, B, C, D,...) inside "
+        b"<answer>...</answer> tags.\n"
         b"3. No extra information or text outside of these tags."
     )
 
@@ -55,10 +59,8 @@ def test_tokens_patches_and_grids_are_those_of_transformers(question, tmp_path, 
     paths = tuple(tmp_path / f"{name}.png" for name in names)
     prompt = encoder().encode(replace(question, images=paths))
     tokenizer = tiny_tokenizer()
-    messages = [{
-        "role": "user",
-        "content": [{"type": "image"} for _ in names] + [{"type": "text", "text": prompt_text(question)}],
-    }]  # fmt: skip
+    text = {"type": "text", "text": prompt_text(question)}
+    messages = [{"role": "user", "content": [*({"type": "image"} for _ in names), text]}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     patches, grids = [], []
     for path in paths:
@@ -151,6 +153,7 @@ def test_select_counts_what_it_skips_or_raises(question):
     assert encoder(max_prompt_tokens=limit, too_long="skip").select([long, question, long]) == (
         [question],
         2,
+        [],
     )
     with pytest.raises(InputError, match="row 13"):
         encoder(max_prompt_tokens=limit).select([question, long])
@@ -174,8 +177,19 @@ def test_image_that_is_too_thin_is_named(question, tmp_path):
     Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
     thin = replace(question, images=(tmp_path / "thin.png",))
     for use in (encoder().encode, encoder().count_tokens):
-        with pytest.raises(InputError, match=r"row 12: .*thin.png: .*aspect ratio over 200"):
+        with pytest.raises(InputError, match=r"thin.png: .*aspect ratio over 200"):
             use(thin)
+
+
+def test_a_question_with_an_unreadable_image_keeps_its_place_only_where_it_may(question):
+    gone = replace(question, images=(Path("gone.png"),))
+    kept, too_long, unreadable = encoder().select([gone, question], keep_unreadable=True)
+    assert kept == [gone, question] and too_long == 0
+    assert [str(error) for error in unreadable] == ["gone.png: no such image file"]
+    with pytest.raises(InputError, match="gone.png"):
+        encoder().select([question, gone])
+    with pytest.raises(InputError, match="none of the 1 prompts .* of 1 an image can't be read"):
+        encoder().select([gone], keep_unreadable=True)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +208,11 @@ def test_completion_ends_before_the_first_end_and_hides_nothing():
     tokenizer = tiny_tokenizer()
     text = "<think>ödem <|im_start|></think>\n<answer>B</answer> "
     tokens = tokenizer(text + "<|im_end|>A<|im_end|>", add_special_tokens=False).input_ids
-    assert decode_completion(tokenizer, tokens, [END]) == text
-    assert decode_completion(tokenizer, torch.tensor(tokens), {END}) == text
-    assert decode_completion(tokenizer, tokens[: tokens.index(END)], [END]) == text
-    assert decode_completion(tokenizer, [END], [END]) == ""
+    vocabulary = Vocabulary(tokenizer, (END,), torch.ones(len(tokenizer), dtype=torch.bool))
+    assert vocabulary.decode(torch.tensor(tokens)) == text
+    assert vocabulary.decode(torch.tensor(tokens[: tokens.index(END)])) == text
+    assert vocabulary.decode(torch.tensor([END])) == ""
+    assert vocabulary.decode(torch.tensor(vocabulary.encode(text + "<|im_end|>"))) != text
 
 
 def test_vision_tokens_and_unused_rows_are_never_sampled():

@@ -63,7 +63,8 @@ def change(file, **fields):
 
 
 def test_the_folder_that_the_cases_below_damage_is_whole(folder):
-    assert loaded(folder).image_token_id == tiny_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    image_pad = tiny_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    assert loaded(folder).shape.image_token_id == image_pad
 
 
 def test_code_that_lies_in_a_checkpoint_is_not_run(folder, tmp_path):

@@ -23,7 +23,7 @@ from miniature.stages import attribute_labels
 from miniature.tokenizer import TAGS, build_tokenizer
 from miniature.training import fit
 from miniature.words import LETTERS, QUESTIONS, SPARE_NOUNS, VALUES
-from model import load_model
+from model import load_model, read_config
 from rewards import accuracy_reward, format_reward
 
 BASE = Path(__file__).resolve().parent.parent / "miniature" / "base"
@@ -262,7 +262,7 @@ def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:
 def encoder(vocabulary) -> PromptEncoder:
     return PromptEncoder(
         vocabulary.tokenizer,
-        image_token_id=vocabulary.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        read_config(BASE),
         min_pixels=3136,
         max_pixels=401408,
         max_prompt_tokens=512,

@@ -394,9 +394,10 @@ def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
 
 def test_held_out_questions_share_no_image_with_those_trained_on(tmp_path, monkeypatch):
     config = load_config(write_run(tmp_path), {"test_questions": (), "test_fraction": 0.5})
-    trained_on, _, tested = load_questions(config)
-    assert len(trained_on) == len(tested) == 4
-    assert not {q.images for q in trained_on} & {q.images for q in tested}
+    questions = load_questions(config)
+    assert len(questions.train) == len(questions.test) == 4
+    trained_on = {question.images for question in questions.train}
+    assert not trained_on & {question.images for question in questions.test}
 
 
 def test_an_image_that_is_trained_on_and_tested_is_refused(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from common.errors import InputError
 from common.hub import model_folder
 from common.program import Stopped
 from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary, prompts_of_steps
-from data.choice import load_questions, prompt_encoder, refuse_overlap
+from data.choice import Questions, load_questions, prompt_encoder, refuse_overlap
 from data.pixel_limits import with_pixel_limits
 from evaluation.accuracy import tally
 from evaluation.answers import answer_greedily
@@ -293,14 +293,14 @@ def prepared(config: Config) -> Iterator[Run]:
     keep_freed_memory()
     use_device(config)
     questions = load_questions(config)
-    refuse_overlap(*questions)
+    refuse_overlap(questions)
     with claimed(config):
         checkpoint = find_checkpoint(config)
         folder = model_folder(config.model)
         policy, reference = _models(config, folder, checkpoint)
         vocabulary = load_vocabulary(folder, policy.config, config.device)
         encoder = prompt_encoder(vocabulary, policy.config, config)
-        train, validation, test = _fitting(encoder, config, *questions)
+        train, validation, test = _fitting(encoder, config, questions)
 
         optimizer = MasterAdamW(policy, config)
         progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
@@ -357,20 +357,13 @@ def _models(
     return policy, reference
 
 
-def _fitting(
-    encoder: PromptEncoder,
-    config: Config,
-    train: list[Question],
-    validation: list[Question],
-    test: list[Question],
-) -> tuple[list[Question], list[Question], list[Question]]:
+def _fitting(encoder: PromptEncoder, config: Config, questions: Questions) -> Questions:
     """Of the questions those whose prompts fit; says how many, and what is left out."""
-    unreadable: list[InputError] = []
-    train, skipped = encoder.select(
-        train, unreadable.append if config.bad_images == "skip" else None
+    train, skipped, unreadable = encoder.select(
+        questions.train, keep_unreadable=config.bad_images == "skip"
     )
-    validation, skipped_validation = encoder.select(validation)
-    test, skipped_tests = encoder.select(test)
+    validation, skipped_validation, _ = encoder.select(questions.validation)
+    test, skipped_tests, _ = encoder.select(questions.test)
     validating = f"{len(validation)} to validate on, " if validation else ""
     print(f"{len(train)} questions to train on, {validating}{len(test)} to test")
     if skipped or skipped_validation or skipped_tests:
@@ -381,7 +374,7 @@ def _fitting(
     if unreadable:
         count = f"{len(unreadable)}, first {unreadable[0]}"
         print(f"left out when their turn comes, as their images can't be read: {count}")
-    return train, validation, test
+    return Questions(train, validation, test)
 
 
 def _warn_of_a_full_disk(config: Config, policy: Qwen2VL, optimizer: MasterAdamW) -> None:
