@@ -8,7 +8,6 @@ from .prompt import prompt_text
 from .question import Question, canonical_modality, option_letter
 from .readers import read_questions
 from .stream import prompts_of_steps, questions_of_step
-from .subset import choose_questions, split_by_image
 from .vocabulary import Vocabulary, allowed_tokens_V, load_vocabulary
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "Vocabulary",
     "allowed_tokens_V",
     "canonical_modality",
-    "choose_questions",
     "load_image",
     "load_vocabulary",
     "option_letter",
@@ -26,5 +24,4 @@ __all__ = [
     "prompts_of_steps",
     "questions_of_step",
     "read_questions",
-    "split_by_image",
 ]

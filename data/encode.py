@@ -176,7 +176,7 @@ class PromptEncoder:
                 if not keep_unreadable:
                     raise
                 unreadable.append(error)
-                length = 0  # fits
+                length = 0  # it keeps its place below
             if length <= self.max_prompt_tokens:
                 kept.append(question)
             elif self.too_long == "error":

@@ -86,6 +86,7 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        tokenizer.get_vocab()  # some classes have none
     except Exception as error:  # the tokenizers library has no class of its own for errors
         raise InputError(f"{folder}: no usable tokenizer ({reason(error)}); {remedy}") from None
     vision_ids = (

@@ -2,6 +2,8 @@
 template.
 """
 
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -231,3 +233,9 @@ def test_vision_tokens_and_unused_rows_are_never_sampled():
 def test_tokenizer_of_another_checkpoint_is_refused():
     with pytest.raises(InputError, match="326.* 300 rows"):
         allowed_tokens_V(tiny_tokenizer(), 300)
+
+
+def test_nobody_waits_for_transformers_who_loads_no_tokenizer():
+    code = "import sys, data.choice; sys.exit(bool({'transformers', 'scipy'} & {*sys.modules}))"
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

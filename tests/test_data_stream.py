@@ -11,8 +11,9 @@ import torch
 from conftest import tiny_encoder
 
 from common.errors import InputError
-from data import Question, choose_questions, prompts_of_steps, questions_of_step, split_by_image
+from data import Question, prompts_of_steps, questions_of_step
 from data.stream import permutation
+from data.subset import choose_questions, split_by_image
 
 
 def numbered(count):
