@@ -171,12 +171,11 @@ def _answer_letter(row: Row, field: str, options: tuple[str, ...]) -> str:
     if row.has("solution"):
         letter = _solution_letter(row, options)
         if letter not in same:
-            problem = f"is {letter}, but `{field}` is option {same[0]}"
-            row.fail("solution", problem, "make them agree")
+            row.fail("solution", f"is {letter}, but `{field}` is {same[0]}", "make them agree")
         return letter
     if len(same) > 1:
-        problem = f"{answer!r} is each of the options {', '.join(same)}"
-        row.fail(field, problem, "make them differ, or add `solution`")
+        remedy = "make them differ, or add `solution`"
+        row.fail(field, f"{answer!r} is each of the options {', '.join(same)}", remedy)
     return same[0]
 
 
@@ -186,6 +185,5 @@ def _solution_letter(row: Row, options: tuple[str, ...]) -> str:
     match = re.fullmatch(r"(<answer>\s*)?([A-Z])(?(1)\s*</answer>)", solution)
     letters = LETTERS[: len(options)]
     if not match or match[2] not in letters:
-        problem = f"{solution!r} is no letter from A to {letters[-1]}"
-        row.fail("solution", problem, "name an option's letter")
+        row.fail("solution", f"{solution!r} is no letter from A to {letters[-1]}", "correct it")
     return match[2]

@@ -41,9 +41,10 @@ class Row:
 
     def __post_init__(self) -> None:
         if not isinstance(self.fields, dict):
-            kind = _KINDS[type(self.fields)]
-            remedy = "give an object with `question`, `options`, ..."
-            raise InputError(f"{self.file} {self.place}: is {kind}: {remedy}")
+            raise InputError(
+                f"{self.file} {self.place}: is {_KINDS[type(self.fields)]}: give an object with "
+                "`question`, `options`, ..."
+            )
 
     @property
     def source(self) -> str:
@@ -90,8 +91,7 @@ class Row:
 
     def _value(self, field: str) -> Any:
         if field not in self.fields:
-            names = ", ".join(sorted(self.fields)) or "no field"
-            self.fail(field, "is missing", f"add it (this row has {names})")
+            self.fail(field, "is missing", f"add it (this row has {sorted(self.fields)})")
         return self.fields[field]
 
     def _text(self, field: str, value: Any) -> str:

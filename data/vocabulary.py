@@ -76,8 +76,8 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
 
     folder = Path(folder)
     remedy = "copy tokenizer.json and tokenizer_config.json"
-    names = ("tokenizer.json", "vocab.json")
-    if not any((folder / name).exists() for name in names):  # transformers would invent one
+    # Without either of them transformers would invent one.
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise InputError(f"{folder}: no tokenizer; {remedy}")
     for name in COMPANIONS:
         if (folder / name).exists():

@@ -182,7 +182,7 @@ def test_duplicate_options_are_settled_by_the_solution_only(write):
     ("row", "parts"),
     [
         (medvlm_row(answer="Tumour"), ["`answer`", "'Tumour'", "Cyst"]),
-        (medvlm_row(solution="A"), ["`solution`", "`answer` is option C"]),
+        (medvlm_row(solution="A"), ["`solution`", "is A, but `answer` is C"]),
         (medvlm_row(solution="D"), ["`solution`", "A to C"]),
         (medvlm_row(options=["Nothing"]), ["`options`", "1 options"]),
         (medvlm_row(options=["Nothing"] * 11), ["`options`", "11 options"]),
