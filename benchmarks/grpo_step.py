@@ -20,13 +20,14 @@ import grpo.rollout
 import grpo.sampler
 import model.cache
 import model.linear
-import training.run
+import training.prepare
 from common.config import Config
 from data import prompts_of_steps
 from model.attention import two_part_attention
 from model.logprobs import naive_logprobs
 from train import grpo_step
-from training.run import Run, prepared
+from training.prepare import prepared
+from training.run import Run
 from training.step import Step
 
 from .common import endless, run_measurement, step_config, summary
@@ -48,7 +49,7 @@ def _unmerged_attention(
 WITHOUT: dict[str, tuple[Any, str, object]] = {
     "oneDNN": (model.linear, "_HAS_ONEDNN", False),
     "arranged weights": (grpo.sampler, "arranged", _nothing),
-    "kept memory": (training.run, "keep_freed_memory", _nothing),
+    "kept memory": (training.prepare, "keep_freed_memory", _nothing),
     "merged attention": (model.cache, "merged_attention", _unmerged_attention),
     "dropping the finished": (grpo.sampler, "SHRINK_AT", 0.0),
     "blocked log-probs": (grpo.rollout, "token_logprobs", naive_logprobs),
@@ -72,7 +73,7 @@ def timed_steps(run: Run, config: Config, args: argparse.Namespace) -> dict[str,
     """The `summary` of as many steps as `config` has."""
     run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)
     laps, counts, numbers = [], [], range(config.steps)
-    batches = prompts_of_steps(run.encoder, run.train_questions, numbers, args.prompts, seed=0)
+    batches = prompts_of_steps(run.encoder, run.questions.train, numbers, args.prompts, seed=0)
     for number, prompts in zip(numbers, batches, strict=True):
         step = Step(number, prompts, args.device)
         grpo_step(run, step, config)

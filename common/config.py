@@ -7,6 +7,7 @@ error, never ignored.
 
 import json
 import math
+import operator
 import re
 import tomllib
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -235,20 +236,23 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             raise InputError(f"config: {name} is {getattr(self, name)!r}; it {rule}")
 
 
+_BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
 def _problem(field: Field[Any], value: Any) -> tuple[bool, str]:
     """Whether a field's value is within its own bounds, and the rule that it must keep."""
     if "choices" in field.metadata:
         choices = field.metadata["choices"]
         return value in choices, f"must be one of {', '.join(choices)}"
     for bound, limit in field.metadata.get("bounds", {}).items():
-        if bound == "least" and not value >= limit:  # not: NaN is outside of every bound
-            return False, f"must be at least {limit}"
-        if bound == "above" and not value > limit:
-            return False, f"must be above {limit}"
-        if bound == "most" and not value <= limit:
-            return False, f"must be at most {limit:,}"
-        if bound == "below" and not value < limit:
-            return False, f"must be below {limit}"
+        holds, words = _BOUNDS[bound]
+        if not holds(value, limit):  # NaN is outside of every bound
+            return False, f"must be {words} {limit:,}"
     if isinstance(value, float):
         return math.isfinite(value), "must be finite"
     if isinstance(value, str | tuple):

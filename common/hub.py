@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .files import read_json
@@ -60,7 +61,7 @@ def _cached_or_fetched(name: str, weights: bool) -> Path:
 
     patterns = [pattern for pattern in PATTERNS if weights or pattern != WEIGHTS]
     # Folders within the repository hold other formats and older checkpoints.
-    files = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
+    files: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
     try:
         return Path(snapshot_download(name, local_files_only=True, **files))
     except LocalEntryNotFoundError:

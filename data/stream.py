@@ -75,7 +75,8 @@ def prompts_of_steps(
                     prompts.append(encoder.assemble(question, images.result()))
                 except InputError as error:
                     if unreadable is None:
-                        raise
+                        remedy = "or go on without such images, by --bad_images skip"
+                        raise InputError(f"{error}; {remedy}") from None
                     unreadable(error)
             yield prompts
     finally:

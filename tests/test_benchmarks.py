@@ -64,14 +64,16 @@ def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(
 
 def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
     """In a process of its own, because what is left out stays out."""
-    attributes = "model.linear._HAS_ONEDNN, grpo.sampler.arranged, training.run.keep_freed_memory"
+    attributes = (
+        "model.linear._HAS_ONEDNN, grpo.sampler.arranged, training.prepare.keep_freed_memory"
+    )
     attributes += ", grpo.sampler.SHRINK_AT, model.cache.merged_attention"
     attributes += ", grpo.rollout.token_logprobs"
     code = f"""
 import sys, tempfile, pathlib
 from benchmarks import grpo_step as bench
 from benchmarks.common import argument_parser
-import grpo.rollout, training.run, grpo.sampler, model.cache, model.linear
+import grpo.rollout, training.prepare, grpo.sampler, model.cache, model.linear
 before = [{attributes}]
 args = argument_parser("", "").parse_args({SMALL!r} + ["--without", *bench.WITHOUT])
 folder = pathlib.Path(tempfile.mkdtemp())

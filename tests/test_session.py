@@ -24,7 +24,8 @@ from rewards import Verdict
 from training.checkpoint import Progress, damage_of
 from training.incidents import main as incidents_program
 from training.incidents import replay, write_incident
-from training.run import Run, prepared
+from training.prepare import prepared
+from training.run import Run
 from training.saving import Checkpoints
 
 

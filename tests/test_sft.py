@@ -15,7 +15,7 @@ import train
 from common.config import load_config
 from data import Question, questions_of_step
 from grpo.rollout import written_rollout
-from training.run import prepared as run_of
+from training.prepare import prepared as run_of
 from training.sft import accumulate_cross_entropy, target
 
 
@@ -30,7 +30,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     config = load_config(write_run(folder, method="sft"))
     with run_of(config) as made:
-        questions = questions_of_step(made.train_questions, 0, 3, 0)
+        questions = questions_of_step(made.questions.train, 0, 3, 0)
         yield config, made, [made.encoder.encode(question) for question in questions]
 
 

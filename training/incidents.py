@@ -4,13 +4,11 @@
 
 The folder needs nothing from outside: prompts with their patches, completions, rewards and
 log-probabilities (batch.safetensors), questions and texts to read (batch.json), and the weights
-(model/). Those are the weights that the step began with; with several updates per rollout, those
-that it had come to. Steps that follow one another share them, since none changed a weight.
+(model/): those that the step began with, or with several updates per rollout had come to.
 """
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -34,7 +32,7 @@ from model.saving import write_tensors
 from .checkpoint import commit
 from .step import Step
 
-MOST = 10
+MOST = 3
 """Steps of a run that are written down whole: each may take as much room as the model."""
 
 _OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
@@ -55,26 +53,16 @@ def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model = _shared_weights(config, folder, step)
-        if model == "model":
-            save_model(policy, partial / "model")
+        save_model(policy, partial / "model")
         write_tensors(_tensors(step), partial / "batch.safetensors")
-        text = json.dumps(_description(config, step, model), indent=1, ensure_ascii=False)
+        # default=str: a question's images are paths.
+        text = json.dumps(_description(config, step), indent=1, ensure_ascii=False, default=str)
         (partial / "batch.json").write_text(text, encoding="utf-8")
         commit(partial, folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
-
-
-def _shared_weights(config: Config, folder: Path, step: Step) -> str:
-    """Where the weights are, from the folder: the step before's, if it was an incident too."""
-    before = folder.with_name(f"step-{step.number - 1:06d}")
-    if config.inner_updates > 1 or not before.is_dir():
-        return "model"
-    model = read_json(before / "batch.json", _REMEDY)["model"]
-    return f"../{before.name}/model" if model == "model" else model
 
 
 def _tensors(step: Step) -> dict[str, Tensor]:
@@ -86,21 +74,12 @@ def _tensors(step: Step) -> dict[str, Tensor]:
     return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
 
 
-def _description(config: Config, step: Step, model: str) -> dict[str, Any]:
+def _description(config: Config, step: Step) -> dict[str, Any]:
     assert step.rollout is not None
-    stats = {}
-    for name, value in step.stats.items():
-        stats[name] = float(value) if math.isfinite(value) else str(float(value))
-    questions = []
-    for prompt in step.rollout.prompts:
-        fields = asdict(prompt.question)
-        questions.append(fields | {"images": [str(image) for image in fields["images"]]})
     return {
         "step": step.number,
-        "model": model,
-        "stats": stats,
         "config": {name: getattr(config, name) for name in _SETTINGS},
-        "questions": questions,
+        "questions": [asdict(prompt.question) for prompt in step.rollout.prompts],
         "texts": step.rollout.texts,
     }
 
@@ -112,8 +91,7 @@ def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tens
         tensors = load_file(folder / "batch.safetensors")
         prompts = []
         for n, fields in enumerate(description["questions"]):
-            images = tuple(Path(image) for image in fields["images"])
-            question = Question(**fields | {"images": images, "options": tuple(fields["options"])})
+            question = Question(**fields)
             of_prompt = [tensors[f"prompt.{n}.{name}"] for name in _OF_PROMPT]
             prompts.append(Prompt(question, *of_prompt))
         of_rollout = {name: tensors[name] for name in _OF_ROLLOUT}
@@ -126,7 +104,7 @@ def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tens
 def replay(folder: Path) -> list[str]:
     """Loss and gradient of each group of an incident, computed again on the CPU, in lines."""
     description, rollout, tensors = read_incident(folder)
-    settings, weights = description["config"], folder / description["model"]
+    settings, weights = description["config"], folder / "model"
     policy = load_model(weights, "cpu", settings["dtype"])
     allowed_V = load_vocabulary(weights, policy.config).allowed_V
     size = f"{len(rollout.prompts)} groups of {rollout.mask_NGT.shape[1]}"

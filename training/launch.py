@@ -15,7 +15,8 @@ from evaluation.audits.blind import blind_credits, by_modality
 from evaluation.statistics import percent, percent_with_interval
 from model import save_model
 
-from .run import Run, prepared, saving_at_the_end
+from .prepare import prepared
+from .run import Run, saving_at_the_end
 from .sft import fine_tune
 from .stop import FROM_LAST, stop_at_once
 
@@ -47,7 +48,7 @@ def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) ->
 
 def measured(run: Run, method: Method) -> None:
     """Train between two measurements of accuracy; leaves model and summary, prints the table."""
-    folder, questions, progress = Path(run.config.run_dir), run.test_questions, run.progress
+    folder, questions, progress = Path(run.config.run_dir), run.questions.test, run.progress
     if progress.answers_before is None:
         progress.answers_before = run.answers(questions, "accuracy before")
     with saving_at_the_end(run):
@@ -56,7 +57,7 @@ def measured(run: Run, method: Method) -> None:
 
     before = accuracy_by_modality(questions, progress.answers_before)
     after = accuracy_by_modality(questions, run.answers(questions, "accuracy after"))
-    blind = by_modality(questions, blind_credits(run.train_questions, questions))
+    blind = by_modality(questions, blind_credits(run.questions.train, questions))
     totals = {"steps": progress.step, "seconds": progress.seconds, "tokens": progress.tokens}
     summary = run_summary(before, after, blind, **totals)
     if progress.best:
@@ -78,9 +79,9 @@ def measured(run: Run, method: Method) -> None:
 
 def _best_validation(run: Run, folder: Path) -> str:
     """The best on validation, beside the best guess that sees no image, and where it was saved."""
-    questions, best = run.validation_questions, run.progress.best
+    questions, best = run.questions.validation, run.progress.best
     counts = Counter(question.modality for question in questions)
-    guesses = by_modality(questions, blind_credits(run.train_questions, questions))
+    guesses = by_modality(questions, blind_credits(run.questions.train, questions))
     rates = []
     for rate_of in guesses.values():
         credit = sum(rate_of[modality] * count for modality, count in counts.items())

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -47,7 +47,6 @@ class RunLog:
         self._rows = recent(self._kept("metrics", first_step))
         self.incidents = Counter(str(row["kind"]) for row in self._kept("incidents", first_step))
         self._kept("completions", first_step), self._kept("validation", first_step)
-        self._files: dict[str, TextIO] = {}
         self._alarms = alarms(self._rows)
         # The writer's thread hands a full disk's error to us too; what it prints is a traceback.
         self._hook, threading.excepthook = threading.excepthook, _silent_on_os_errors
@@ -121,12 +120,11 @@ class RunLog:
     ) -> None:
         self.end()
         threading.excepthook = self._hook
-        for file in (self.board, *self._files.values()):
-            try:
-                file.close()
-            except OSError as full:
-                if error is None:  # else what could not be written before can't be now
-                    raise OSError(full.errno, full.strerror, str(self.folder)) from None
+        try:
+            self.board.close()
+        except OSError as full:
+            if error is None:  # else what could not be written before can't be now
+                raise OSError(full.errno, full.strerror, str(self.folder)) from None
 
     def _metrics(self, step: Step) -> None:
         seconds = sum(step.seconds.values())
@@ -150,34 +148,34 @@ class RunLog:
     def _completions(self, step: Step) -> None:
         """In the form that `evaluation.audits` read, and with what the loss made of each."""
         assert step.rollout is not None
-        advantages_NG = step.tensors["advantages_NG"].tolist()
+        advantages_NG, rows = step.tensors["advantages_NG"].tolist(), []
         for n, prompt in enumerate(step.rollout.prompts):
             question = prompt.question
-            asked = {
-                "step": step.number,
-                "id": question.source,
-                "model": "policy",
-                "modality": question.modality,
-                "question_type": question.question_type,
-                "question": question.question,
-                "options": list(question.options),
-                "ground_truth": question.answer,
-            }
             for g, text in enumerate(step.rollout.texts[n]):
-                verdicts = step.verdicts_NG[n][g]
-                rewards = {v.rule: {"score": v.score, "why": v.why} for v in verdicts}
-                answered = {
-                    "completion": text,
-                    "rewards": rewards,
-                    "advantage": advantages_NG[n][g],
-                }
-                self._write("completions", asked | answered)
+                rewards = {}
+                for verdict in step.verdicts_NG[n][g]:
+                    rewards[verdict.rule] = {"score": verdict.score, "why": verdict.why}
+                rows.append(
+                    {
+                        "step": step.number,
+                        "id": question.source,
+                        "model": "policy",
+                        "modality": question.modality,
+                        "question_type": question.question_type,
+                        "question": question.question,
+                        "options": question.options,
+                        "ground_truth": question.answer,
+                        "completion": text,
+                        "rewards": rewards,
+                        "advantage": advantages_NG[n][g],
+                    }
+                )
+        self._write("completions", *rows)
 
-    def _write(self, name: str, row: dict[str, Any]) -> None:
-        if name not in self._files:
-            self._files[name] = (self.folder / f"{name}.jsonl").open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._files[name].flush()
+    def _write(self, name: str, *rows: dict[str, Any]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def _kept(self, name: str, first_step: int) -> list[dict[str, Any]]:
         """Drop a file's rows from `first_step` on, and what a crash has left of a row.

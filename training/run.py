@@ -1,41 +1,27 @@
-"""A run: what it consists of, its steps, and what is done between and around them."""
+"""A run: what it consists of, its steps, and what is done between them and when they end."""
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from common.config import Config
-from common.device import use_device
 from common.errors import InputError
-from common.hub import model_folder
 from common.program import Stopped
-from data import Prompt, PromptEncoder, Question, Vocabulary, load_vocabulary, prompts_of_steps
-from data.choice import Questions, load_questions, prompt_encoder, refuse_overlap
-from data.pixel_limits import with_pixel_limits
+from data import PromptEncoder, Question, Vocabulary, prompts_of_steps
+from data.choice import Questions
 from evaluation.accuracy import tally
 from evaluation.answers import answer_greedily
 from grpo.optimizer import MasterAdamW, scheduled_rate
 from grpo.rollout import MicroBatch, Rollout, completion_logprobs, with_image_features
-from model import Qwen2VL, keep_freed_memory, load_model
-from model.weights import read_companions
+from model import Qwen2VL
 
-from .checkpoint import Progress, load_progress
-from .folder import (
-    claimed,
-    find_checkpoint,
-    questions_digest,
-    refuse_other_contents,
-    weights_digest,
-    write_config,
-)
+from .checkpoint import Progress
 from .incidents import room_for_incident, write_incident
 from .log import RunLog
 from .saving import Checkpoints
@@ -54,9 +40,7 @@ class Run:
     """
 
     config: Config
-    train_questions: list[Question]
-    validation_questions: list[Question]
-    test_questions: list[Question]
+    questions: Questions
     policy: Qwen2VL
     reference: Qwen2VL | None
     vocabulary: Vocabulary
@@ -81,7 +65,7 @@ class Run:
         numbers = range(self.progress.step, config.steps)
         prompts_of = prompts_of_steps(
             self.encoder,
-            self.train_questions,
+            self.questions.train,
             numbers,
             config.prompts_per_step,
             config.seed,
@@ -93,20 +77,13 @@ class Run:
         for number in numbers:
             step = Step(number, (), config.device)
             with step.phase("prompts"):
-                step.prompts = self._next(prompts_of)
+                step.prompts = next(prompts_of)
             if config.freeze_vision:  # all models and passes of the step share what it computes
                 with step.phase("vision"):
                     step.prompts = with_image_features(self.policy, step.prompts)
             if step.prompts:
                 yield step
             self._end(step)
-
-    def _next(self, prompts_of: Iterator[list[Prompt]]) -> list[Prompt]:
-        try:
-            return next(prompts_of)
-        except InputError as error:
-            remedy = "or go on without such images, by --bad_images skip"
-            raise InputError(f"{error}; {remedy}") from None
 
     def _leave_out(self, error: InputError) -> None:
         self.log.incident(self.progress.step, "image", f"question left out: {error}")
@@ -186,10 +163,10 @@ class Run:
         """Validate every `validate_every` steps and after the last; once, also if stopped there."""
         progress, config, done = self.progress, self.config, self.progress.step
         due = done > 0 and (done % config.validate_every == 0 or done == config.steps)
-        if not self.validation_questions or not due or progress.validated == done:
+        if not self.questions.validation or not due or progress.validated == done:
             return False
-        letters = [question.answer for question in self.validation_questions]
-        accuracy = tally(letters, self.answers(self.validation_questions, "validation"))
+        letters = [question.answer for question in self.questions.validation]
+        accuracy = tally(letters, self.answers(self.questions.validation, "validation"))
         self.log.validation(done - 1, accuracy.right, accuracy.total)
         progress.validated = done
         if not progress.best or accuracy.right > progress.best["right"]:
@@ -203,11 +180,12 @@ class Run:
     def save_last_whole_step(self, error: BaseException) -> None:
         """Save it, if weights and progress are those of a whole step; another fault gets a line."""
         self.optimizer.forget_gradients()
-        unsaved = not self.stop.deferred and self.progress.step > self.saved_step
-        for work in (self.checkpoints.finish, self._save, self.checkpoints.finish):
+        works = [self.checkpoints.finish]
+        if not self.stop.deferred and self.progress.step > self.saved_step:
+            works += [self._save, self.checkpoints.finish]
+        for work in works:
             try:
-                if work != self._save or unsaved:
-                    work()
+                work()
             except InputError as other:
                 if str(other) != str(error):
                     print(f"\n{other}", file=sys.stderr)
@@ -249,9 +227,8 @@ def rollout_logprobs(run: Run, rollout: Rollout, model: Qwen2VL) -> Tensor:
     """log pi (N, G, T) of a whole rollout under a model as it stands; 0 outside the mask."""
     logp_NGT = torch.zeros_like(rollout.logp_NGT)
     for batch in run.micro_batches(rollout):
-        logp, _ = completion_logprobs(
-            model, batch, run.vocabulary.allowed_V, run.config.temperature
-        )
+        allowed_V, temperature = run.vocabulary.allowed_V, run.config.temperature
+        logp, _ = completion_logprobs(model, batch, allowed_V, temperature)
         batch.cut(logp_NGT).copy_(logp)
     return logp_NGT
 
@@ -282,112 +259,3 @@ def saving_at_the_end(run: Run) -> Iterator[None]:
 
 def _goes_on_from(run: Run) -> str:
     return f"stopped; {FROM_LAST.replace('the last checkpoint', run.checkpoints.newest())}"
-
-
-@contextmanager
-def prepared(config: Config) -> Iterator[Run]:
-    """Begin or resume the run that `config` describes, and say on the terminal what it is.
-
-    Its folder is this process's own until the context is left. InputError for bad input.
-    """
-    keep_freed_memory()
-    use_device(config)
-    questions = load_questions(config)
-    refuse_overlap(questions)
-    with claimed(config):
-        checkpoint = find_checkpoint(config)
-        folder = model_folder(config.model)
-        policy, reference = _models(config, folder, checkpoint)
-        vocabulary = load_vocabulary(folder, policy.config, config.device)
-        encoder = prompt_encoder(vocabulary, policy.config, config)
-        train, validation, test = _fitting(encoder, config, questions)
-
-        optimizer = MasterAdamW(policy, config)
-        progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
-        contents = {
-            "base weights": weights_digest(folder),
-            "training questions": questions_digest(train),
-            "validation questions": questions_digest(validation),
-            "test questions": questions_digest(test),
-        }
-        refuse_other_contents(config, progress.contents or contents, contents)
-        progress.contents = contents
-        write_config(config)
-        _warn_of_a_full_disk(config, policy, optimizer)
-        if checkpoint:
-            print(f"going on from {checkpoint}")
-        with Checkpoints(config) as checkpoints, RunLog(config, progress.step) as log:
-            yield Run(
-                config=config,
-                train_questions=train,
-                validation_questions=validation,
-                test_questions=test,
-                policy=policy,
-                reference=reference,
-                vocabulary=vocabulary,
-                encoder=encoder,
-                optimizer=optimizer,
-                progress=progress,
-                checkpoints=checkpoints,
-                log=log,
-                micro_batch_tokens=config.micro_batch_tokens,
-                saved_step=progress.step,
-            )
-
-
-def _models(
-    config: Config, folder: Path, checkpoint: Path | None
-) -> tuple[Qwen2VL, Qwen2VL | None]:
-    """The policy, as the checkpoint has it or the base, and the frozen reference, or None."""
-    policy = load_model(checkpoint or folder, config.device, config.dtype)
-    # Tokenizer files come from the base in any case; the limits of an image are the run's.
-    companions = read_companions(folder)
-    policy.companions = with_pixel_limits(companions, config.min_pixels, config.max_pixels)
-    policy.recompute = config.activation_checkpointing
-    reference = None
-    if config.beta and config.method == "grpo":
-        reference = load_model(folder, config.device, config.dtype).requires_grad_(False)
-    if config.freeze_vision:
-        policy.visual.requires_grad_(False)
-        if reference is not None:
-            reference.visual = policy.visual  # one tower in memory
-    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    place = f"{config.dtype} on {config.device}"
-    print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {place}")
-    return policy, reference
-
-
-def _fitting(encoder: PromptEncoder, config: Config, questions: Questions) -> Questions:
-    """Of the questions those whose prompts fit; says how many, and what is left out."""
-    train, skipped, unreadable = encoder.select(
-        questions.train, keep_unreadable=config.bad_images == "skip"
-    )
-    validation, skipped_validation, _ = encoder.select(questions.validation)
-    test, skipped_tests, _ = encoder.select(questions.test)
-    validating = f"{len(validation)} to validate on, " if validation else ""
-    print(f"{len(train)} questions to train on, {validating}{len(test)} to test")
-    if skipped or skipped_validation or skipped_tests:
-        counts = (
-            f"{skipped} of training, {skipped_validation} of validation, {skipped_tests} of test"
-        )
-        print(f"left out as longer than {config.max_prompt_tokens} tokens: {counts}")
-    if unreadable:
-        count = f"{len(unreadable)}, first {unreadable[0]}"
-        print(f"left out when their turn comes, as their images can't be read: {count}")
-    return Questions(train, validation, test)
-
-
-def _warn_of_a_full_disk(config: Config, policy: Qwen2VL, optimizer: MasterAdamW) -> None:
-    """Before the night and not in it: checkpoints that are kept, the best, one being written."""
-    masters = sum(4 * param.numel() for param in optimizer.params)
-    weights = sum(param.nbytes for param in policy.parameters())
-    copies = 2 if config.dtype == "float32" else 3  # both moments, and masters if separate
-    best = bool(config.validation_questions or config.validation_fraction)
-    needed = (weights + copies * masters) * (config.keep_checkpoints + 1 + best)
-    run_dir = Path(config.run_dir)
-    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-??????/*"))
-    free = shutil.disk_usage(run_dir).free + held
-    if needed > free:
-        line = f"checkpoints may take {needed / 1e9:.1f} GB here, but only {free / 1e9:.1f} GB are"
-        remedy = "lower keep_checkpoints or make room"
-        print(f"! {line} free for them in {run_dir}: {remedy}", file=sys.stderr)
