@@ -1,5 +1,6 @@
-"""How fast a device is, in two numbers that are measured in less than a second."""
+"""How fast a device is, in three numbers that are measured in about a second."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,22 +13,27 @@ CALL = 5e-6  # seconds that any operator takes: a launch on a GPU, torch's dispa
 
 
 class Speed(NamedTuple):
-    """Floating-point operations and bytes of memory a second, and where these numbers are from."""
+    """Floating-point operations of products a second; bytes a second that products read, and that
+    all other operators read and write; where these numbers are from.
+    """
 
     flops: float
-    bytes: float
+    read: float
+    moved: float
     source: str
 
     def seconds(self, flops: float, size: float) -> float:
-        """An operator takes as long as its arithmetic or its reading and writing, whichever is
-        longer (the roofline model, Williams et al. 2009).
+        """A product takes as long as its arithmetic or its reading, whichever is longer (the
+        roofline model, Williams et al. 2009).
         """
-        return CALL + max(flops / self.flops, size / self.bytes)
+        if not flops:
+            return CALL + size / self.moved
+        return CALL + max(flops / self.flops, size / self.read)
 
 
 # NVIDIA's data sheet of the A100 80GB SXM says 312 TFLOP/s in bf16 and 2,039 GB/s. Well-written
 # code gets half of the first and three quarters of the second.
-ASSUMED = Speed(156e12, 1529e9, "assumed: an A100 of 80 GB")
+ASSUMED = Speed(156e12, 1529e9, 1529e9, "assumed: an A100 of 80 GB")
 
 
 def speed_of(device: str, dtype: torch.dtype) -> Speed:
@@ -38,13 +44,16 @@ def speed_of(device: str, dtype: torch.dtype) -> Speed:
     # As in decoding: a few rows meet a matrix that is too large for a processor's cache.
     rows, weight = square[:16], torch.randn(16384, 1024, device=device, dtype=dtype)
     with torch.no_grad(), arranged([weight], rows=len(rows)):
-        flops = 2 * 1024**3 / _seconds(square, square)
-        return Speed(flops, weight.nbytes / _seconds(rows, weight), f"measured on this {device}")
+        return Speed(
+            flops=2 * 1024**3 / _seconds(linear, square, square),
+            read=weight.nbytes / _seconds(linear, rows, weight),
+            moved=3 * weight.nbytes / _seconds(torch.mul, weight, weight),  # it writes as well
+            source=f"measured on this {device}",
+        )
 
 
-def _seconds(x: Tensor, weight: Tensor) -> float:
-    names = {"linear": linear, "x": x, "weight": weight}
-    threads = torch.get_num_threads()
-    timer = Timer("linear(x, weight)", globals=names, num_threads=threads)
+def _seconds(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    names = {"run": run, "x": x, "y": y}
+    timer = Timer("run(x, y)", globals=names, num_threads=torch.get_num_threads())
     # The fastest of all runs: others on the machine can only make it slower.
     return min(timer.blocked_autorange(min_run_time=0.3).times)

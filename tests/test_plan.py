@@ -193,7 +193,7 @@ def test_attention_does_not_hold_scores_and_is_left_as_it_was(recompute):
 def test_the_products_of_a_pass_take_their_time():
     a = torch.empty(640, 320, device="meta", requires_grad=True)
     b = torch.empty(320, 160, device="meta")
-    speed = Speed(flops=1e3, bytes=1e12, source="")  # slow, so that nothing else counts
+    speed = Speed(flops=1e3, read=1e12, moved=1e12, source="")  # slow, so that nothing else counts
     with Meter(speed).phase() as phase:
         (a @ b).sum().backward()
     assert phase.seconds == pytest.approx(2 * 2 * 640 * 320 * 160 / 1e3, rel=1e-4)
