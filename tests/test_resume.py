@@ -19,6 +19,7 @@ import training.run
 from common.errors import InputError
 from training.checkpoint import checkpoints, damage_of
 from training.log import RunLog
+from training.incidents import MOST
 from training.run import Run
 from training.saving import Checkpoints
 
@@ -230,7 +231,7 @@ def test_incidents_that_come_again_and_again_do_not_fill_the_disk(tmp_path, monk
     monkeypatch.setattr(Run, "_end", spoil_before(Run._end))
     assert run(monkeypatch, config) == 0
     assert len(rows(tmp_path / "run" / "incidents.jsonl")) >= 14
-    assert len(list((tmp_path / "run" / "incidents").iterdir())) == 10
+    assert len(list((tmp_path / "run" / "incidents").iterdir())) == MOST
 
 
 def spoil_before(end):

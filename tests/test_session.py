@@ -133,9 +133,6 @@ def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_
     assert [row["loss"] is None for row in found] == [False, True, True, False]
     kept = tmp_path / "run" / "incidents"
     assert [row["kind"] for row in rows(tmp_path / "run" / "incidents.jsonl")] == ["not finite"] * 2
-    assert (kept / "step-000001" / "model").is_dir() and not (
-        kept / "step-000002" / "model"
-    ).exists()
     assert "2 of kind 'not finite'" in capsys.readouterr().out
 
     # Played again from that folder alone: images and base are gone.
