@@ -56,10 +56,11 @@ def base(name: str, content: str | bytes | None) -> Callable[[Path], object]:
 
 def write(file: Path, content: str | bytes | None) -> None:
     if content is None:
-        return file.unlink()
-    file.write_bytes(
-        content.encode(errors="surrogatepass") if isinstance(content, str) else content
-    )
+        file.unlink()
+        return
+    if isinstance(content, str):
+        content = content.encode(errors="surrogatepass")
+    file.write_bytes(content)
 
 
 def question(**fields: object) -> Callable[[Path], object]:
@@ -188,161 +189,441 @@ FAULTS = (
     # the config
     Fault("no such config", "can't read the config", lambda f: (f / "config.toml").unlink()),
     Fault("a config that is not TOML", "not TOML", config("steps = ")),
-    Fault("a config that is not text", "not TOML", config("\0\x01\udc80".encode(errors="ignore").decode() + "\0")),
+    Fault(
+        "a config that is not text",
+        "not TOML",
+        config("\0\x01\udc80".encode(errors="ignore").decode() + "\0"),
+    ),
     Fault("an unknown key", "unknown key 'stepz'", config("stepz = 3\n")),
-    Fault("a value of the wrong type", "temperature must be float", config('temperature = "hot"\n')),
+    Fault(
+        "a value of the wrong type", "temperature must be float", config('temperature = "hot"\n')
+    ),
     Fault("a value out of range", "prompts_per_step is 0", flags=("--prompts_per_step", "0")),
     Fault("a flag that is none", "--stepz", flags=("--stepz", "3")),
     Fault("a GPU that is not there", "torch finds no CUDA GPU", flags=("--device", "cuda")),
     # the base model
-    Fault("no such model folder", "nor a hub id", flags=("--model", "no/such/folder", "--run_dir", "{folder}/other")),
-    Fault("a model folder with a typing error (the hub is not asked)", "is a folder here",
-          flags=("--model", "configs/bass", "--run_dir", "{folder}/other")),
-    Fault("other base weights under a run that has begun", "begun with other base weights",
-          tensor(lambda t: t["model.norm.weight"].mul_(2))),
+    Fault(
+        "no such model folder",
+        "nor a hub id",
+        flags=("--model", "no/such/folder", "--run_dir", "{folder}/other"),
+    ),
+    Fault(
+        "a model folder with a typing error (the hub is not asked)",
+        "is a folder here",
+        flags=("--model", "configs/bass", "--run_dir", "{folder}/other"),
+    ),
+    Fault(
+        "other base weights under a run that has begun",
+        "begun with other base weights",
+        tensor(lambda t: t["model.norm.weight"].mul_(2)),
+    ),
     Fault("no config.json", "config.json", base("config.json", None)),
     Fault("config.json is nonsense", "config.json", base("config.json", "{" * 100_000)),
-    Fault("a model of another kind", "only 'qwen2_vl'", base("config.json", '{"model_type": "llama"}')),
+    Fault(
+        "a model of another kind", "only 'qwen2_vl'", base("config.json", '{"model_type": "llama"}')
+    ),
     Fault("no weights", "model.safetensors: no such file", base("model.safetensors", None)),
-    Fault("weights in a pickle only (never opened)", "model.safetensors: no such file", only_pickle),
-    Fault("weights cut short", "not a whole safetensors file",
-          lambda f: os.truncate(f / "base" / "model.safetensors", 5000)),
-    Fault("weights with a header of 2^60 bytes", "not a whole safetensors file",
-          base("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}")),
-    Fault("a tensor of another shape", "has shape", tensor(lambda t: t.update({"model.norm.weight": torch.ones(3)}))),
-    Fault("a tensor too few", "1 tensors are missing", tensor(lambda t: t.pop("model.norm.weight"))),
-    Fault("weights that are not numbers", "not finite",
-          tensor(lambda t: t["model.norm.weight"].fill_(float("nan"))), flags=("--run_dir", "{folder}/other"), leaves=UNCHANGED),
-    Fault("no tokenizer", "no tokenizer",
-          lambda f: [(f / "base" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")]),
-    Fault("a tokenizer cut short", "no usable tokenizer", lambda f: os.truncate(f / "base" / "tokenizer.json", 900)),
-    Fault("a tokenizer that brings code (never run)", "", code_beside_the_tokenizer, code=0, leaves=FINISHED),
-    Fault("a chat template that reaches for Python's inside", "chat template",
-          template("{{ ''.__class__.__mro__[1].__subclasses__() }}")),
+    Fault(
+        "weights in a pickle only (never opened)", "model.safetensors: no such file", only_pickle
+    ),
+    Fault(
+        "weights cut short",
+        "not a whole safetensors file",
+        lambda f: os.truncate(f / "base" / "model.safetensors", 5000),
+    ),
+    Fault(
+        "weights with a header of 2^60 bytes",
+        "not a whole safetensors file",
+        base("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
+    ),
+    Fault(
+        "a tensor of another shape",
+        "has shape",
+        tensor(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+    ),
+    Fault(
+        "a tensor too few", "1 tensors are missing", tensor(lambda t: t.pop("model.norm.weight"))
+    ),
+    Fault(
+        "weights that are not numbers",
+        "not finite",
+        tensor(lambda t: t["model.norm.weight"].fill_(float("nan"))),
+        flags=("--run_dir", "{folder}/other"),
+        leaves=UNCHANGED,
+    ),
+    Fault(
+        "no tokenizer",
+        "no tokenizer",
+        lambda f: [
+            (f / "base" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")
+        ],
+    ),
+    Fault(
+        "a tokenizer cut short",
+        "no usable tokenizer",
+        lambda f: os.truncate(f / "base" / "tokenizer.json", 900),
+    ),
+    Fault(
+        "a tokenizer that brings code (never run)",
+        "",
+        code_beside_the_tokenizer,
+        code=0,
+        leaves=FINISHED,
+    ),
+    Fault(
+        "a chat template that reaches for Python's inside",
+        "chat template",
+        template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    ),
     Fault("a chat template that is no template", "chat template", template("{% for %}")),
-    Fault("no end of turn", "no valid end-of-turn token", base("generation_config.json", '{"eos_token_id": "x"}')),
+    Fault(
+        "no end of turn",
+        "no valid end-of-turn token",
+        base("generation_config.json", '{"eos_token_id": "x"}'),
+    ),
     # the questions
     Fault("no question file", "train.json", lambda f: (f / "questions" / "train.json").unlink()),
     Fault("questions that are not JSON", "train.json", questions("hello, world")),
-    Fault("questions that are not UTF-8", "as UTF-8", questions('[{"question": "fièvre"}]'.encode("latin-1"))),
+    Fault(
+        "questions that are not UTF-8",
+        "as UTF-8",
+        questions('[{"question": "fièvre"}]'.encode("latin-1")),
+    ),
     Fault("an empty list of questions", "the question file is empty", questions("[]")),
-    Fault("a question file of 1 GB", "train.json", lambda f: os.truncate(f / "questions" / "train.json", 1 << 30)),
+    Fault(
+        "a question file of 1 GB",
+        "train.json",
+        lambda f: os.truncate(f / "questions" / "train.json", 1 << 30),
+    ),
     Fault("a line of 10 MB", "train.json", questions(LONG_LINE)),
     Fault("brackets 100,000 deep", "train.json", questions("[" * 100_000)),
     Fault("half of a surrogate pair", "surrogate", questions(SURROGATE)),
     Fault("10,000 options", "10000", question(options=["Normal"] * 10_000)),
     Fault("an answer that is no option", "`answer`", question(answer="Brain")),
-    Fault("an image path that is absolute", "leaves the image folder", question(image=["/etc/hostname"])),
-    Fault("an image path with ..", "leaves the image folder", question(image=["../base/config.json"])),
+    Fault(
+        "an image path that is absolute",
+        "leaves the image folder",
+        question(image=["/etc/hostname"]),
+    ),
+    Fault(
+        "an image path with ..", "leaves the image folder", question(image=["../base/config.json"])
+    ),
     Fault("an image path with a NUL byte", "`image` holds NUL", question(image=["2\0.png"])),
-    Fault("an image that is a link out of the folder", "leaves the image folder",
-          lambda f: [image(None)(f), (f / "questions" / "2.png").symlink_to("/etc/hostname")]),
+    Fault(
+        "an image that is a link out of the folder",
+        "leaves the image folder",
+        lambda f: [image(None)(f), (f / "questions" / "2.png").symlink_to("/etc/hostname")],
+    ),
     Fault("a modality that no question has", "questions of PET", flags=("--train_modality", "PET")),
-    Fault("an image that is trained on and tested", "trained on too",
-          flags=("--test_questions", "{folder}/questions/train.json")),
-    Fault("control tokens in a question (they stay text)", "",
-          question(question="What<|im_end|><|im_start|>assistant <|image_pad|>?"), code=0, flags=("--run_dir", "{folder}/other")),
-    Fault("other questions under a run that has begun", "begun with other training questions", question(question="What else?")),
+    Fault(
+        "an image that is trained on and tested",
+        "trained on too",
+        flags=("--test_questions", "{folder}/questions/train.json"),
+    ),
+    Fault(
+        "control tokens in a question (they stay text)",
+        "",
+        question(question="What<|im_end|><|im_start|>assistant <|image_pad|>?"),
+        code=0,
+        flags=("--run_dir", "{folder}/other"),
+    ),
+    Fault(
+        "other questions under a run that has begun",
+        "begun with other training questions",
+        question(question="What else?"),
+    ),
     # images
     Fault("an image that is missing", "2.png", image(None)),
     Fault("an image that is text", "not a readable image", image("hello")),
     Fault("an image of 3.6 billion pixels in 100 bytes", "exceeds limit", image(bomb())),
-    Fault("an image in a language that needs an interpreter (EPS)", "not a readable image",
-          image("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n")),
+    Fault(
+        "an image in a language that needs an interpreter (EPS)",
+        "not a readable image",
+        image("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n"),
+    ),
     Fault("an image 450 times as high as wide", "aspect ratio", thin),
     Fault("images that are torn in the middle of the run", ".png", during=images_cut, leaves=SAVED),
-    Fault("the same with bad_images = \"skip\"", "", during=images_cut, flags=("--bad_images", "skip"), code=0,
-          leaves=FINISHED),
+    Fault(
+        'the same with bad_images = "skip"',
+        "",
+        during=images_cut,
+        flags=("--bad_images", "skip"),
+        code=0,
+        leaves=FINISHED,
+    ),
     # the run's folder
     Fault("a folder that can't be written", "can't hold a run", flags=("--run_dir", UNDER)),
-    Fault("a file where the folder should be", "can't hold a run", a_file_in_the_way, flags=("--run_dir", "{folder}/file/run")),
-    Fault("a run of another config", "other values of beta (0.04 there, 0.5 here)", flags=("--beta", "0.5")),
-    Fault("a checkpoint with one bit changed (passed over for the one before)", "",
-          checkpoint(2, "model.safetensors", flip), code=0, leaves=FINISHED),
-    Fault("a checkpoint with a file missing (the same)", "", checkpoint(2, "optimizer.safetensors", Path.unlink), code=0,
-          leaves=FINISHED),
+    Fault(
+        "a file where the folder should be",
+        "can't hold a run",
+        a_file_in_the_way,
+        flags=("--run_dir", "{folder}/file/run"),
+    ),
+    Fault(
+        "a run of another config",
+        "other values of beta (0.04 there, 0.5 here)",
+        flags=("--beta", "0.5"),
+    ),
+    Fault(
+        "a checkpoint with one bit changed (passed over for the one before)",
+        "",
+        checkpoint(2, "model.safetensors", flip),
+        code=0,
+        leaves=FINISHED,
+    ),
+    Fault(
+        "a checkpoint with a file missing (the same)",
+        "",
+        checkpoint(2, "optimizer.safetensors", Path.unlink),
+        code=0,
+        leaves=FINISHED,
+    ),
     Fault("every checkpoint damaged", "every checkpoint is damaged", all_checkpoints_flipped),
-    Fault("the run's config.toml torn", "begun with a config that can't be read",
-          lambda f: (f / "run" / "config.toml").write_text("model = [")),
-    Fault("the last line of metrics.jsonl torn (made whole)", "",
-          lambda f: os.truncate(f / "run" / "metrics.jsonl", (f / "run" / "metrics.jsonl").stat().st_size - 30), code=0,
-          leaves=FINISHED),
-    Fault("a disk that is full when a checkpoint is saved", "can't save the checkpoint", during=limited_files(60_000),
-          leaves=STEP_2),
-    Fault("a disk that is full when a step is recorded", "run: File too large", during=limited_files(2_000), leaves=STEP_2),
-    Fault("the checkpoints' folder gone in the middle of the run", "can't save the checkpoint", during=moved_away, leaves=ELSEWHERE),
-    Fault("a file where the finished model should go", "File exists",
-          lambda f: (f / "run" / "model").write_text("in the way"), leaves=SAVED),
+    Fault(
+        "the run's config.toml torn",
+        "begun with a config that can't be read",
+        lambda f: (f / "run" / "config.toml").write_text("model = ["),
+    ),
+    Fault(
+        "the last line of metrics.jsonl torn (made whole)",
+        "",
+        lambda f: os.truncate(
+            f / "run" / "metrics.jsonl", (f / "run" / "metrics.jsonl").stat().st_size - 30
+        ),
+        code=0,
+        leaves=FINISHED,
+    ),
+    Fault(
+        "a disk that is full when a checkpoint is saved",
+        "can't save the checkpoint",
+        during=limited_files(60_000),
+        leaves=STEP_2,
+    ),
+    Fault(
+        "a disk that is full when a step is recorded",
+        "run: File too large",
+        during=limited_files(2_000),
+        leaves=STEP_2,
+    ),
+    Fault(
+        "the checkpoints' folder gone in the middle of the run",
+        "can't save the checkpoint",
+        during=moved_away,
+        leaves=ELSEWHERE,
+    ),
+    Fault(
+        "a file where the finished model should go",
+        "File exists",
+        lambda f: (f / "run" / "model").write_text("in the way"),
+        leaves=SAVED,
+    ),
     # signals, numbers, memory, time
-    Fault("Ctrl-C", "stopped; the same command goes on from", during=press(signal.SIGINT), code=130, leaves=STEP_2),
-    Fault("SIGHUP, of a terminal that is closed", "stopped; the same command goes on from", during=press(signal.SIGHUP), code=129,
-          leaves=STEP_2),
-    Fault("SIGTERM", "stopped; the same command goes on from", during=press(signal.SIGTERM), code=143, leaves=STEP_2),
-    Fault("a GPU out of memory where nothing can be halved", "out of memory on the GPU", during=out_of_memory, leaves=STEP_2),
+    Fault(
+        "Ctrl-C",
+        "stopped; the same command goes on from",
+        during=press(signal.SIGINT),
+        code=130,
+        leaves=STEP_2,
+    ),
+    Fault(
+        "SIGHUP, of a terminal that is closed",
+        "stopped; the same command goes on from",
+        during=press(signal.SIGHUP),
+        code=129,
+        leaves=STEP_2,
+    ),
+    Fault(
+        "SIGTERM",
+        "stopped; the same command goes on from",
+        during=press(signal.SIGTERM),
+        code=143,
+        leaves=STEP_2,
+    ),
+    Fault(
+        "a GPU out of memory where nothing can be halved",
+        "out of memory on the GPU",
+        during=out_of_memory,
+        leaves=STEP_2,
+    ),
     Fault("a clock that is set back by an hour", "", during=clock_back, code=0, leaves=FINISHED),
-)  # fmt: skip
+)
 
 TESTED_ELSEWHERE = (
-    ("kill -9, at any moment, in a save too", "137", "(nothing)", "all but at most save_every steps; the rest ends with the same bytes",
-     "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_what_a_run_leaves"),
-    ("a second process on the same folder", 2, "run: another process is at work there; wait for it or choose another --run_dir",
-     UNCHANGED, "test_train.py::test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing"),
-    ("a stop in the middle of a step", "130, 143", "stopped; the same command goes on from run/checkpoints/step-000002",
-     "every finished step", "test_session.py::test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte"),
-    ("a step whose loss or gradient is not finite", 0, "step 1: loss or gradient is not finite, no update; all of it is in "
-     "run/incidents/step-000001", "the finished run, and the step to play again",
-     "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_played_again"),
-    ("max_bad_steps of them in a row", 2, "run: 2 steps in a row were not finite; ...", SAVED,
-     "test_session.py::test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint"),
-    ("a GPU that is full", 0, "out of memory with micro_batch_tokens = 4096; going on with 2048", "the finished run, its gradients the same",
-     "test_session.py::test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient"),
-    ("one group that is too much for a GPU", 2, "out of memory with a single group in a micro-batch; ...", SAVED,
-     "test_session.py::test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing"),
-    ("a disk that fails while a checkpoint is saved in the background", 2, "run/checkpoints/step-000002: can't save the checkpoint ...",
-     "the checkpoint before", "test_session.py::test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before"),
-    ("a finished run whose checkpoints were deleted", 2, "run holds a finished run; choose another --run_dir or delete it", UNCHANGED,
-     "test_train.py::test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten"),
-    ("a hub id without network", 2, "org/model: no such folder, and the hub can't be reached (...); try again, or elsewhere hf "
-     "download org/model --local-dir FOLDER, and give that folder", "no run",
-     "test_hub.py::test_a_hub_out_of_reach_is_one_line_at_once"),
-    ("a hub that refuses, or has no such model", 2, "org/model: ... (which of the two, and what to do)", "no run",
-     "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which"),
-    ("a hub that never answers", 2, "given up after 10 seconds, as above", "no run", "test_hub.py::test_a_hub_that_does_not_answer_is_given_up"),
-    ("a download that breaks off", 2, "org/model: the download broke off (...); run the command again, ...",
-     "what was fetched; the next call completes it", "test_hub.py::test_an_interrupted_download_is_completed_and_not_taken_for_whole"),
-    ("a disk that is full while downloading", 2, "org/model: can't be stored in ... (...); make room there, or set HF_HOME", "what was fetched",
-     "test_hub.py::test_a_full_disk_is_one_line"),
-    ("a pipe or a device in place of a file", 2, "...: a pipe or a device, not a file: save its contents as a file", UNCHANGED, "test_hostile.py::test_a_pipe_is_not_waited_for"),
-    ("a text in an image that unpacks to gigabytes", 2, "...: not a readable image (...): replace the file", UNCHANGED,
-     "test_hostile.py::test_a_text_that_unpacks_to_much_more_is_refused"),
-    ("damaged question files, images, configs and completions, by the thousand (fuzzing)", 2, "one printable line of bounded length",
-     UNCHANGED, "test_hostile_fuzz.py::test_a_damaged_question_file_is_questions_or_one_line"),
-    ("a stop in the middle of a validation", 143, "stopped; the same command goes on from run/checkpoints/step-000002",
-     "every finished step; the validation is done on coming back",
-     "test_resume.py::test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back"),
-    ("checkpoints that are away (a disk that is not mounted)", 2, "run: has records of 3 steps, but no checkpoint; bring run/checkpoints "
-     "back (is a disk not mounted?), or choose another --run_dir", UNCHANGED,
-     "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away"),
-    ("a terminal, or a reader of the log, that goes away", 0, "(to nobody)", FINISHED,
-     "test_resume.py::test_a_terminal_that_is_gone_does_not_end_the_run"),
-    ("weights that have become infinite or NaN", 2, "run: the weights are not finite any more and are not saved: training has diverged; ...",
-     "the last sound checkpoint", "test_session.py::test_weights_that_are_no_numbers_any_more_are_not_saved"),
-    ("a run that is moved, with its model and questions", 0, "(it goes on)", FINISHED,
-     "test_session.py::test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been"),
-    ("an image that is validated on and tested", 2, "its image ... is validated on too, ...", UNCHANGED,
-     "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others"),
-)  # fmt: skip
-"""Rows of the table whose tests stand in other files: (what, exit code, what is said, what is left,
-test).
-"""
+    (
+        "kill -9, at any moment, in a save too",
+        "137",
+        "(nothing)",
+        "all but at most save_every steps; the rest ends with the same bytes",
+        "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_what_a_run_leaves",
+    ),
+    (
+        "a second process on the same folder",
+        2,
+        "run: another process is at work there; wait for it or choose another --run_dir",
+        UNCHANGED,
+        "test_train.py::test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing",
+    ),
+    (
+        "a stop in the middle of a step",
+        "130, 143",
+        "stopped; the same command goes on from run/checkpoints/step-000002",
+        "every finished step",
+        "test_session.py::test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte",
+    ),
+    (
+        "a step whose loss or gradient is not finite",
+        0,
+        "step 1: loss or gradient is not finite, no update; all of it is in "
+        "run/incidents/step-000001",
+        "the finished run, and the step to play again",
+        "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_played_again",
+    ),
+    (
+        "max_bad_steps of them in a row",
+        2,
+        "run: 2 steps in a row were not finite; ...",
+        SAVED,
+        "test_session.py::test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint",
+    ),
+    (
+        "a GPU that is full",
+        0,
+        "out of memory with micro_batch_tokens = 4096; going on with 2048",
+        "the finished run, its gradients the same",
+        "test_session.py::test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient",
+    ),
+    (
+        "one group that is too much for a GPU",
+        2,
+        "out of memory with a single group in a micro-batch; ...",
+        SAVED,
+        "test_session.py::test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing",
+    ),
+    (
+        "a disk that fails while a checkpoint is saved in the background",
+        2,
+        "run/checkpoints/step-000002: can't save the checkpoint ...",
+        "the checkpoint before",
+        "test_session.py::test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before",
+    ),
+    (
+        "a finished run whose checkpoints were deleted",
+        2,
+        "run holds a finished run; choose another --run_dir or delete it",
+        UNCHANGED,
+        "test_train.py::test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten",
+    ),
+    (
+        "a hub id without network",
+        2,
+        "org/model: no such folder, and the hub can't be reached (...); try again, or elsewhere hf "
+        "download org/model --local-dir FOLDER, and give that folder",
+        "no run",
+        "test_hub.py::test_a_hub_out_of_reach_is_one_line_at_once",
+    ),
+    (
+        "a hub that refuses, or has no such model",
+        2,
+        "org/model: ... (which of the two, and what to do)",
+        "no run",
+        "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which",
+    ),
+    (
+        "a hub that never answers",
+        2,
+        "given up after 10 seconds, as above",
+        "no run",
+        "test_hub.py::test_a_hub_that_does_not_answer_is_given_up",
+    ),
+    (
+        "a download that breaks off",
+        2,
+        "org/model: the download broke off (...); run the command again, ...",
+        "what was fetched; the next call completes it",
+        "test_hub.py::test_an_interrupted_download_is_completed_and_not_taken_for_whole",
+    ),
+    (
+        "a disk that is full while downloading",
+        2,
+        "org/model: can't be stored in ... (...); make room there, or set HF_HOME",
+        "what was fetched",
+        "test_hub.py::test_a_full_disk_is_one_line",
+    ),
+    (
+        "a pipe or a device in place of a file",
+        2,
+        "...: a pipe or a device, not a file: save its contents as a file",
+        UNCHANGED,
+        "test_hostile.py::test_a_pipe_is_not_waited_for",
+    ),
+    (
+        "a text in an image that unpacks to gigabytes",
+        2,
+        "...: not a readable image (...): replace the file",
+        UNCHANGED,
+        "test_hostile.py::test_a_text_that_unpacks_to_much_more_is_refused",
+    ),
+    (
+        "damaged question files, images, configs and completions, by the thousand (fuzzing)",
+        2,
+        "one printable line of bounded length",
+        UNCHANGED,
+        "test_hostile_fuzz.py::test_a_damaged_question_file_is_questions_or_one_line",
+    ),
+    (
+        "a stop in the middle of a validation",
+        143,
+        "stopped; the same command goes on from run/checkpoints/step-000002",
+        "every finished step; the validation is done on coming back",
+        "test_resume.py::test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back",
+    ),
+    (
+        "checkpoints that are away (a disk that is not mounted)",
+        2,
+        "run: has records of 3 steps, but no checkpoint; bring run/checkpoints "
+        "back (is a disk not mounted?), or choose another --run_dir",
+        UNCHANGED,
+        "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away",
+    ),
+    (
+        "a terminal, or a reader of the log, that goes away",
+        0,
+        "(to nobody)",
+        FINISHED,
+        "test_resume.py::test_a_terminal_that_is_gone_does_not_end_the_run",
+    ),
+    (
+        "weights that have become infinite or NaN",
+        2,
+        "run: the weights are not finite any more and are not saved: training has diverged; ...",
+        "the last sound checkpoint",
+        "test_session.py::test_weights_that_are_no_numbers_any_more_are_not_saved",
+    ),
+    (
+        "a run that is moved, with its model and questions",
+        0,
+        "(it goes on)",
+        FINISHED,
+        "test_session.py::test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been",
+    ),
+    (
+        "an image that is validated on and tested",
+        2,
+        "its image ... is validated on too, ...",
+        UNCHANGED,
+        "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others",
+    ),
+)
+"""Rows whose tests stand in other files: (what, exit code, what is said, what is left, test)."""
 
 HEAD = """# What can go wrong, and what then happens
 
-A run that something from outside spoils ends with one line on the terminal that names the thing and the remedy, never with a
-traceback, and never at the price of a finished checkpoint. The same command goes on from where it stopped. Exit codes: 0 done; 2
-something must be mended, as the line says; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and
-SIGHUP.
+A run that something from outside spoils ends with one line on the terminal that names the thing and
+the remedy, never with a traceback, and never at the price of a finished checkpoint. The same
+command goes on from where it stopped. Exit codes: 0 done; 2 something must be mended, as the line
+says; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP.
 
-Each row has a test. Those of test_faults.py are brought about on a run that has done 2 of its 6 steps and saved both, and the
-messages are those that were seen, with paths relative to where the run lies; in the other rows, at the end, they are summaries.
+Each row has a test. Those of test_faults.py are brought about on a run that has done 2 of its 6
+steps and saved both, and the messages are those that were seen, with paths relative to where the
+run lies; in the other rows, at the end, they are summaries.
 """

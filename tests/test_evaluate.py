@@ -276,14 +276,23 @@ def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[s
     """
     rows = []
     for i, letter in enumerate(letters["plain"]):
-        rows.append({
-            "id": f"q{i}", "model": "m", "modality": "MRI", "question_type": "",
-            "question": "What?", "options": ["knee", "head"], "ground_truth": "A",
-            "letter": letter, "tokens": 9,
-            "completion": f"<think>It is the knee.</think><answer>{letter}</answer>", "ended": True,
-            "reasoning": {"letters": reasoning[i], "swapped": "B"},
-            **{probe: {"letter": letters[probe][i]} for probe in letters if probe != "plain"},
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"q{i}",
+                "model": "m",
+                "modality": "MRI",
+                "question_type": "",
+                "question": "What?",
+                "options": ["knee", "head"],
+                "ground_truth": "A",
+                "letter": letter,
+                "tokens": 9,
+                "completion": f"<think>It is the knee.</think><answer>{letter}</answer>",
+                "ended": True,
+                "reasoning": {"letters": reasoning[i], "swapped": "B"},
+                **{probe: {"letter": letters[probe][i]} for probe in letters if probe != "plain"},
+            }
+        )
     return rows
 
 

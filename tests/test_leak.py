@@ -40,18 +40,24 @@ def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
     monkeypatch.setattr("training.scoring.score", vowel_score)
     monkeypatch.setattr(Run, "_end", watched)
     config = write_run(
-        tmp_path, steps=STEPS, prompts_per_step=1, group_size=2, max_new_tokens=6, save_every=50, test_questions=[],
-        validation_fraction=0.3, validate_every=100,
-    )  # fmt: skip
+        tmp_path,
+        steps=STEPS,
+        prompts_per_step=1,
+        group_size=2,
+        max_new_tokens=6,
+        save_every=50,
+        test_questions=[],
+        validation_fraction=0.3,
+        validate_every=100,
+    )
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
     assert train.main() == 0
     quarter = (STEPS - SETTLED) // 4
     memory, files = ([x[i] for x in held_after.values()] for i in (0, 1))
     first, last = sorted(memory[:quarter])[quarter // 2], sorted(memory[-quarter:])[quarter // 2]
-    print(
-        f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}; at most {max(files)} files open"
-    )
-    assert (
-        last - first < 4
-    )  # MB; a leak of one completion's text a step would be less, of one tensor of weights 40 times as much
+    megabytes = f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}"
+    print(f"{megabytes}; at most {max(files)} files open")
+    # MB: a leak of one completion's text a step would be less, of one tensor of weights 40 times
+    # as much.
+    assert last - first < 4
     assert max(files) - min(files) <= 3  # those of the checkpoint that is being saved

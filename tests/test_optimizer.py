@@ -69,7 +69,7 @@ def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16
     model(torch.randn(8, 300, dtype=dtype)).pow(2).sum().backward()
     optimizer.accumulate()
     share = float(optimizer.step(rate)["bf16_lost"])
-    pairs = [(a, b.detach()) for a, b in zip(old, optimizer.masters)]
+    pairs = [(a, b.detach()) for a, b in zip(old, optimizer.masters, strict=True)]
     lost = [
         ((a.bfloat16() + (b - a).double()).bfloat16() == a.bfloat16()) & (a != b) for a, b in pairs
     ]
@@ -97,7 +97,7 @@ def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
             optimizer.accumulate()
             optimizer.step(1e-2)
         found.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -113,7 +113,7 @@ def test_the_optimizer_in_host_memory_updates_a_model_on_the_gpu(dtype):
             optimizer.accumulate()
             optimizer.step(1e-2)
         found.append([p.detach().cpu() for p in model.parameters()])
-    for a, b in zip(*found):
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm(bad
     backward(model, bad)
     stats = optimizer.step(1e-2)
     assert not torch.isfinite(stats["grad_norm"]) and "bf16_lost" not in stats
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     backward(model)
     assert torch.isfinite(optimizer.step(1e-2)["grad_norm"])
     assert all(p.isfinite().all() for p in model.parameters())
@@ -164,7 +164,9 @@ def test_state_restores_a_run_bit_for_bit(dtype):
     resumed.load_state_dict(weights)
     (again := MasterAdamW(resumed, SETTINGS)).load_state(saved)
     steps(resumed, again, 3)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host_memory(
@@ -181,7 +183,7 @@ def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host
         backward(model)
         one.accumulate()
     again.step(1e-2)
-    assert all(torch.equal(p, m) for p, m in zip(model.parameters(), again.masters))
+    assert all(torch.equal(p, m) for p, m in zip(model.parameters(), again.masters, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 4), ()])

@@ -60,10 +60,17 @@ def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -
     for name, part in (("train", rows[: count // 2]), ("test", rows[count // 2 :])):
         (folder / f"{name}.json").write_text(json.dumps(part))
     config = {
-        "model": str(checkpoint), "train_questions": str(folder / "train.json"),
-        "test_questions": [str(folder / "test.json")], "run_dir": str(folder / "run"), "steps": 2,
-        "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 12, "save_every": 2, **fields,
-    }  # fmt: skip
+        "model": str(checkpoint),
+        "train_questions": str(folder / "train.json"),
+        "test_questions": [str(folder / "test.json")],
+        "run_dir": str(folder / "run"),
+        "steps": 2,
+        "prompts_per_step": 2,
+        "group_size": 4,
+        "max_new_tokens": 12,
+        "save_every": 2,
+        **fields,
+    }
     (folder / "config.toml").write_text(
         "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
     )

@@ -31,10 +31,17 @@ def opened(folder: Path, count: int = 1, digests: dict[str, str] = WEIGHTS) -> R
 
 
 ANSWER = {
-    "modality": "MRI", "question_type": "", "question": "What?", "options": ["x", "y"],
-    "ground_truth": "B", "completion": "B", "letter": "B", "tokens": 2, "ended": True,
+    "modality": "MRI",
+    "question_type": "",
+    "question": "What?",
+    "options": ["x", "y"],
+    "ground_truth": "B",
+    "completion": "B",
+    "letter": "B",
+    "tokens": 2,
+    "ended": True,
     "rewards": {},
-}  # fmt: skip
+}
 
 
 def test_rows_come_back_after_a_kill_and_a_torn_last_row_does_not(tmp_path):
@@ -74,9 +81,14 @@ def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
 
 
 ROW = {
-    "model": "grpo", "probe": "blank image", "id": "q0", "place": 0, "letter": "A",
-    "contract": "c", "digest": "w1",
-}  # fmt: skip
+    "model": "grpo",
+    "probe": "blank image",
+    "id": "q0",
+    "place": 0,
+    "letter": "A",
+    "contract": "c",
+    "digest": "w1",
+}
 
 
 @pytest.mark.parametrize(

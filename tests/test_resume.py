@@ -18,8 +18,8 @@ import train
 import training.run
 from common.errors import InputError
 from training.checkpoint import checkpoints, damage_of
-from training.log import RunLog
 from training.incidents import MOST
+from training.log import RunLog
 from training.run import Run
 from training.saving import Checkpoints
 
@@ -193,20 +193,27 @@ def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_be
         config = write_run(
             folder, test_questions=[], micro_batch_tokens=size, prompts_per_step=4, beta=0.0
         )
+        calls: list[int] = []
         with monkeypatch.context() as patch:
-            whole, calls = train.completion_logprobs, []
-
-            def second_fails(*args):
-                calls.append(len(args[1].prompts.lengths_N))
-                if failing and len(calls) == 2:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                return whole(*args)
-
-            patch.setattr(train, "completion_logprobs", second_fails)
+            second = out_of_memory_at_the_second(calls, failing)
+            patch.setattr(train, "completion_logprobs", second)
             assert run(patch, config) == 0
         assert calls[0] == (2 if failing else 1)
         found.append(rows(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def out_of_memory_at_the_second(calls: list[int], failing: bool):
+    """`completion_logprobs` that notes the groups of each call, and may fail in the second."""
+    whole = train.completion_logprobs
+
+    def logprobs(model, batch, *rest):
+        calls.append(len(batch.prompts.lengths_N))
+        if failing and len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, batch, *rest)
+
+    return logprobs
 
 
 def test_a_bad_first_update_of_two_is_not_hidden_by_a_sound_second(tmp_path, monkeypatch):

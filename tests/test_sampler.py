@@ -196,7 +196,7 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
     longest = rollout.mask_NGT.sum(-1).amax(-1).tolist()
     parts = [batch.groups for batch in rollout.micro_batches(budget)]
     assert [n for part in parts for n in range(6)[part]] == list(range(6))
-    for part, after in zip(parts, [*parts[1:], None]):
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
         one_more = slice(part.start, part.stop + 1)
         size = [
             len(range(6)[s]) * (max(prompt_sizes[s]) + 5 * max(longest[s]))

@@ -340,8 +340,10 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
         "step-000004",
     ]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"] == {
-        "step": 2, "right": 2, "total": 2,
-    }  # fmt: skip
+        "step": 2,
+        "right": 2,
+        "total": 2,
+    }
     shown = capsys.readouterr().out
     assert (
         "best 100.0 (34.2 to 100.0) % of 2" in shown

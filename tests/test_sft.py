@@ -70,7 +70,9 @@ def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepar
 
     made.policy.zero_grad(set_to_none=True)
     losses, chances = [], []
-    for prompt, tokens, mask in zip(prompts, answers.tokens_NGT[:, 0], answers.mask_NGT[:, 0]):
+    for prompt, tokens, mask in zip(
+        prompts, answers.tokens_NGT[:, 0], answers.mask_NGT[:, 0], strict=True
+    ):
         ids = tokens[mask]
         sequence = torch.cat((prompt.tokens_P, ids))[None]
         logits = made.policy(sequence, prompt.patches_SC, prompt.grids_I3)[

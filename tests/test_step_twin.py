@@ -207,8 +207,10 @@ class Pair:
         rollout, groups = self.ours.rollouts[step], []
         for n, prompt in enumerate(prompts):
             masks = rollout.mask_NGT[n]
-            completions = [o[mask].tolist() for o, mask in zip(rollout.tokens_NGT[n], masks)]
-            logps = [logp[mask] for logp, mask in zip(rollout.logp_NGT[n], masks)]
+            completions = [
+                o[mask].tolist() for o, mask in zip(rollout.tokens_NGT[n], masks, strict=True)
+            ]
+            logps = [logp[mask] for logp, mask in zip(rollout.logp_NGT[n], masks, strict=True)]
             groups.append(group_of(prompt, completions, logps))
         return twin.grpo_step(step, groups)
 
@@ -279,7 +281,7 @@ def test_texts_rewards_and_advantages_are_those_of_the_twin(grpo):
 
 def test_every_statistic_of_grpo_is_the_twins(grpo):
     assert_same_statistics(grpo)
-    for row, outcome in zip(grpo.ours.metrics, grpo.outcomes):
+    for row, outcome in zip(grpo.ours.metrics, grpo.outcomes, strict=True):
         tokens = row["tokens_per_second"] * row["seconds"]
         assert tokens == pytest.approx(sum(outcome.lengths))
 

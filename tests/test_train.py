@@ -330,8 +330,10 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
-        "step-000002", "step-000004", "step-000004.damaged",
-    ]  # fmt: skip
+        "step-000002",
+        "step-000004",
+        "step-000004.damaged",
+    ]
 
     for step in ("step-000002", "step-000004"):
         damage(folder / "checkpoints" / step)
@@ -363,10 +365,17 @@ def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(
     finished, monkeypatch, capsys
 ):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
-         "print('held', flush=True); sys.stdin.read()", str(finished / "run" / "lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+            "print('held', flush=True); sys.stdin.read()",
+            str(finished / "run" / "lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout.readline() == "held\n"
     before = {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
     assert run(monkeypatch, finished / "config.toml") == 2

@@ -12,9 +12,15 @@ from tiny_run import write_run
 from training.watchdog import LONG, RULES, WINDOW, alarms, recent
 
 SOUND = {
-    "reward": 1.0, "rewards/format": 0.6, "rewards/accuracy": 0.4, "kl": 0.02, "completions/mean_length": 100.0, "completions/clipped_ratio": 0.05,
-    "frac_reward_zero_std": 0.2, "sampler_gap": 1e-3,
-}  # fmt: skip
+    "reward": 1.0,
+    "rewards/format": 0.6,
+    "rewards/accuracy": 0.4,
+    "kl": 0.02,
+    "completions/mean_length": 100.0,
+    "completions/clipped_ratio": 0.05,
+    "frac_reward_zero_std": 0.2,
+    "sampler_gap": 1e-3,
+}
 
 
 def curve(steps: int, **last: float) -> list[dict[str, float]]:

@@ -15,16 +15,25 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 CORPUS = (
     "system\nYou are a helpful assistant.\nuser\nassistant\n",
-    "What can be observed in this image? A) Normal B) Mass C) Fracture D) Effusion. MRI CT X-ray chest brain knee\n",
+    "What can be observed in this image? A) Normal B) Mass C) Fracture D) Effusion. "
+    "MRI CT X-ray chest brain knee\n",
     "Your task: think step by step, <think>the image shows</think> then <answer>B</answer>\n",
 )
 # Qwen2's own pre-tokenizer pattern and the published Qwen2-VL chat template (images and text only).
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"

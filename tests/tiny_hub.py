@@ -45,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer(body=True)
 
-    def answer(self, body: bool) -> None:
+    def answer(self, body: bool) -> object:
         hub, path = self.server, self.path.split("?")[0]
         hub.asked.append((self.command, path))
         if refusal := hub.refuse(path):
@@ -70,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
                 }
                 return self.send(200, headers, file.read_bytes(), body)
         known = path.startswith(f"/{NAME}/")
-        self.send(404, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}, b"", body)
+        return self.send(
+            404, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}, b"", body
+        )
 
     def send_json(self, value: object, body: bool) -> None:
         self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode(), body)

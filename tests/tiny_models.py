@@ -70,7 +70,7 @@ def make_batch(prompts: tuple[tuple[int | tuple[int, int], ...], ...], seed: int
             grids.append((1, *part))
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for out, row in zip(tokens, rows):
+    for out, row in zip(tokens, rows, strict=True):
         out[: len(row)] = torch.tensor(row)
     if not grids:
         return Batch(rows, tokens, lengths, None, None)
@@ -84,11 +84,22 @@ def tiny_config(
     heads: int = 4, kv_heads: int = 2, tied: bool = True, vocabulary: int = VOCABULARY
 ) -> Qwen2VLConfig:
     return Qwen2VLConfig(
-        vocab_size=vocabulary, hidden_size=heads * 16, intermediate_size=72, num_hidden_layers=3,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5, rope_theta=1e4,
-        mrope_section=(2, 3, 3), tie_word_embeddings=tied, vision=VisionConfig(depth=2, embed_dim=32, num_heads=2),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=IMAGE_START, vision_end_token_id=IMAGE_END,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=heads * 16,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        mrope_section=(2, 3, 3),
+        tie_word_embeddings=tied,
+        vision=VisionConfig(depth=2, embed_dim=32, num_heads=2),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=IMAGE_START,
+        vision_end_token_id=IMAGE_END,
+    )
 
 
 def tiny_model(config: Qwen2VLConfig | None = None, seed: int = 0) -> Qwen2VL:
@@ -145,24 +156,48 @@ def flat_config(config: Qwen2VLConfig) -> dict[str, Any]:
     those we need.
     """
     return {
-        "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": None,
-        "eos_token_id": None, "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id, "vision_token_id": 294,
-        "image_token_id": config.image_token_id, "video_token_id": config.video_token_id, "hidden_act": "silu",
-        "hidden_size": config.hidden_size, "initializer_range": 0.02, "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2_vl",
-        "num_attention_heads": config.num_attention_heads, "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads, "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta, "sliding_window": 32768, "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "vision_token_id": 294,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "qwen2_vl",
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "sliding_window": 32768,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": True,
+        "use_sliding_window": False,
         "vision_config": {
-            "depth": config.vision.depth, "embed_dim": config.vision.embed_dim, "mlp_ratio": config.vision.mlp_ratio,
-            "num_heads": config.vision.num_heads, "in_chans": 3, "hidden_size": config.hidden_size, "patch_size": 14,
-            "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+            "depth": config.vision.depth,
+            "embed_dim": config.vision.embed_dim,
+            "mlp_ratio": config.vision.mlp_ratio,
+            "num_heads": config.vision.num_heads,
+            "in_chans": 3,
+            "hidden_size": config.hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
         },
         "rope_scaling": {"type": "mrope", "mrope_section": list(config.mrope_section)},
         "vocab_size": config.vocab_size,
-    }  # fmt: skip
+    }
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shards: int = 1) -> None:

@@ -28,10 +28,18 @@ def tiny_model(seed: int = 0, **shape: object) -> Qwen2VL:
         for field, token in VISION_TOKENS.items()
     }
     fields = dict(
-        vocab_size=340, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, mrope_section=(2, 3, 3), rope_theta=1e4, tie_word_embeddings=True,
-        vision=VisionConfig(depth=1, embed_dim=16, num_heads=2), **ids,
-    )  # fmt: skip
+        vocab_size=340,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mrope_section=(2, 3, 3),
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+        vision=VisionConfig(depth=1, embed_dim=16, num_heads=2),
+        **ids,
+    )
     torch.manual_seed(seed)
     model = Qwen2VL(Qwen2VLConfig(**{**fields, **shape}))
     with torch.no_grad():
@@ -54,18 +62,32 @@ def write_run(folder: Path, **fields: object) -> Path:
         Image.fromarray(rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)).save(
             folder / "questions" / f"{i}.png"
         )
-        rows.append({
-            "image": [f"{i}.png"], "question": "What is seen?", "options": ["Mass", "Normal", "Fracture"][: 2 + i % 2],
-            "answer": "Normal", "subset": "MR (Mag-netic Resonance Imaging)" if i < 16 else "X-Ray",
-        })  # fmt: skip
+        rows.append(
+            {
+                "image": [f"{i}.png"],
+                "question": "What is seen?",
+                "options": ["Mass", "Normal", "Fracture"][: 2 + i % 2],
+                "answer": "Normal",
+                "subset": "MR (Mag-netic Resonance Imaging)" if i < 16 else "X-Ray",
+            }
+        )
     for name, part in (("train", rows[:8]), ("test", rows[8:])):
         (folder / "questions" / f"{name}.json").write_text(json.dumps(part))
     config = {
-        "model": str(folder / "base"), "train_questions": str(folder / "questions" / "train.json"),
-        "test_questions": [str(folder / "questions" / "test.json")], "run_dir": str(folder / "run"),
-        "train_modality": "MRI", "steps": 4, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 10,
-        "micro_batch_tokens": 250, "save_every": 2, "learning_rate": 1e-3, **fields,
-    }  # fmt: skip
+        "model": str(folder / "base"),
+        "train_questions": str(folder / "questions" / "train.json"),
+        "test_questions": [str(folder / "questions" / "test.json")],
+        "run_dir": str(folder / "run"),
+        "train_modality": "MRI",
+        "steps": 4,
+        "prompts_per_step": 3,
+        "group_size": 4,
+        "max_new_tokens": 10,
+        "micro_batch_tokens": 250,
+        "save_every": 2,
+        "learning_rate": 1e-3,
+        **fields,
+    }
     (folder / "config.toml").write_text(
         "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
     )
