@@ -313,11 +313,13 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(item, str) for item in values):
             return tuple(values)
-        raise InputError(f"{where} must be a string or a list of strings, not {value!r}")
+        raise InputError(f"{where} must be a string or a list of strings")
     if type(value) is int and abs(value) >= 2**63:  # TOML promises no more
         raise InputError(f"{where} must be a number of at most 63 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise InputError(f"{where} must be {kind.__name__}, not {value!r}")
+        # Python refuses to print a number of more than 4,300 digits, within a list too.
+        quoted = f", not {value!r}" if isinstance(value, str | bool | float) else ""
+        raise InputError(f"{where} must be {kind.__name__}{quoted}")
     return value

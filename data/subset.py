@@ -30,8 +30,8 @@ def choose_questions(
         counts = Counter(question.modality for question in questions)
         available = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
         raise InputError(
-            f"{count or 'some'} questions of {wanted or 'any modality'} asked for, but there are "
-            f"only {len(matching)} (available: {available or 'none'}): ask for fewer, correct the "
+            f"only {len(matching)} questions of {wanted or 'any modality'} for a count of "
+            f"{count or 'all'} (available: {available or 'none'}): ask for fewer, correct the "
             "modality, or give another question file"
         )
     # The beginning of one permutation, so that a larger count keeps what a smaller one has.

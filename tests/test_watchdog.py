@@ -9,7 +9,7 @@ import pytest
 from test_train import rows, run, vowel_score
 from tiny_run import write_run
 
-from training.watchdog import LONG, RULES, WINDOW, alarms, recent
+from training.watchdog import LIMITS, LONG, RULES, WINDOW, alarms, recent
 
 SOUND = {
     "reward": 1.0,
@@ -90,7 +90,7 @@ def test_what_is_kept_of_a_long_run_is_all_that_the_rules_look_at():
         for row in steps:
             kept = recent([*kept, row])
         assert len(kept) == 2 * WINDOW + LONG and alarms(kept) == alarms(steps)
-    assert len(RULES) >= 4
+    assert len(LIMITS) + len(RULES) == 6
 
 
 def test_a_run_that_blows_up_says_so_once_also_over_a_resume(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from grpo.rollout import MicroBatch, Rollout, completion_logprobs
 from model import Qwen2VL, load_model, save_model
 from model.saving import write_tensors
 
-from .checkpoint import commit
+from .checkpoint import commit, damage_of
 from .step import Step
 
 MOST = 3
@@ -86,19 +85,17 @@ def _description(config: Config, step: Step) -> dict[str, Any]:
 
 def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tensor]]:
     """batch.json, the rollout, and all tensors by name. InputError if the folder is not whole."""
+    damage = damage_of(folder)
+    if damage:
+        raise InputError(f"{folder}: not the record of a step ({damage}); {_REMEDY}")
     description = read_json(folder / "batch.json", _REMEDY)
-    try:
-        tensors = load_file(folder / "batch.safetensors")
-        prompts = []
-        for n, fields in enumerate(description["questions"]):
-            question = Question(**fields)
-            of_prompt = [tensors[f"prompt.{n}.{name}"] for name in _OF_PROMPT]
-            prompts.append(Prompt(question, *of_prompt))
-        of_rollout = {name: tensors[name] for name in _OF_ROLLOUT}
-        rollout = Rollout(prompts=prompts, **of_rollout, texts=description["texts"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not the record of a step ({error}); {_REMEDY}") from None
-    return description, rollout, tensors
+    tensors = load_file(folder / "batch.safetensors")
+    prompts = []
+    for n, fields in enumerate(description["questions"]):
+        of_prompt = [tensors[f"prompt.{n}.{name}"] for name in _OF_PROMPT]
+        prompts.append(Prompt(Question(**fields), *of_prompt))
+    of_rollout = {name: tensors[name] for name in _OF_ROLLOUT}
+    return description, Rollout(prompts=prompts, **of_rollout, texts=description["texts"]), tensors
 
 
 def replay(folder: Path) -> list[str]:

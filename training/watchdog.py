@@ -32,7 +32,12 @@ def alarms(rows: Rows) -> dict[str, str]:
     rewarded = [row for row in rows if row.get("reward") is not None]
     if len(rewarded) < WINDOW:
         return {}
-    lines = {name: rule(rewarded) for name, rule in RULES.items()}
+    lines = {}
+    for name, (metric, limit, hint) in LIMITS.items():
+        value = _mean(rewarded[-WINDOW:], metric)
+        lines[name] = hint.format(value) if value >= limit else ""
+    for name, rule in RULES.items():
+        lines[name] = rule(rewarded)
     return {name: line for name, line in lines.items() if line}
 
 
@@ -42,13 +47,6 @@ def _mean(rows: Rows, name: str) -> float:
     return sum(values) / max(1, len(values))
 
 
-def _kl_blow_up(rows: Rows) -> str:
-    kl = _mean(rows[-WINDOW:], "kl")
-    if kl < 1.0:
-        return ""
-    return f"the KL to the base is {kl:.2g} nats per token: lower learning_rate or raise beta"
-
-
 def _length_collapse(rows: Rows) -> str:
     first = _mean(rows[:WINDOW], "completions/mean_length")
     last = _mean(rows[-WINDOW:], "completions/mean_length")
@@ -56,14 +54,6 @@ def _length_collapse(rows: Rows) -> str:
         return ""
     shrank = f"completions shrank from {first:.0f} to {last:.0f} tokens"
     return f"{shrank}: look whether any reasoning is left; raise beta or lower learning_rate"
-
-
-def _truncated(rows: Rows) -> str:
-    share = _mean(rows[-WINDOW:], "completions/clipped_ratio")
-    if share < 0.5:
-        return ""
-    hit = f"{share:.0%} of the completions hit the length limit"
-    return f"{hit}: raise max_new_tokens, or see whether they ramble"
 
 
 def _all_groups_equal(rows: Rows) -> str:
@@ -89,19 +79,30 @@ def _only_the_form(rows: Rows) -> str:
     return f"the form is learned ({form:.0%}), but {stood}: {hint}"
 
 
-def _sampler_apart(rows: Rows) -> str:
-    gap = _mean(rows[-WINDOW:], "sampler_gap")
-    if gap < 0.1:
-        return ""
-    differ = f"sampler and trainer differ by {gap:.2g} nats per token"
-    return f"{differ}: more than rounding; try dtype float32"
-
+LIMITS = {
+    "KL blow-up": (
+        "kl",
+        1.0,
+        "the KL to the base is {:.2g} nats per token: lower learning_rate or raise beta",
+    ),
+    "truncated": (
+        "completions/clipped_ratio",
+        0.5,
+        "{:.0%} of the completions hit the length limit: raise max_new_tokens, "
+        "or see whether they ramble",
+    ),
+    "sampler apart": (
+        "sampler_gap",
+        0.1,  # in fp32 it is 1e-6, in bf16 some 1e-2
+        "sampler and trainer differ by {:.2g} nats per token: more than rounding; "
+        "try dtype float32",
+    ),
+}
+"""Metrics that must stay below a limit: name of the rule -> metric, limit, hint."""
 
 RULES: dict[str, Callable[[Rows], str]] = {
-    "KL blow-up": _kl_blow_up,
     "length collapse": _length_collapse,
-    "truncated": _truncated,
     "all groups equal": _all_groups_equal,
     "only the form": _only_the_form,
-    "sampler apart": _sampler_apart,
 }
+"""Rules that look at more than one number: they return their hint, or ""."""
