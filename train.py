@@ -7,10 +7,11 @@
 Each step draws N questions, samples a group of G answers to each, scores every answer by rules,
 compares it with its own group, and raises the probability of the better ones while staying close to
 the frozen base. Departures from Algorithm 1: no outer loop (I = 1: the reference is the base
-throughout); rewards are rules, so there is no reward model to retrain; one update per rollout
-(mu = 1) needs no pass for the old policy. Departures of the parts: advantages.py and loss.py.
+throughout); rewards are rules, so no reward model is retrained. mu is `inner_updates`: with 1, the
+default, pi_old is pi_theta itself. grpo/advantages.py and grpo/loss.py list their own departures.
 
-Letters in names: N prompts, G samples of each, T completion tokens.
+Letters in names: N prompts, G samples of each, T completion tokens (the limit in the noise, the
+longest completion in a rollout or a micro-batch), V vocabulary.
 """
 
 import sys
@@ -31,7 +32,7 @@ from training.step import Step
 
 def train(run: Run, config: Config) -> None:
     """GRPO from where `run` stands to its last step; lines 1 to 3: pi_theta, pi_ref <- the base."""
-    for step in run.steps():  # lines 4 and 5: a batch of questions
+    for step in run.steps():  # lines 4 and 5: a batch of questions; recorded and saved when done
         grpo_step(run, step, config)
 
 
@@ -54,22 +55,21 @@ def grpo_step(run: Run, step: Step, config: Config) -> None:
         rewards_NG = weighted_sum(verdicts_NG, config)
         advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
 
-    with step.phase("reference"):
+    with step.phase("reference"):  # log pi_ref, for the KL term; no model is loaded if beta is 0
         ref_NGT = rollout_logprobs(run, rollout, run.reference) if run.reference else None
-    with step.phase("old policy"):
-        # Not the sampler's log-probabilities: the trainer's own, so that the first ratio is 1.
+    with step.phase("old policy"):  # log pi_old, fixed before the first of several updates
+        # By the trainer's code and not the sampler's, so that the first ratio is exactly 1.
         old_NGT = rollout_logprobs(run, rollout, run.policy) if config.inner_updates > 1 else None
 
-    for update in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
-        with step.phase("update"):
+    for iteration in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
+        with step.phase("update"):  # line 11: maximise the objective, equation 3: its gradient,
             stats = accumulate_gradient(run, rollout, advantages_NG, old_NGT, ref_NGT)
-        if update == 0:  # sampler against trainer before anything moves: rounding, or a bug
+        if iteration == 0:  # nothing has moved: sampler and trainer may differ by rounding alone
             stats["sampler_gap"] = stats["policy_gap"]
-        with step.phase("optimizer"):
-            updated = run.update(step, stats)  # line 11: maximise the objective, equation 3
-        if not updated:  # it was not finite, and another update would hide that
-            break
-    step.finish(rollout, verdicts_NG, rewards_NG, advantages_NG, old_NGT, ref_NGT)
+        with step.phase("optimizer"):  # and one step of AdamW along it
+            if not run.apply_gradient(step, stats):
+                break  # loss or gradient was not finite: another update would hide that
+    step.keep(rollout, verdicts_NG, rewards_NG, advantages_NG, old_NGT, ref_NGT)
 
 
 @smaller_if_memory_is_full  # again with smaller micro-batches: the gradient is the same
@@ -82,7 +82,8 @@ def accumulate_gradient(
 ) -> dict[str, Tensor]:
     """Gradient of equation 3 over a rollout, summed over its micro-batches; returns statistics."""
     config, allowed_V = run.config, run.vocabulary.allowed_V
-    # The divisor of the loss, fixed before anything is split.
+    # Each token's share of the loss, from the whole step: a micro-batch that averaged by itself
+    # would make the gradient depend on how the step is split.
     average, limit = config.loss_average, config.max_new_tokens
     weights_NGT = token_weights(rollout.mask_NGT, average=average, max_new_tokens=limit)
     totals: dict[str, Tensor] = {}
@@ -101,12 +102,12 @@ def accumulate_gradient(
             weights=weights,
         )
         loss.backward()
-        run.optimizer.accumulate()
+        run.optimizer.accumulate()  # into fp32: a sum over micro-batches in bf16 loses bits
 
         gap = (logp.detach() - batch.cut(rollout.logp_NGT)).abs()
         sums |= {"entropy": (weights * entropy).sum(), "policy_gap": (weights * gap).sum()}
         totals["loss"] = totals.get("loss", 0) + loss.detach()
-        for name, value in sums.items():  # means over tokens, whatever the weights add up to
+        for name, value in sums.items():  # weighted means: "constant" weights don't sum to 1
             totals[name] = totals.get(name, 0) + value / weights_NGT.sum()
     return totals
 

@@ -222,11 +222,11 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
     def __post_init__(self) -> None:
         for one in fields(self):
             self._require(one.name, *_problem(one, getattr(self, one.name)))
-        rewarded = self.format_weight + self.accuracy_weight > 0
+        rewarded = any(getattr(self, one.name) for one in fields(Rewards))
         device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
         warm = self.warmup_steps <= self.steps
         self._require("warmup_steps", warm, f"must not exceed steps ({self.steps})")
-        self._require("accuracy_weight", rewarded, "must not be 0 like format_weight")
+        self._require("accuracy_weight", rewarded, "must not be 0 like all other weights")
         pixels = self.max_pixels >= self.min_pixels
         self._require("max_pixels", pixels, "must not be below min_pixels")
         self._require("device", device, "must be cpu or cuda")

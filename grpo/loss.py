@@ -41,9 +41,9 @@ def token_weights(
 def k3_divergence(logp: Tensor, ref: Tensor) -> Tensor:
     """Equation 4, r - log r - 1 with r = pi_ref / pi_theta, per token; never negative.
 
-    On tokens sampled from pi_theta its mean is KL(pi_theta || pi_ref). Its gradient's mean is
-    another one's: that of KL(pi_ref || pi_theta). The paper differentiates it as it stands, and so
-    do we.
+    On tokens sampled from pi_theta its mean is KL(pi_theta || pi_ref): Schulman's k3 estimator.
+    But its gradient is on average that of KL(pi_ref || pi_theta). The paper differentiates it as it
+    stands, and so do we.
     """
     log_ratio = ref - logp
     return log_ratio.exp() - log_ratio - 1
@@ -61,7 +61,7 @@ def grpo_loss(
     beta: float = 0.04,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus equation 3: clipped surrogate minus beta times the KL estimate.
+    """-(clipped surrogate - beta * KL estimate), averaged by `weights`: minus equation 3.
 
     Args:
         logp: log pi_theta of each completion token (..., T), with gradient.
@@ -90,7 +90,7 @@ def grpo_loss(
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     per_token = -surrogate
-    # The minimum takes the clipped side, which has no gradient, only where it is the smaller one.
+    # No gradient where the clip bites: ratio < 1 - low with A < 0, or ratio > 1 + high with A > 0.
     stats = {
         "ratio": ratio,
         "clip_ratio/low_mean": (ratio < 1 - clip_low) & (advantages < 0),

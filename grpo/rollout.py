@@ -87,7 +87,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """G completions of each of N prompts, as sampled.
+    """G completions of each of N prompts, as sampled; T is the longest one, not the limit.
 
     `mask_NGT` is true up to and including the first end of turn; `logp_NGT` is the log-probability
     under the policy that sampled; `ended_NG` is false for truncated completions; `texts` have no

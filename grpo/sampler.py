@@ -1,8 +1,8 @@
 """Grouped rollouts: a prompt with its image is run once, and G completions grow from its cache.
 
 What is sampled is exactly the distribution that is trained: the temperature, and the ids that can't
-be sampled, are in the loss's normaliser too, and there is no top-k or top-p. Randomness is data:
-one number per (seed, step, prompt, sample, position), drawn up front and turned into a token
+be sampled, are in the loss's normaliser too, and there is no top-k or top-p. All random numbers are
+drawn beforehand, a block (G, T) for each (seed, step, place in the step), and turned into tokens
 through the inverse of the cumulative distribution. So a completion does not depend (up to rounding)
 on what else is in the batch, and a resumed run needs no generator's state.
 """
@@ -41,16 +41,14 @@ every size has its own captured graph.
 
 
 def sampling_noise(
-    seed: int, step: int, prompts: Sequence[int], group_size: int, max_new_tokens: int
+    seed: int, step: int, places: Sequence[int], group_size: int, max_new_tokens: int
 ) -> Tensor:
-    """Uniform numbers in [0, 1), float32 (N, G, T); `prompts` are places in the step, over all
-    processes.
-    """
-    shape = (group_size, max_new_tokens)
-    streams = (np.random.default_rng([seed, step, place]) for place in prompts)
-    return torch.from_numpy(
-        np.stack([stream.random(shape, dtype=np.float32) for stream in streams])
-    )
+    """Uniform numbers in [0, 1), float32 (N, G, T); `places` are the prompts' in the step."""
+    blocks = []
+    for place in places:
+        stream = np.random.default_rng([seed, step, place])
+        blocks.append(stream.random((group_size, max_new_tokens), dtype=np.float32))
+    return torch.from_numpy(np.stack(blocks))
 
 
 def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

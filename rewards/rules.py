@@ -2,7 +2,7 @@
 right?
 
 Another reward is another function `(completion, answer) -> (score, why)`, its entry in `RULES` at
-the end, and its weight in common/config.py.
+the end, and a field `<name>_weight` under Rewards in common/config.py.
 
 Source: MedVLM-R1 (arXiv 2502.19634), section on the reward design (a format reward of 1 for
 `<think>` then `<answer>` and nothing else; an accuracy reward of 1 for exactly the right letter,

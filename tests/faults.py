@@ -473,7 +473,7 @@ TESTED_ELSEWHERE = (
     (
         "a step whose loss or gradient is not finite",
         0,
-        "step 1: loss or gradient is not finite, no update; all of it is in "
+        "step 1: loss or gradient is not finite: this update was left out; all of it is in "
         "run/incidents/step-000001",
         "the finished run, and the step to play again",
         "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_played_again",

@@ -98,11 +98,11 @@ class Run:
         """Between two tokens of the rollout a request to stop is obeyed."""
         self.stop.check()
 
-    def update(self, step: Step, stats: dict[str, Tensor]) -> bool:
+    def apply_gradient(self, step: Step, stats: dict[str, Tensor]) -> bool:
         """The optimiser's step on the gradients so far; adds `stats`, and its own, to the step's.
 
         Returns False if loss or gradient is not finite: then no weight was changed. From here on
-        the step must be finished before the run may stop.
+        the run may not stop before the step was recorded (`_end`).
         """
         self.stop.deferred = True
         rate = scheduled_rate(step.number, self.config)
@@ -110,10 +110,9 @@ class Run:
             stats = stats | self.optimizer.step(rate)
         else:
             self.optimizer.forget_gradients()
-            stats = stats | {"grad_norm": stats["loss"]}
         step.stats |= stats
         step.stats["learning_rate"] = rate
-        step.finite = bool(torch.isfinite(stats["grad_norm"]))
+        step.finite = "grad_norm" in stats and bool(torch.isfinite(stats["grad_norm"]))
         return step.finite
 
     def answers(self, questions: Sequence[Question], label: str) -> list[str]:
@@ -153,7 +152,7 @@ class Run:
         self.stop.check()
 
     def _record_incident(self, step: Step) -> None:
-        line = "loss or gradient is not finite, no update"
+        line = "loss or gradient is not finite: this update was left out"
         if room_for_incident(self.config):
             folder = write_incident(self.config, step, self.policy)
             line += f"; all of it is in {folder}"

@@ -29,8 +29,8 @@ def fine_tune(run: Run, config: Config) -> None:
         answers = written_rollout(run.vocabulary, step.prompts, targets, config.device)
         with step.phase("update"):
             loss, probability = accumulate_cross_entropy(run, answers)
-            run.update(step, {"loss": loss, "probability": probability})
-        step.finish(answers)
+            run.apply_gradient(step, {"loss": loss, "probability": probability})
+        step.keep(answers)
 
 
 def target(question: Question, form: str) -> str:

@@ -44,7 +44,7 @@ class Step:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def finish(
+    def keep(
         self,
         rollout: Rollout,
         verdicts_NG: Sequence[Sequence[tuple[Verdict, ...]]] = (),
