@@ -46,7 +46,8 @@ def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentPa
 
     A field that is not given is not in the result, so that the file's value stands.
     """
-    parser = _OneLineParser(description=description, allow_abbrev=False)
+    layout = argparse.RawDescriptionHelpFormatter  # the description has examples, a line each
+    parser = _OneLineParser(description=description, formatter_class=layout, allow_abbrev=False)
     file_help = "TOML file of a run, with any of its fields (common/config.py)"
     parser.add_argument("--config", metavar="FILE", help=file_help)
     for heading in HEADINGS:

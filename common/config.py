@@ -255,6 +255,8 @@ def _problem(field: Field[Any], value: Any) -> tuple[bool, str]:
             return False, f"must be {words} {limit:,}"
     if isinstance(value, float):
         return math.isfinite(value), "must be finite"
+    if isinstance(value, int):  # TOML promises no more
+        return abs(value) < 2**63, "must be a number of at most 63 bits"
     if isinstance(value, str | tuple):
         required = field.default is MISSING and not value
         # A shell may pass any byte; what can't be printed could not be written to config.toml.
@@ -288,10 +290,17 @@ def read_toml(file: str | Path) -> dict[str, Any]:
         raise InputError(f"{file}: can't read the config ({error.strerror}); {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not TOML ({error}); configs/ has examples") from None
-    headings = {heading.__name__.lower() for heading in HEADINGS}
+    headings = {heading.__name__.lower(): heading for heading in HEADINGS}
     values: dict[str, Any] = {}
     for key, value in tables.items():
-        values |= value if key in headings and isinstance(value, dict) else {key: value}
+        if key not in headings or not isinstance(value, dict):
+            values[key] = value
+            continue
+        allowed = {one.name for one in fields(headings[key])}
+        for name in value:
+            if name not in allowed:
+                raise InputError(f"{file}: [{key}] has no field {name!r}; see train.py --help")
+        values |= value
     return values
 
 
@@ -314,8 +323,6 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         if isinstance(values, list) and all(isinstance(item, str) for item in values):
             return tuple(values)
         raise InputError(f"{where} must be a string or a list of strings")
-    if type(value) is int and abs(value) >= 2**63:  # TOML promises no more
-        raise InputError(f"{where} must be a number of at most 63 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

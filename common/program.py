@@ -10,6 +10,17 @@ import torch
 
 from .errors import InputError, printable
 
+OUTSIDE = (InputError, OSError, MemoryError, RuntimeError)
+"""What comes from outside; of RuntimeErrors only those that are `out_of_memory`."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: Python's, the GPU's, or torch's on the processor."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch has no class of its own for it.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
 
 class Stopped(BaseException):
     """A program ends because a signal asked it to. Not an Exception: nobody handles it by
@@ -35,7 +46,9 @@ def run_program(name: str, work: Callable[[], object], when_stopped: str = "stop
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # the interpreter flushes once more
         return 0
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except OUTSIDE as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -53,11 +66,11 @@ def one_line(error: Exception) -> str:
         file = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or error
         return printable(f"{file}{reason}; mend it, and the same command goes on")
-    if isinstance(error, MemoryError):
-        return "out of memory on this machine; lower prompts_per_step, group_size or max_new_tokens"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "out of memory on the GPU; lower eval_batch_prompts or micro_batch_tokens, "
-            "or set offload_optimizer"
+            "out of memory on the GPU; set offload_optimizer or lower eval_batch_prompts, or begin "
+            "anew in another run_dir with a smaller prompts_per_step, group_size or max_new_tokens"
         )
+    if out_of_memory(error):
+        return "out of memory on this machine; lower prompts_per_step, group_size or max_new_tokens"
     return str(error)

@@ -36,7 +36,7 @@ MOST = 3
 
 _OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
 _OF_ROLLOUT = ("tokens_NGT", "mask_NGT", "logp_NGT", "ended_NG")
-_SETTINGS = ("clip_low", "clip_high", "beta", "temperature", "dtype")
+_SETTINGS = ("method", "clip_low", "clip_high", "beta", "temperature", "dtype")
 _REMEDY = "name a folder runs/NAME/incidents/step-..."
 
 
@@ -110,7 +110,8 @@ def replay(folder: Path) -> list[str]:
         if x.is_floating_point() and not x.isfinite().all():
             lines.append(f"{name} holds {int((~x.isfinite()).sum())} numbers that are not finite")
     for batch in rollout.micro_batches(1):  # one group each
-        logp, _ = completion_logprobs(policy, batch, allowed_V, settings["temperature"])
+        temperature = settings["temperature"] if settings["method"] == "grpo" else 1.0
+        logp, _ = completion_logprobs(policy, batch, allowed_V, temperature)
         loss = _loss(logp, batch, tensors, settings)
         loss.backward()
         bad = []
@@ -128,7 +129,8 @@ def replay(folder: Path) -> list[str]:
 def _loss(
     logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> Tensor:
-    if "advantages_NG" not in tensors:  # supervised fine-tuning
+    """Of one group by itself, per sequence: enough to find the one that is not finite."""
+    if settings["method"] == "sft":
         return -logp.sum()
     ref = batch.cut(tensors["ref_NGT"]) if "ref_NGT" in tensors else None
     old = batch.cut(tensors["old_NGT"]) if "old_NGT" in tensors else logp.detach()

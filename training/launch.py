@@ -18,7 +18,7 @@ from model import save_model
 from .prepare import prepared
 from .run import Run, saving_at_the_end
 from .sft import fine_tune
-from .stop import FROM_LAST, stop_at_once
+from .stop import goes_on, stop_at_once
 
 Method = Callable[[Run, Config], None]
 
@@ -43,7 +43,7 @@ def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) ->
                 measured(run, {"grpo": grpo, "sft": fine_tune}[config.method])
 
     with patient_output():
-        return run_program("train.py", work, when_stopped=f"stopped at once; {FROM_LAST}")
+        return run_program("train.py", work, when_stopped=f"stopped at once; {goes_on()}")
 
 
 def measured(run: Run, method: Method) -> None:

@@ -135,7 +135,8 @@ class RunLog:
         metrics["seconds"] = seconds
         metrics |= {f"seconds/{phase}": spent for phase, spent in step.seconds.items()}
 
-        self._write("metrics", {"step": step.number, **_json_numbers(metrics)})
+        row = _json_numbers(metrics)
+        self._write("metrics", {"step": step.number, **row})
         for name, value in metrics.items():
             tag = name if "/" in name else f"train/{name}"
             self.board.add_scalar(tag, value, step.number)
@@ -143,7 +144,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix(postfix, refresh=False)
             self.bar.update()
-        self._rows = recent([*self._rows, metrics])
+        self._rows = recent([*self._rows, row])  # as a resumed run will read it
 
     def _completions(self, step: Step) -> None:
         """In the form that `evaluation.audits` read, and with what the loss made of each."""

@@ -125,11 +125,12 @@ def _warn_of_a_full_disk(config: Config, policy: Qwen2VL, optimizer: MasterAdamW
     """Before the night and not in it: checkpoints that are kept, the best, one being written."""
     masters = sum(4 * param.numel() for param in optimizer.params)
     weights = sum(param.nbytes for param in policy.parameters())
-    copies = 2 if config.dtype == "float32" else 3  # both moments, and masters if separate
+    separate = any(m is not p for m, p in zip(optimizer.masters, optimizer.params, strict=True))
+    copies = 2 + separate  # both moments, and masters if they are not the weights
     best = bool(config.validation_questions or config.validation_fraction)
     needed = (weights + copies * masters) * (config.keep_checkpoints + 1 + best)
     run_dir = Path(config.run_dir)
-    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-??????/*"))
+    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-*/*"))
     free = shutil.disk_usage(run_dir).free + held
     if needed > free:
         line = f"checkpoints may take {needed / 1e9:.1f} GB here, but only {free / 1e9:.1f} GB are"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
-from common.program import Stopped
+from common.program import OUTSIDE, Stopped, out_of_memory
 from data import PromptEncoder, Question, Vocabulary, prompts_of_steps
 from data.choice import Questions
 from evaluation.accuracy import tally
@@ -26,7 +26,7 @@ from .incidents import room_for_incident, write_incident
 from .log import RunLog
 from .saving import Checkpoints
 from .step import Step
-from .stop import FROM_LAST, StopRequest
+from .stop import StopRequest, goes_on
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -247,7 +247,9 @@ def saving_at_the_end(run: Run) -> Iterator[None]:
         except Stopped as stopped:
             run.save_last_whole_step(stopped)
             raise Stopped(stopped.signal, _goes_on_from(run)) from None
-        except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except OUTSIDE as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             run.save_last_whole_step(error)
             if isinstance(error, OSError):  # it says why, but not always where
                 error.filename = error.filename or run.config.run_dir
@@ -257,4 +259,4 @@ def saving_at_the_end(run: Run) -> Iterator[None]:
 
 
 def _goes_on_from(run: Run) -> str:
-    return f"stopped; {FROM_LAST.replace('the last checkpoint', run.checkpoints.newest())}"
+    return f"stopped; {goes_on(run.checkpoints.newest())}"

@@ -101,6 +101,7 @@ class Checkpoints:
             write_tensors(state, partial / "optimizer.safetensors")
             (partial / "progress.json").write_text(progress, encoding="utf-8")
             commit(partial, final)
+            self._delete_old(best)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
@@ -108,7 +109,6 @@ class Checkpoints:
                 "checkpoints and incidents/*/model may go) or mend the disk, and the same command "
                 f"goes on from {self.newest()}"
             ) from None
-        self._delete_old(best)
 
     def _delete_old(self, best: int) -> None:
         for old in checkpoints(self.folder.parent)[: -self.kept]:

@@ -11,7 +11,10 @@ from common.program import Stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, what schedulers send, and what a closed terminal sends."""
 
-FROM_LAST = "the same command goes on from the last checkpoint"
+
+def goes_on(place: str = "the last checkpoint, if there is one") -> str:
+    """What is said of a run that can be resumed."""
+    return f"the same command goes on from {place}"
 
 
 class StopRequest:
@@ -40,11 +43,11 @@ class StopRequest:
     def check(self) -> None:
         """Raise Stopped if a stop was asked for and nothing speaks against it."""
         if self.signal and not self.deferred:
-            raise Stopped(self.signal, f"stopped; {FROM_LAST}, if there is one")
+            raise Stopped(self.signal, f"stopped; {goes_on()}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        message = b"\nstopping after this micro-batch, with a checkpoint; once more stops at once\n"
+        message = b"\nstopping where nothing is lost, with a checkpoint; once more stops at once\n"
         with suppress(OSError):  # the terminal may be gone
             # Not print: the signal may have interrupted one, and streams can't be entered twice.
             os.write(2, message)
@@ -57,4 +60,4 @@ class StopRequest:
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
     """Signal handler where there is nothing to save: the program ends in order, with a line."""
-    raise Stopped(number, f"stopped; {FROM_LAST}, if there is one")
+    raise Stopped(number, f"stopped; {goes_on()}")

@@ -15,10 +15,10 @@ LONG = 50
 LEARNED = 0.8
 """Accuracy above which groups of equal rewards, or no further rise, are how a run ends well."""
 
-Rows = Sequence[dict[str, float]]
+Rows = Sequence[dict[str, float | None]]
 
 
-def recent(rows: Rows) -> list[dict[str, float]]:
+def recent(rows: Rows) -> list[dict[str, float | None]]:
     """Of the metrics of all steps those that the rules look at: the first and the last ones."""
     return [*rows[:WINDOW], *rows[WINDOW:][-LONG - WINDOW :]]
 
@@ -43,8 +43,9 @@ def alarms(rows: Rows) -> dict[str, str]:
 
 def _mean(rows: Rows, name: str) -> float:
     """Mean over rows that have the number; 0 if none has."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return sum(values) / max(1, len(values))
+    values = [row.get(name) for row in rows]
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / max(1, len(numbers))
 
 
 def _length_collapse(rows: Rows) -> str:
