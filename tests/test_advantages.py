@@ -1,9 +1,13 @@
 """Group-relative advantages: closed forms and invariances."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from grpo.advantages import group_advantages
+from rewards import Verdict
+from training.scoring import weighted_sum
 
 REWARDS = torch.tensor(
     [[2.0, 0.0, 1.0, 1.0], [0.0, 0.5, 2.0, 1.5], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64
@@ -67,3 +71,11 @@ def test_the_rewards_given_are_not_changed_and_half_precision_is_computed_in_fp3
 def test_an_unknown_scale_is_an_error():
     with pytest.raises(ValueError, match="'std' or 'none'"):
         group_advantages(REWARDS, scale="max")
+
+
+def test_rewards_of_a_single_group_are_the_weighted_scores_and_lie_on_the_runs_device():
+    verdicts_NG = [[(Verdict("format", 1.0, ""), Verdict("accuracy", 0.5, ""))] * 3]
+    config = SimpleNamespace(format_weight=0.25, accuracy_weight=2.0, device="cpu")
+    assert torch.equal(weighted_sum(verdicts_NG, config), torch.full((1, 3), 1.25))
+    config.device = "meta"  # stands for a GPU
+    assert weighted_sum(verdicts_NG, config).device.type == "meta"

@@ -109,8 +109,15 @@ def test_weights_of_the_three_averages_by_hand():
         torch.testing.assert_close(
             token_weights(mask, average=average, max_new_tokens=3), torch.tensor([expected])
         )
-    with pytest.raises(ValueError, match="'sequence', 'token' or"):
-        token_weights(mask, average="mean")
+    for average in ("mean", "constant"):  # the constant is missing
+        with pytest.raises(ValueError, match="'sequence', 'token' or"):
+            token_weights(mask, average=average)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_a_step_of_a_single_token_has_weight_one_and_one_without_tokens_none(average):
+    assert token_weights(FULL, average=average) == 1
+    assert token_weights(~FULL, average=average) == 0
 
 
 def test_gradient_agrees_with_finite_differences_in_float64():

@@ -365,6 +365,7 @@ def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
         ("The scan shows a mass, so the answer is B.", "B"),
         ("Heart (B)", None),
         ("<think>The answer is B", None),
+        ("\n<think>The answer is B", None),
         ("<think>The answer is B</think>", None),
         ("<think>x</think><answer>A or B</answer>", None),
         ("<answer>B</answer><answer>C</answer>", None),

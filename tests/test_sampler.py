@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from tiny_run import tiny_model
 
 from data import Vocabulary, allowed_tokens_V
-from grpo.rollout import collate, completion_logprobs
+from grpo.rollout import collate, completion_logprobs, micro_batch_slices
 from grpo.sampler import Growing, RolloutKind, inverse_cdf, sample_groups, sampling_noise
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
@@ -207,6 +207,15 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
     for batch in rollout.micro_batches(budget):
         assert torch.equal(batch.tokens_NGT, batch.cut(rollout.tokens_NGT))
         assert batch.mask_NGT.sum() == rollout.mask_NGT[batch.groups].sum()
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes"), [(63, [1, 1, 1]), (64, [2, 1]), (131, [2, 1]), (132, [3]), (1, [1, 1, 1])]
+)
+def test_a_micro_batch_is_counted_with_its_padding_at_prompts_and_at_completions(budget, sizes):
+    """Two groups take 2 (20 + 3 * 4) tokens, all three take 3 (20 + 3 * 8)."""
+    slices = micro_batch_slices([10, 20, 5], [4, 2, 8], group_size=3, tokens_each=budget)
+    assert [part.stop - part.start for part in slices] == sizes
 
 
 def test_a_model_that_is_dropped_takes_its_rollout_state_along_without_the_garbage_collector(

@@ -66,6 +66,7 @@ def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepar
     )
     made.policy.zero_grad(set_to_none=True)
     loss, probability = accumulate_cross_entropy(replace(made, micro_batch_tokens=size), answers)
+    assert not loss.requires_grad and not probability.requires_grad  # no graph outlives its batch
     found = {name: p.grad.clone() for name, p in made.policy.named_parameters()}
 
     made.policy.zero_grad(set_to_none=True)

@@ -148,8 +148,10 @@ GRPO = {
         "clip_high": 0.1,
         "adam_beta1": 0.8,
     },
-    "three updates, frozen vision": {
-        "inner_updates": 3,
+    "two updates, frozen vision": {
+        "seed": 5,
+        "inner_updates": 2,
+        "learning_rate": 1e-3,
         "micro_batch_tokens": 1,
         "beta": 0.1,
         "advantage_scale": "none",
