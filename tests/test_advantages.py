@@ -49,6 +49,7 @@ def test_permuting_a_group_permutes_its_advantages_and_groups_do_not_mix():
     torch.testing.assert_close(
         group_advantages(REWARDS[:, order]), group_advantages(REWARDS)[:, order]
     )
+    torch.testing.assert_close(group_advantages(REWARDS[0]), group_advantages(REWARDS)[0])
     for row in range(len(REWARDS)):
         torch.testing.assert_close(
             group_advantages(REWARDS[row : row + 1]), group_advantages(REWARDS)[row : row + 1]

@@ -2,11 +2,13 @@
 splitting.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from common.config import Config
 from grpo.loss import grpo_loss, k3_divergence, token_weights
 
 FULL = torch.ones(1, 1, 1, dtype=torch.bool)
@@ -172,6 +174,15 @@ def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient(junk):
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert (dirty[0].grad[~mask] == 0).all() and dirty[0].grad.isfinite().all()
+
+
+def test_the_defaults_are_those_of_a_config():
+    logp, old, ref, advantages, mask = batch()
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    settings = {name: defaults[name] for name in ("clip_low", "clip_high", "beta")}
+    loss, stats = grpo_loss(logp, old, ref, advantages, mask)
+    assert (loss, stats) == grpo_loss(logp, old, ref, advantages, mask, **settings)
+    assert stats["clip_ratio/low_mean"] > 0 and stats["clip_ratio/high_mean"] > 0
 
 
 def test_a_positive_beta_without_a_reference_is_an_error_not_a_silent_zero():

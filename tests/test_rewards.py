@@ -23,6 +23,7 @@ from rewards import (
     read_letter,
     score,
 )
+from rewards.letter import LONGEST_ANSWER, excerpt
 
 ROOT = Path(__file__).resolve().parent.parent
 RADIOLOGY = ROOT.parent / "shared" / "radiology"
@@ -116,6 +117,17 @@ def test_format_refuses_anything_else(completion: str) -> None:
 def test_the_right_letter_alone_scores_one(answer: str) -> None:
     assert accuracy_reward(answered(answer), "B") == 1.0
     assert accuracy_reward(answered(answer), "A") == 0.0
+
+
+def test_only_what_is_written_counts_against_the_longest_answer() -> None:
+    assert parse_letter(" " * LONGEST_ANSWER + "B\n") == "B"
+    assert parse_letter("B, " + "x" * (LONGEST_ANSWER - 3)) == "B"
+    assert parse_letter("B, " + "x" * (LONGEST_ANSWER - 2)) is None
+
+
+def test_an_excerpt_is_the_first_40_characters_and_says_so() -> None:
+    assert excerpt("ab" * 20) == repr("ab" * 20)
+    assert excerpt("ab" * 20 + "c") == repr("ab" * 20) + "..."
 
 
 @pytest.mark.parametrize(
@@ -359,6 +371,7 @@ def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
         ("<think>x</think><answer>B</answer>", "B"),
         ("<think>x</think><answer>B) Heart</answer>", "B"),
         ("<think>x</think>B", "B"),
+        ("<think>x</think>B</think>", "B"),
         ("<think>x</think>\n\nThe answer is B.", "B"),
         ("<think>A</think><answer>B", "B"),
         ("B", "B"),

@@ -218,6 +218,13 @@ def test_a_micro_batch_is_counted_with_its_padding_at_prompts_and_at_completions
     assert [part.stop - part.start for part in slices] == sizes
 
 
+def test_a_batch_lies_on_the_models_device_but_for_its_grids(prompts):
+    batch = collate(prompts, "meta")  # stands for a GPU
+    tensors = batch.tokens_NP, batch.positions_3NP, batch.lengths_N, batch.images
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert batch.grids_I3.device.type == "cpu"
+
+
 def test_a_model_that_is_dropped_takes_its_rollout_state_along_without_the_garbage_collector(
     prompts,
 ):

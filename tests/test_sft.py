@@ -12,6 +12,7 @@ from tiny_run import write_run
 from torch.nn import functional as F
 
 import train
+import training.sft
 from common.config import load_config
 from data import Question, questions_of_step
 from grpo.rollout import written_rollout
@@ -137,6 +138,27 @@ def test_a_resumed_sft_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monke
     )
     assert found == expected
     assert found != (whole / "base" / "model.safetensors").read_bytes()
+
+
+def test_sft_in_bf16_on_a_full_gpu_learns_what_it_learns_where_there_is_room(tmp_path, monkeypatch):
+    whole, found = training.sft.completion_logprobs, []
+
+    def limited(model, batch, *rest, **options):
+        if len(batch.prompts.lengths_N) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, batch, *rest, **options)
+
+    monkeypatch.setattr("training.sft.completion_logprobs", limited)
+    fields = dict(method="sft", dtype="bfloat16", steps=2, test_questions=[])
+    for size in (1, 100_000):
+        (folder := tmp_path / str(size)).mkdir()
+        assert run(monkeypatch, write_run(folder, micro_batch_tokens=size, **fields)) == 0
+        found.append((folder / "run" / "model" / "model.safetensors").read_bytes())
+        metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["grad_norm"] > 0 for line in metrics)
+        incidents = (folder / "run" / "incidents.jsonl").read_text()
+        assert ("out of memory" in incidents) == (size > 1)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--method", "dpo"), ("--sft_answer", "letters")])

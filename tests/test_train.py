@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import tiny_model, write_run
 
 import train
@@ -219,6 +220,18 @@ def test_a_step_says_where_its_seconds_went(finished):
             "optimizer",
         }
         assert sum(phases.values()) == pytest.approx(row["seconds"]) and min(phases.values()) >= 0
+
+
+def test_a_run_shows_its_progress_and_leaves_samples_for_the_eye(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, test_questions=[], log_samples_every=2)
+    assert run(monkeypatch, config) == 0
+    assert "GRPO: 100%" in capsys.readouterr().err
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    shown = board.Tensors("samples/text_summary")
+    assert [event.step for event in shown] == [0, 2]
+    first = rows(tmp_path / "run" / "completions.jsonl")[0]["completion"]
+    assert first.replace("\n", "\n    ") in shown[0].tensor_proto.string_val[0].decode()
+    assert [event.step for event in board.Images("samples")] == [0, 2]
 
 
 def test_an_image_that_breaks_during_the_run_ends_it_with_a_line_and_without_a_hanging_thread(
