@@ -218,6 +218,13 @@ def test_a_micro_batch_is_counted_with_its_padding_at_prompts_and_at_completions
     assert [part.stop - part.start for part in slices] == sizes
 
 
+@pytest.mark.parametrize(("budget", "sizes"), [(77, [2, 2]), (78, [3, 1])])
+def test_a_micro_batch_is_not_counted_with_the_groups_around_it(budget, sizes):
+    """Of four groups the first three take 3 (20 + 2 * 3) tokens, the last two 2 (30 + 2 * 3)."""
+    slices = micro_batch_slices([5, 20, 10, 30], [2, 1, 3, 1], group_size=2, tokens_each=budget)
+    assert [part.stop - part.start for part in slices] == sizes
+
+
 def test_a_batch_lies_on_the_models_device_but_for_its_grids(prompts):
     batch = collate(prompts, "meta")  # stands for a GPU
     tensors = batch.tokens_NP, batch.positions_3NP, batch.lengths_N, batch.images
