@@ -189,13 +189,16 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
         )
 
 
-@pytest.mark.parametrize("budget", [1, 150, 400, 10**9])
-def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget):
+@pytest.mark.parametrize(
+    ("budget", "count"), [(1, 6), (585, 6), (586, 4), (588, 3), (882, 2), (10**9, 1)]
+)
+def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget, count):
+    """Prompts take 243, 258 and 259 tokens, each of the five completions 7."""
     rollout, _ = sampled(tiny_model(), [*prompts, *prompts], places=range(6))
     prompt_sizes = [len(prompt.tokens_P) for prompt in rollout.prompts]
     longest = rollout.mask_NGT.sum(-1).amax(-1).tolist()
     parts = [batch.groups for batch in rollout.micro_batches(budget)]
-    assert [n for part in parts for n in range(6)[part]] == list(range(6))
+    assert [n for part in parts for n in range(6)[part]] == list(range(6)) and len(parts) == count
     for part, after in zip(parts, [*parts[1:], None], strict=True):
         one_more = slice(part.start, part.stop + 1)
         size = [
