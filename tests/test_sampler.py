@@ -35,7 +35,7 @@ def test_sampled_logprobs_equal_the_trainers_recomputed_ones(prompts):
     rollout, allowed = sampled(model, prompts)
     recomputed = torch.zeros_like(rollout.logp_NGT)
     with torch.no_grad():
-        for batch in rollout.micro_batches(100):
+        for batch in rollout.micro_batches(600):
             logp, _ = completion_logprobs(model, batch, allowed, temperature=1.3)
             batch.cut(recomputed).copy_(logp)
     assert rollout.mask_NGT.sum() > 60
@@ -165,7 +165,7 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
     model = tiny_model()
     rollout, allowed = sampled(model, prompts)
     weights = torch.randn(rollout.mask_NGT.shape, generator=torch.Generator().manual_seed(0))
-    for batch in rollout.micro_batches(100):
+    for batch in rollout.micro_batches(600):
         logp, _ = completion_logprobs(model, batch, allowed, 1.3)
         (logp * batch.cut(weights)).sum().backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}
