@@ -7,7 +7,6 @@ through. A finding lies on the left or the right half of the image. Coordinates:
 y downwards, both from -1 to 1 over the frame.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +21,8 @@ SIDES = ("left", "right")
 ATTRIBUTES = {"modality": MODALITIES, "anatomy": ANATOMIES, "finding": FINDINGS, "side": SIDES}
 
 Array = np.ndarray
-Form = Callable[[Array, Array, float, float], Array]  # a mask from x, y and the two radii
-Body = list[tuple[str, Form, *tuple[float, ...]]]  # tissue, form, and the numbers of `mask`
+# Tissue, form, centre x and y, radii x and y, tilt, and how far the form is bowed as a spine is.
+Body = list[tuple[str, str, float, float, float, float, float, float]]
 
 # Grey of each tissue in MRI and in CT; for radiographs, how much it adds to the shadow.
 GREYS = {
@@ -87,8 +86,12 @@ def draw(case: Case, rng: Generator) -> Array:
 def _body(case: Case, x: Array, y: Array, rng: Generator) -> Array:
     image: Array = np.zeros(x.shape, np.float32)  # rounds the first grey, as in what is shipped
     column = MODALITIES.index(case.modality)
-    for tissue, form, *numbers in _BODIES[case.anatomy](rng):
-        covered = mask(form, x, y, *numbers)
+    for tissue, form, cx, cy, rx, ry, tilt, bow in _BODIES[case.anatomy](rng):
+        dx = x - bow * np.sin(2 * y) - cx if bow else x - cx
+        dy = y - cy
+        if tilt:  # most are upright, which saves much time
+            dx, dy = turned(dx, dy, tilt)
+        covered = _FORMS[form](dx, dy, rx, ry)
         grey = GREYS[tissue][column]
         if case.modality == "radiograph":
             image = image + covered * grey
@@ -153,32 +156,22 @@ def ribs(x: Array, y: Array, rx: float, ry: float) -> Array:
     return (arcs * HALF).clip(0, 1) * wall
 
 
-def mask(
-    form: Form,
-    x: Array,
-    y: Array,
-    cx: float,
-    cy: float,
-    rx: float,
-    ry: float,
-    tilt: float = 0,
-    bow: float = 0,
-) -> Array:
-    """A form with its centre and its radii, turned by `tilt`, or bowed as a spine is."""
-    if bow:
-        x = x - bow * np.sin(2 * y)
-    dx = x - cx
-    dy = y - cy
-    if tilt:  # most are upright, which saves much time
-        dx, dy = turned(dx, dy, tilt)
-    return form(dx, dy, rx, ry)
+_FORMS = {"ellipse": ellipse, "box": box, "ribs": ribs}
 
 
-def both(
-    tissue: str, form: Form, cx: float, cy: float, rx: float, ry: float, tilt: float = 0
-) -> Body:
-    """The mirror image of a shape on the left, then the shape itself on the right."""
-    return [(tissue, form, -cx, cy, rx, ry, -tilt), (tissue, form, cx, cy, rx, ry, tilt)]
+def shapes(table: str) -> Body:
+    """The rows of a table, whose last columns may be left out where they are 0; a ± before the
+    first number makes two rows, the mirror image on the left and then the shape itself.
+    """
+    body: Body = []
+    for row in table.strip().splitlines():
+        tissue, form, *words = row.partition("#")[0].split()
+        numbers = [float(word.lstrip("±")) for word in words]
+        cx, cy, rx, ry, tilt, bow = numbers + [0.0] * (6 - len(numbers))
+        if words[0].startswith("±"):
+            body.append((tissue, form, -cx, cy, rx, ry, -tilt, bow))
+        body.append((tissue, form, cx, cy, rx, ry, tilt, bow))
+    return body
 
 
 # Body parts: shapes from the skin inwards, since the later ones cover the earlier. The numbers have
@@ -189,101 +182,98 @@ def _brain(rng: Generator) -> Body:
     ry = rng.uniform(0.8, 0.88)
     gap = rng.uniform(0.09, 0.13)
     tilt = rng.uniform(0.1, 0.3)
-    return [
-        ("fat", ellipse, 0, 0, 0.72, ry),
-        ("bone", ellipse, 0, 0, 0.66, ry - 0.06),
-        ("soft", ellipse, 0, 0, 0.57, ry - 0.15),
-        ("pale", ellipse, 0, 0, 0.42, ry - 0.32),
-        *both("fluid", ellipse, gap, -0.08, 0.06, 0.24, -tilt),  # ventricles
-        ("fluid", box, 0, -0.6, 0.015, 0.12),
-    ]
+    return shapes(f"""
+        fat    ellipse   0      0     0.72  {ry}
+        bone   ellipse   0      0     0.66  {ry - 0.06}
+        soft   ellipse   0      0     0.57  {ry - 0.15}
+        pale   ellipse   0      0     0.42  {ry - 0.32}
+        fluid  ellipse  ±{gap} -0.08  0.06  0.24  {-tilt}  # ventricles
+        fluid  box       0     -0.6   0.015 0.12
+    """)
 
 
 def _knee(rng: Generator) -> Body:
     gap = rng.uniform(0.05, 0.09)
     width = rng.uniform(0.24, 0.3)
-    shapes: Body = [("fat", box, 0, 0, 0.68, 1.2), ("muscle", box, 0, 0, 0.58, 1.2)]
+    table = """
+        fat     box  0  0  0.68  1.2
+        muscle  box  0  0  0.58  1.2"""
     # All bone before all marrow: the femur's shaft and condyles overlap, and are one bone.
     for tissue, rim in (("bone", 0.0), ("marrow", 0.06)):
-        shapes += [
-            (tissue, box, 0, -0.72, width - rim, 0.52),
-            *both(tissue, ellipse, 0.2, -0.22 - gap, 0.29 - rim, 0.24 - rim),
-            (tissue, box, 0, 0.14 + gap, 0.47 - rim, 0.14 - rim),
-            (tissue, box, 0, 0.72, width - 0.04 - rim, 0.5),
-        ]
-    return [*shapes, ("fluid", box, 0, -0.03, 0.46, gap * 0.5)]
+        table += f"""
+        {tissue}  box       0    -0.72         {width - rim}         0.52
+        {tissue}  ellipse  ±0.2  {-0.22 - gap} {0.29 - rim}          {0.24 - rim}
+        {tissue}  box       0    {0.14 + gap}  {0.47 - rim}          {0.14 - rim}
+        {tissue}  box       0     0.72         {width - 0.04 - rim}  0.5"""
+    return shapes(f"{table}\nfluid box 0 -0.03 0.46 {gap * 0.5}")
 
 
 def _spine(rng: Generator) -> Body:
     half = rng.uniform(0.17, 0.22)
     pitch = rng.uniform(0.34, 0.4)
     bow = 0.08 * rng.uniform(-1, 1)
-    shapes: Body = [
-        ("fat", box, 0, 0, 0.8, 1.2),
-        ("muscle", box, 0, 0, 0.7, 1.2),
-        ("fluid", box, half + 0.12, 0, 0.05, 1.2, 0, bow),  # the canal
-    ]
+    table = f"""
+        fat     box  0              0  0.8   1.2
+        muscle  box  0              0  0.7   1.2
+        fluid   box  {half + 0.12}  0  0.05  1.2  0  {bow}  # the canal"""
     height = pitch * 0.38  # half a vertebra's; the rest of the pitch is its disc
     for level in range(-3, 4):  # the outermost ones leave the frame
         cy = level * pitch
-        shapes += [
-            ("bone", box, 0, cy, half, height, 0, bow),
-            ("marrow", box, 0, cy, half - 0.05, height - 0.05, 0, bow),
-            ("bone", box, half + 0.3, cy, 0.1, 0.04, 0.5, bow),
-        ]
-    return shapes
+        table += f"""
+        bone    box  0             {cy}  {half}         {height}         0    {bow}
+        marrow  box  0             {cy}  {half - 0.05}  {height - 0.05}  0    {bow}
+        bone    box  {half + 0.3}  {cy}  0.1            0.04             0.5  {bow}"""
+    return shapes(table)
 
 
 def _abdomen(rng: Generator) -> Body:
     kidney = rng.uniform(0.1, 0.2)
-    return [
-        ("fat", ellipse, 0, 0, 0.94, 0.72),
-        ("muscle", ellipse, 0, 0, 0.84, 0.62),
-        ("fat", ellipse, 0.02, 0.02, 0.78, 0.55),
-        ("pale", ellipse, -0.42, -0.12, 0.36, 0.34, 0.4),  # liver
-        ("soft", ellipse, 0.5, -0.1, 0.2, 0.28, -0.5),  # spleen
-        ("soft", ellipse, 0.15, -0.28, 0.2, 0.12),
-        *both("soft", ellipse, 0.36, 0.28 + kidney / 4, 0.12, 0.17, -0.4),
-        ("fluid", ellipse, 0.06, 0.1, 0.08, 0.08),  # aorta
-        ("bone", ellipse, 0, 0.36, 0.16, 0.13),
-        ("marrow", ellipse, 0, 0.36, 0.1, 0.08),
-        ("bone", box, 0, 0.54, 0.04, 0.08),
-    ]
+    return shapes(f"""
+        fat     ellipse   0      0     0.94  0.72
+        muscle  ellipse   0      0     0.84  0.62
+        fat     ellipse   0.02   0.02  0.78  0.55
+        pale    ellipse  -0.42  -0.12  0.36  0.34   0.4  # liver
+        soft    ellipse   0.5   -0.1   0.2   0.28  -0.5  # spleen
+        soft    ellipse   0.15  -0.28  0.2   0.12
+        soft    ellipse  ±0.36  {0.28 + kidney / 4}  0.12  0.17  -0.4
+        fluid   ellipse   0.06   0.1   0.08  0.08        # aorta
+        bone    ellipse   0      0.36  0.16  0.13
+        marrow  ellipse   0      0.36  0.1   0.08
+        bone    box       0      0.54  0.04  0.08
+    """)
 
 
 def _chest(rng: Generator) -> Body:
     lung = rng.uniform(0.31, 0.35)
     heart = rng.uniform(0.2, 0.26)
-    return [
-        ("fat", ellipse, 0, 0.02, 0.95, 0.86),
-        ("muscle", ellipse, 0, 0.02, 0.87, 0.78),
-        *both("lung", ellipse, 0.42, 0, lung, 0.62, -0.12),
-        ("soft", ellipse, 0.08, 0.22, heart, 0.28, -0.5),
-        ("fluid", ellipse, 0, -0.2, 0.09, 0.12),
-        ("bone", box, 0, 0.72, 0.1, 0.1),
-        ("bone", ribs, 0, 0, 0.87, 0.78),
-    ]
+    return shapes(f"""
+        fat     ellipse   0      0.02  0.95     0.86
+        muscle  ellipse   0      0.02  0.87     0.78
+        lung    ellipse  ±0.42   0     {lung}   0.62  -0.12
+        soft    ellipse   0.08   0.22  {heart}  0.28  -0.5
+        fluid   ellipse   0     -0.2   0.09     0.12
+        bone    box       0      0.72  0.1      0.1
+        bone    ribs      0      0     0.87     0.78
+    """)
 
 
 def _pelvis(rng: Generator) -> Body:
     wing = rng.uniform(0.28, 0.36)
-    shapes: Body = [
-        ("fat", ellipse, 0, 0, 0.96, 0.8),
-        ("muscle", ellipse, 0, 0, 0.86, 0.7),
-        ("soft", ellipse, 0, 0.1, 0.3, 0.3),
-        ("fluid", ellipse, 0, 0.14, 0.18, 0.15),  # bladder
-    ]
+    table = """
+        fat     ellipse  0  0     0.96  0.8
+        muscle  ellipse  0  0     0.86  0.7
+        soft    ellipse  0  0.1   0.3   0.3
+        fluid   ellipse  0  0.14  0.18  0.15  # bladder"""
     for tissue, rim in (("bone", 0.0), ("marrow", 0.05)):
-        shapes += [
-            *both(tissue, ellipse, 0.46, -0.26, 0.15 - rim, wing - rim, 0.6),
-            *both(tissue, ellipse, 0.6, 0.34, 0.17 - rim, 0.17 - rim),
-            *both(tissue, box, 0.72, 0.56, 0.08 - rim, 0.18, -0.4),
-        ]
-    return shapes + [
-        ("bone", ellipse, 0, -0.4, 0.2, 0.2),
-        ("marrow", ellipse, 0, -0.4, 0.13, 0.13),
-        ("bone", box, 0, 0.5, 0.24, 0.04),
-    ]
+        table += f"""
+        {tissue}  ellipse  ±0.46  -0.26  {0.15 - rim}  {wing - rim}   0.6
+        {tissue}  ellipse  ±0.6    0.34  {0.17 - rim}  {0.17 - rim}
+        {tissue}  box      ±0.72   0.56  {0.08 - rim}  0.18          -0.4"""
+    return shapes(f"""{table}
+        bone    ellipse  0  -0.4  0.2   0.2
+        marrow  ellipse  0  -0.4  0.13  0.13
+        bone    box      0   0.5  0.24  0.04
+    """)
 
 
 _FINGERS = (  # centre, tilt, half length
@@ -293,27 +283,31 @@ _FINGERS = (  # centre, tilt, half length
     (0.16, -0.38, -0.08, 0.52),
     (0.4, -0.26, -0.24, 0.44),
 )
-_WRIST = ((-0.22, 0.62), (-0.04, 0.6), (0.14, 0.62), (-0.14, 0.76), (0.06, 0.76))
 
 
 def _hand(rng: Generator) -> Body:
     width = rng.uniform(0.9, 1.1)
-    flesh: Body = [
-        ("soft", ellipse, -0.04, 0.42, 0.44, 0.42),
-        ("soft", box, -0.04, 0.95, 0.26, 0.2),
-    ]
+    flesh = shapes("""
+        soft  ellipse  -0.04  0.42  0.44  0.42
+        soft  box      -0.04  0.95  0.26  0.2
+    """)
     bones: Body = []
     for cx, cy, tilt, length in _FINGERS:
         cx *= width
-        flesh.append(("soft", box, cx, cy, 0.1, length, -tilt))
+        flesh.append(("soft", "box", cx, cy, 0.1, length, -tilt, 0))
         for joint in (-0.75, -0.1, 0.5):
             along = joint * length
             bone_x = cx + np.sin(tilt) * along
             bone_y = cy - np.cos(tilt) * along
-            bones.append(("bone", box, bone_x, bone_y, 0.045, length * 0.26, -tilt))
-    for cx, cy in _WRIST:
-        bones.append(("bone", ellipse, cx, cy, 0.08, 0.07))
-    return flesh + bones  # in a slice, a finger's flesh would cover its neighbour's bones
+            bones.append(("bone", "box", bone_x, bone_y, 0.045, length * 0.26, -tilt, 0))
+    wrist = shapes("""
+        bone  ellipse  -0.22  0.62  0.08  0.07
+        bone  ellipse  -0.04  0.6   0.08  0.07
+        bone  ellipse   0.14  0.62  0.08  0.07
+        bone  ellipse  -0.14  0.76  0.08  0.07
+        bone  ellipse   0.06  0.76  0.08  0.07
+    """)
+    return flesh + bones + wrist  # in a slice, a finger's flesh would cover its neighbour's bones
 
 
 # Findings: what they add to an image, at coordinates (dx, dy) from their centre. They are coarse
