@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerFast
 from common.program import run_program
 from data.images import MEAN, MERGE_SIZE, PATCH_SIZE, STD, TEMPORAL_PATCH_SIZE
 from data.vocabulary import load_vocabulary
-from model import Qwen2VL, load_model, save_model
+from model import Qwen2VL, keep_freed_memory, load_model, save_model
 from model.config import Qwen2VLConfig, VisionConfig
 
 from .card import write_card
 from .lessons import Teacher
 from .measure import measure
-from .pool import MAX_PIXELS, MIN_PIXELS, Pool, draw_pool
+from .pool import Pool, draw_pool
 from .stages import describing, habits, matching, matching_in_chat, seeing
 from .tokenizer import build_tokenizer
 from .training import fit, initialise
@@ -42,8 +42,8 @@ POOL_IMAGES = 40_000  # so many that the tower meets a phantom three times, and 
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2VLProcessor",
-    "min_pixels": MIN_PIXELS,
-    "max_pixels": MAX_PIXELS,
+    "min_pixels": 3136,  # 4 image tokens; a phantom has 9, so that none is resized
+    "max_pixels": 401408,  # 512 image tokens
     "patch_size": PATCH_SIZE,
     "temporal_patch_size": TEMPORAL_PATCH_SIZE,
     "merge_size": MERGE_SIZE,
@@ -76,6 +76,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
 def make_base(folder: Path, seed: int = SEED) -> None:
     """All stages, then the folder, then the measurements of what was written."""
     started = time.time()
+    keep_freed_memory()
     tokenizer = build_tokenizer()
     model = Qwen2VL(base_config(tokenizer))
     initialise(model, seed)
@@ -116,6 +117,7 @@ def write_folder(model: Qwen2VL, tokenizer: PreTrainedTokenizerFast, folder: Pat
 def _train_tower(config: Qwen2VLConfig, pool: Pool, seed: int) -> dict[str, np.ndarray]:
     """The tower's weights, as arrays for the way back: see `Phantom`."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     model = Qwen2VL(config)
     initialise(model, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,16 +14,16 @@ from common.hub import INDEX
 
 from .config import config_json
 from .qwen2vl import Qwen2VL
-from .weights import Slot, checkpoint_layout
+from .weights import published_views
 
 SHARD_BYTES = 5_000_000_000
 
 
 def published_tensors(model: Qwen2VL) -> dict[str, Tensor]:
     """A copy of the weights as they are now, on the CPU, in the published naming."""
-    parameters = dict(model.named_parameters())
-    layout = checkpoint_layout(model)
-    return {name: _copy(parameters, slot) for name, slot in layout.items()}
+    views = published_views(model.state_dict(), model.config)
+    # A copy even where they lie on the CPU already: training goes on while it is written.
+    return {name: view.to("cpu", copy=True) for name, view in views.items()}
 
 
 def save_model(
@@ -49,13 +48,11 @@ def save_model(
     for name, content in model.companions.items():
         if name != "config.json":
             (folder / name).write_bytes(content)
-    parameters = dict(model.named_parameters())
-    layout = checkpoint_layout(model)
-    split = _shards(layout, model.embed.weight.dtype)
+    weights = weights or published_views(model.state_dict(), model.config)
+    sizes = {name: tensor.to("meta") for name, tensor in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensors[name] = weights[name] if weights else _copy(parameters, layout[name])
+        tensors = {name: weights[name].cpu() for name in names}
         write_tensors(tensors, folder / f"{file}.partial")
         os.replace(folder / f"{file}.partial", folder / file)
     # What an earlier save left in the other form would be read in place of this one.
@@ -66,21 +63,6 @@ def save_model(
     else:
         (folder / INDEX).unlink(missing_ok=True)
     _write_json(folder / "config.json", _config(model))
-
-
-def _shards(layout: dict[str, Slot], dtype: torch.dtype) -> StateDictSplit:
-    """Which file each tensor goes to."""
-    sizes = {}
-    for name, slot in layout.items():
-        sizes[name] = torch.empty(slot.shape, dtype=dtype, device="meta")
-    return split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
-
-
-def _copy(parameters: dict[str, torch.nn.Parameter], slot: Slot) -> Tensor:
-    """A tensor as it is published, on the CPU."""
-    rows = parameters[slot.parameter].detach()[slot.rows]
-    # A copy even where it lies on the CPU already: training goes on while it is written.
-    return rows.reshape(slot.shape).to("cpu", copy=True).contiguous()
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

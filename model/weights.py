@@ -5,7 +5,6 @@ time. `saving` is the way out.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,77 +37,54 @@ COMPANIONS = (
 # Last name of a module of ours -> those of the published modules that it holds, one below the
 # other.
 _TEXT = {
-    "embed": ["embed_tokens"],
-    "attention_norm": ["input_layernorm"],
-    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "out": ["self_attn.o_proj"],
-    "mlp_norm": ["post_attention_layernorm"],
-    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "down": ["mlp.down_proj"],
+    "embed": "embed_tokens",
+    "attention_norm": "input_layernorm",
+    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_up": "mlp.gate_proj mlp.up_proj",
+    "down": "mlp.down_proj",
 }
 _VISION = {
-    "patch_embed": ["patch_embed.proj"],
-    "qkv": ["attn.qkv"],
-    "proj": ["attn.proj"],
-    "fc1": ["mlp.fc1"],
-    "fc2": ["mlp.fc2"],
-    "merger_norm": ["merger.ln_q"],
-    "merger_fc1": ["merger.mlp.0"],
-    "merger_fc2": ["merger.mlp.2"],
+    "patch_embed": "patch_embed.proj",
+    "qkv": "attn.qkv",
+    "proj": "attn.proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+    "merger_norm": "merger.ln_q",
+    "merger_fc1": "merger.mlp.0",
+    "merger_fc2": "merger.mlp.2",
 }
 
-
+_EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
 
-class Slot(NamedTuple):
-    """Where a checkpoint tensor lives in our model: these rows of a parameter; `shape` as in the
-    checkpoint.
+def published_views(tensors: dict[str, Tensor], config: Qwen2VLConfig) -> dict[str, Tensor]:
+    """Published tensor name (`model.*`, `visual.*`, `lm_head.weight`) -> a view of our tensor in
+    the published shape.
+
+    Args:
+        tensors: the model's `state_dict`, or tensors of the same names and shapes (gradients).
     """
-
-    parameter: str
-    rows: slice
-    shape: tuple[int, ...]
-
-
-def checkpoint_layout(model: Qwen2VL) -> dict[str, Slot]:
-    """Published tensor name (`model.*`, `visual.*`, `lm_head.weight`) -> Slot, for every tensor of
-    the model.
-    """
-    layout = {}
-    for name, parameter in model.named_parameters():
+    vision = config.vision
+    kv_rows = config.num_key_value_heads * config.head_dim
+    views = {}
+    for name, tensor in tensors.items():
         owner, _, kind = name.rpartition(".")  # kind: weight or bias
         stem, dot, leaf = owner.rpartition(".")
-        names = _VISION if name.startswith("visual.") else _TEXT
-        start = 0
-        for published in names.get(leaf, [leaf]):
-            shape = _published_shape(published, tuple(parameter.shape), model.config)
-            rows = slice(start, start + shape[0])
-            prefix = "" if name.startswith(("visual.", "lm_head.")) else "model."
-            layout[f"{prefix}{stem}{dot}{published}.{kind}"] = Slot(name, rows, shape)
-            start = rows.stop
-    return layout
-
-
-def _published_shape(
-    published: str,
-    shape: tuple[int, ...],
-    config: Qwen2VLConfig,
-) -> tuple[int, ...]:
-    """That of a published tensor, from the shape of the parameter of ours that holds it."""
-    vision = config.vision
-    if published == "patch_embed.proj":  # a convolution there, a matrix here
-        patch = vision.temporal_patch_size, vision.patch_size, vision.patch_size
-        return shape[0], vision.in_channels, *patch
-    kv_rows = config.num_key_value_heads * config.head_dim
-    rows = {
-        "self_attn.q_proj": config.hidden_size,
-        "self_attn.k_proj": kv_rows,
-        "self_attn.v_proj": kv_rows,
-        "mlp.gate_proj": config.intermediate_size,
-        "mlp.up_proj": config.intermediate_size,
-    }
-    return rows.get(published, shape[0]), *shape[1:]
+        if leaf == "patch_embed":  # a convolution there, a matrix here
+            patch = vision.temporal_patch_size, vision.patch_size, vision.patch_size
+            tensor = tensor.unflatten(1, (vision.in_channels, *patch))
+        table = _VISION if name.startswith("visual.") else _TEXT
+        modules = table.get(leaf, leaf).split()
+        sizes = [len(tensor) // len(modules)] * len(modules)
+        if len(modules) == 3:
+            sizes = [config.hidden_size, kv_rows, kv_rows]
+        prefix = "" if name.startswith(("visual.", "lm_head.")) else "model."
+        for module, view in zip(modules, tensor.split(sizes), strict=True):
+            views[f"{prefix}{stem}{dot}{module}.{kind}"] = view
+    return views
 
 
 @torch.no_grad()
@@ -132,18 +108,14 @@ def load_model(
     config = read_config(folder)
     with torch.device("meta"):
         model = Qwen2VL(config).to(dtype)
-    layout = checkpoint_layout(model)
     # Before memory is asked for: a config.json may claim any size, and only the files say that
     # there is so much.
-    places = _tensor_places(folder, layout, config.tie_word_embeddings)
+    places = _tensor_places(folder, model)
     written_head = places.pop(_HEAD, None) if config.tie_word_embeddings else None
     model = model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
+    views = published_views(model.state_dict(), config)
     for name, (file, key) in places.items():
-        slot = layout[name]
-        rows = parameters[slot.parameter][slot.rows]
-        tensor = _read_tensor(file, key)
-        rows.copy_(tensor.reshape(rows.shape))
+        views[name].copy_(_read_tensor(file, key))
     if written_head:
         head = _read_tensor(*written_head).to(model.embed.weight)
         if not torch.equal(head, model.embed.weight):
@@ -163,38 +135,32 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     return {file.name: read_bytes(file) for file in files if file.is_file()}
 
 
-def _tensor_places(
-    folder: Path,
-    layout: dict[str, Slot],
-    tied: bool,
-) -> dict[str, tuple[Path, str]]:
+def _tensor_places(folder: Path, model: Qwen2VL) -> dict[str, tuple[Path, str]]:
     """Published name -> the file that holds the tensor, and the tensor's key there.
 
     Read from the headers of the files alone.
 
     Raises:
-        InputError: they hold other tensors than those of the layout.
+        InputError: they hold other tensors than the model has.
     """
-    optional = {_HEAD: layout["model.embed_tokens.weight"]} if tied else {}  # some savers write it
-    allowed = layout | optional
+    views = published_views(model.state_dict(), model.config)
+    expected = {name: list(view.shape) for name, view in views.items()}
+    if model.lm_head is None:
+        expected[_HEAD] = expected[_EMBEDDING]  # some savers write it all the same
     places = {}
     for file in weight_files(folder):
-        with _opened(file) as tensors:
-            keys = tensors.keys()
-            for key in keys:
-                name = _published_name(key)
-                if name not in allowed:
-                    raise InputError(
-                        f"{file}: unexpected tensor {key}; is config.json of the same model?"
-                    )
-                shape = tensors.get_slice(key).get_shape()
-                expected = list(allowed[name].shape)
-                if shape != expected:
-                    raise InputError(
-                        f"{file}: {key} has shape {shape}, but config.json asks for {expected}"
-                    )
-                places[name] = file, key
-    missing = sorted(layout.keys() - places.keys())
+        for key, shape in _shapes(file).items():
+            name = _published_name(key)
+            if name not in expected:
+                raise InputError(
+                    f"{file}: unexpected tensor {key}; is config.json of the same model?"
+                )
+            if shape != expected[name]:
+                raise InputError(
+                    f"{file}: {key} has shape {shape}, but config.json asks for {expected[name]}"
+                )
+            places[name] = file, key
+    missing = sorted(views.keys() - places.keys())
     if missing:
         names = ", ".join(missing[:3])
         raise InputError(
@@ -202,6 +168,12 @@ def _tensor_places(
             " checkpoint again"
         )
     return places
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with _opened(file) as tensors:
+        keys = tensors.keys()
+        return {key: tensors.get_slice(key).get_shape() for key in keys}
 
 
 def _published_name(key: str) -> str:

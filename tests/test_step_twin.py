@@ -23,8 +23,8 @@ from torch import Tensor
 import train
 from data import Prompt, PromptEncoder
 from grpo.optimizer import MasterAdamW
-from model import load_model
-from model.weights import checkpoint_layout
+from model import read_config
+from model.weights import published_views
 from rewards import Verdict
 
 
@@ -44,7 +44,7 @@ class RunOfOurs:
 def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs:
     """A run of train.py, observed. All that depends on our internals is here and in `METRICS`."""
     ours, generator = RunOfOurs(), torch.Generator().manual_seed(0)
-    layout = checkpoint_layout(load_model(folder / "base"))
+    shape = read_config(folder / "base")
     sample, update, assemble = train.sample_groups, MasterAdamW.step, PromptEncoder.assemble
 
     def observed_sampler(*args, **kwargs):
@@ -57,13 +57,9 @@ def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs
 
     def observed_update(optimizer, *args, **kwargs):
         grads = [master.grad for master in optimizer.masters]
-        gradients = dict(zip(optimizer.names, grads, strict=True))
-        published = {}
-        for name, slot in layout.items():  # our fused matrices hold several published ones
-            if gradients.get(slot.parameter) is not None:  # frozen ones have none
-                rows = gradients[slot.parameter][slot.rows]
-                published[name] = rows.clone().reshape(slot.shape)
-        ours.gradients.append(published)
+        named = zip(optimizer.names, grads, strict=True)
+        gradients = {name: grad.clone() for name, grad in named if grad is not None}
+        ours.gradients.append(published_views(gradients, shape))
         return update(optimizer, *args, **kwargs)
 
     def observed_assemble(*args, **kwargs):
