@@ -130,9 +130,7 @@ class PromptEncoder:
         if len(tokens_P) > self.max_prompt_tokens:
             raise self._too_long_error(question, len(tokens_P))
         grids_I3 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-        positions_3P = mrope_positions(
-            tokens_P, grids_I3, self.shape.image_token_id, self.shape.vision.spatial_merge_size
-        )
+        positions_3P = mrope_positions(tokens_P, grids_I3, self.shape)
         # None at first, as a question without images has patches of the right width too.
         no_patches = torch.empty(0, self.shape.vision.patch_values)
         patches_SC = torch.cat([no_patches, *(patches for patches, _ in images)])

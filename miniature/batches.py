@@ -32,7 +32,7 @@ def _sequence_losses(model: Qwen2VL, lessons: list[Lesson]) -> Tensor:
     tokens_NL, lengths_N = pad([lesson.prompt + lesson.answers[0] for lesson in lessons])
     weights_NL, _ = pad([[0] * len(lesson.prompt) + lesson.weights[0] for lesson in lessons])
     patches, grids = _images(lessons)
-    positions = batch_positions(tokens_NL, lengths_N, grids, model.config.image_token_id)
+    positions = batch_positions(tokens_NL, lengths_N, grids, model.config)
     hidden = model.hidden(tokens_NL, positions, patches, grids)
     return _weighted(model, hidden[:, :-1], tokens_NL[:, 1:], weights_NL[:, 1:])
 
@@ -45,7 +45,7 @@ def _group_losses(model: Qwen2VL, lessons: list[Lesson]) -> Tensor:
     mask_RT = torch.arange(answers_RT.shape[1]) < lengths_R[:, None]
     shape = (len(lessons), -1, answers_RT.shape[1])  # N, G, T
     patches, grids = _images(lessons)
-    positions = batch_positions(tokens_NP, lengths_N, grids, model.config.image_token_id)
+    positions = batch_positions(tokens_NP, lengths_N, grids, model.config)
     hidden = model.completion_hidden(
         tokens_NP,
         positions,

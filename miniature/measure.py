@@ -79,7 +79,7 @@ def _prompt(
 ) -> Prompt:
     tokens = torch.tensor(teacher.prompt(question))
     patches, grids = grey_patches([image])
-    positions = mrope_positions(tokens, grids, model.config.image_token_id)
+    positions = mrope_positions(tokens, grids, model.config)
     return Prompt(question.as_data(), tokens, patches, grids, positions)
 
 

@@ -78,9 +78,7 @@ class Qwen2VL(nn.Module):
         """
         if lengths_B is None:
             lengths_B = torch.full(tokens_BL.shape[:1], tokens_BL.shape[1])
-        image_id = self.config.image_token_id
-        merge = self.config.vision.spatial_merge_size
-        positions_3BL = batch_positions(tokens_BL, lengths_B, grids_I3, image_id, merge)
+        positions_3BL = batch_positions(tokens_BL, lengths_B, grids_I3, self.config)
         hidden_BLD = self.hidden(tokens_BL, positions_3BL, patches_SC, grids_I3)
         return linear(hidden_BLD, self.head_weight)
 
@@ -204,10 +202,7 @@ class Qwen2VL(nn.Module):
         return hidden_LD.index_select(0, _predictors(mask_NGT, lengths_N))
 
     def _run_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
-        config = self.config
-        cos, sin = text_rotary(
-            positions_3BL, config.head_dim, config.rope_theta, config.mrope_section
-        )
+        cos, sin = text_rotary(positions_3BL, self.config)
         cos = cos.to(x_BLD.dtype)
         sin = sin.to(x_BLD.dtype)
         for layer in self.layers:

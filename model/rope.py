@@ -10,36 +10,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .config import Qwen2VLConfig, VisionConfig
 
-def mrope_positions(
-    tokens_L: Tensor,
-    grids_I3: Tensor | None,
-    image_token_id: int,
-    merge_size: int = 2,
-) -> Tensor:
+
+def mrope_positions(tokens_L: Tensor, grids_I3: Tensor | None, config: Qwen2VLConfig) -> Tensor:
     """Positions of one unpadded sequence, int64 (3, L): temporal, height and width of each token.
 
     Args:
         tokens_L: token ids (L,), every image expanded to its h/merge * w/merge image tokens.
         grids_I3: patches of each image as (t, h, w), in reading order; None or empty without
             images.
-        image_token_id: id of `<|image_pad|>`.
-        merge_size: patches that one token spans along an axis.
+        config: says which id is `<|image_pad|>`, and how many patches a token spans along an axis.
 
     Raises:
         ValueError: the runs of image tokens and the grids do not match.
     """
     length = torch.tensor([len(tokens_L)])
-    batch = batch_positions(tokens_L[None], length, grids_I3, image_token_id, merge_size)
-    return batch[:, 0]
+    return batch_positions(tokens_L[None], length, grids_I3, config)[:, 0]
 
 
 def batch_positions(
     tokens_BL: Tensor,
     lengths_B: Tensor,
     grids_I3: Tensor | None,
-    image_token_id: int,
-    merge_size: int = 2,
+    config: Qwen2VLConfig,
 ) -> Tensor:
     """Positions (3, B, L) of a right-padded batch; images are dealt to the rows in reading order;
     padding gets 0. Otherwise as `mrope_positions`.
@@ -48,19 +42,15 @@ def batch_positions(
     grids = iter([] if grids_I3 is None else grids_I3.tolist())
     for row, length in enumerate(lengths_B.tolist()):
         tokens = tokens_BL[row, :length].tolist()
-        positions_3BL[:, row, :length] = _positions(tokens, grids, image_token_id, merge_size)
+        positions_3BL[:, row, :length] = _positions(tokens, grids, config)
     if next(grids, None):
         raise ValueError("more images were given than the tokens have place for")
     return positions_3BL.to(tokens_BL.device)
 
 
-def _positions(
-    tokens: list[int],
-    grids: Iterator[list[int]],
-    image_token_id: int,
-    merge_size: int,
-) -> Tensor:
+def _positions(tokens: list[int], grids: Iterator[list[int]], config: Qwen2VLConfig) -> Tensor:
     """Positions (3, L) of one row, which takes from `grids` as many as it has images."""
+    image_token_id = config.image_token_id
     pieces: list[Tensor] = []
     start = 0  # the first token of the next piece
     position = 0  # where its positions begin
@@ -69,8 +59,8 @@ def _positions(
         pieces.append(_text_positions(position, image - start))
         position += image - start
         t, h, w = next(grids, (0, 0, 0))
-        h //= merge_size
-        w //= merge_size
+        h //= config.vision.spatial_merge_size
+        w //= config.vision.spatial_merge_size
         size = t * h * w
         start = image + size
         if not size or tokens[image:start] != [image_token_id] * size:
@@ -86,34 +76,28 @@ def _text_positions(start: int, count: int) -> Tensor:
     return torch.arange(start, start + count).expand(3, -1)
 
 
-def text_rotary(
-    positions_3BL: Tensor,
-    head_dim: int,
-    theta: float,
-    section: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (B, 1, L, head_dim), of the language model's rotation.
-
-    `section` says how many of the head_dim / 2 bands turn with each of the three positions.
-    """
-    frequencies = _frequencies(theta, head_dim, positions_3BL.device)
+def text_rotary(positions_3BL: Tensor, config: Qwen2VLConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 (B, 1, L, head_dim), of the language model's rotation."""
+    frequencies = _frequencies(config.rope_theta, config.head_dim, positions_3BL.device)
     angles = positions_3BL[..., None].float() * frequencies  # (3, B, L, head_dim / 2)
-    temporal, height, width = angles.split(section, dim=-1)
+    # So many of the bands turn with each of the three positions.
+    temporal, height, width = angles.split(config.mrope_section, dim=-1)
     angles = torch.cat((temporal[0], height[1], width[2]), dim=-1)
     return _cos_and_sin(angles[:, None])
 
 
-def vision_rotary(grids_I3: Tensor, head_dim: int, merge_size: int = 2) -> tuple[Tensor, Tensor]:
+def vision_rotary(grids_I3: Tensor, config: VisionConfig) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 (1, S, head_dim), of the vision tower's 2-D rotation."""
+    merge = config.spatial_merge_size
     places = []
     for t, h, w in grids_I3.tolist():
         rows_and_columns = torch.cartesian_prod(torch.arange(h), torch.arange(w))
         # Patches come in merge blocks: the merge x merge ones that become a token are neighbours.
-        blocks = rows_and_columns.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
+        blocks = rows_and_columns.view(h // merge, merge, w // merge, merge, 2)
         frame = blocks.transpose(1, 2).reshape(-1, 2)
         places.append(frame.repeat(t, 1))
     # Half of the frequencies turn with a patch's row and half with its column.
-    frequencies = _frequencies(10000.0, head_dim // 2)
+    frequencies = _frequencies(10000.0, config.embed_dim // config.num_heads // 2)
     places_S2 = torch.cat(places).float()
     angles = places_S2[..., None] * frequencies  # (S, 2, head_dim / 4)
     return _cos_and_sin(angles.flatten(1)[None])

@@ -90,8 +90,7 @@ class VisionTower(nn.Module):
         hidden).
         """
         x_SE = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
-        head_dim = self.config.embed_dim // self.config.num_heads
-        cos, sin = vision_rotary(grids_I3, head_dim, self.config.spatial_merge_size)
+        cos, sin = vision_rotary(grids_I3, self.config)
         cos = cos.to(x_SE.device)
         sin = sin.to(x_SE.device)
         # A video's frames attend within themselves only, hence t images of h * w patches.

@@ -7,7 +7,7 @@ import torch
 from test_model_twins import assert_close_gradients, gradients, random_tokens, replicated_logits
 from test_sampler import sampled
 from tiny import tiny_tokenizer
-from tiny_models import IMAGE, MIXED, VOCABULARY, make_batch, tiny_config
+from tiny_models import MIXED, VOCABULARY, make_batch, tiny_config
 from tiny_models import tiny_model as bare_model
 from tiny_run import tiny_model
 from torch import Tensor
@@ -49,7 +49,7 @@ def mask_of(lengths: list[list[int]]) -> Tensor:
 
 
 def packed_hidden(model: Qwen2VL, batch, completions: Tensor, mask: Tensor) -> Tensor:
-    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
+    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, model.config)
     images = None if batch.patches is None else batch.patches.to(model.embed.weight.dtype)
     return model.completion_hidden(
         batch.tokens, positions, batch.lengths, images, batch.grids, completions, mask

@@ -60,7 +60,7 @@ def test_logits_and_positions_equal_those_of_transformers(pair, prompts) -> None
     index, _ = theirs.model.get_rope_index(
         batch.tokens, kinds, batch.grids, attention_mask=batch.mask.long()
     )
-    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
+    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, ours.config)
     assert torch.equal(positions[:, batch.mask], index[:, batch.mask])
 
 
@@ -204,7 +204,7 @@ def hf_greedy(theirs: nn.Module, batch: Batch) -> Tensor:
 @torch.no_grad()
 def greedy_by_cache(ours: Qwen2VL, batch: Batch) -> Tensor:
     """(N, NEW_TOKENS) by prefill and decode."""
-    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
+    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, ours.config)
     cache = GroupCache(*batch.tokens.shape, 1, NEW_TOKENS, torch.float32, batch.tokens.device)
     hidden = ours.prefill(batch.tokens, positions, batch.lengths, batch.patches, batch.grids, cache)
     after, out = positions.amax(dim=(0, 2)) + 1, []

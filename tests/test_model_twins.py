@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from tiny_models import (
     FORBIDDEN,
-    IMAGE,
     MIXED,
     VOCABULARY,
     Batch,
@@ -70,7 +69,7 @@ def test_shared_prefix_keeps_sisters_and_the_future_from_one_another() -> None:
 def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int, padded: bool) -> None:
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), G, T)
-    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
+    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, model.config)
     cache = GroupCache(
         len(MIXED), batch.tokens.shape[1] + 3 * padded, G, T, torch.float32, batch.tokens.device
     )
@@ -267,7 +266,7 @@ def logprob_inputs(M: int, D: int = 24) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def completion_hidden(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tensor:
-    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, IMAGE)
+    positions = batch_positions(batch.tokens, batch.lengths, batch.grids, model.config)
     every = torch.ones(completions.shape, dtype=torch.bool)
     hidden = model.completion_hidden(
         batch.tokens, positions, batch.lengths, batch.patches, batch.grids, completions, every
