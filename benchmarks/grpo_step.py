@@ -14,8 +14,6 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import grpo.rollout
 import grpo.sampler
 import model.cache
@@ -38,19 +36,12 @@ def _nothing(*_: object, **__: object) -> nullcontext:
     return nullcontext()
 
 
-def _unmerged_attention(
-    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor
-) -> Tensor:
-    own_k, own_v = own_k.unflatten(0, q.shape[:2]), own_v.unflatten(0, q.shape[:2])
-    return two_part_attention(q, prompt_k, prompt_v, own_k, own_v, bias[:, 0, 0] == 0, None)
-
-
 # How each of FAST_PATHS is left out: whose attribute becomes which slow twin, in this process.
 WITHOUT: dict[str, tuple[Any, str, object]] = {
     "oneDNN": (model.linear, "_HAS_ONEDNN", False),
     "arranged weights": (grpo.sampler, "arranged", _nothing),
     "kept memory": (training.prepare, "keep_freed_memory", _nothing),
-    "merged attention": (model.cache, "merged_attention", _unmerged_attention),
+    "merged attention": (model.cache, "merged_attention", two_part_attention),
     "dropping the finished": (grpo.sampler, "SHRINK_AT", 0.0),
     "blocked log-probs": (grpo.rollout, "token_logprobs", naive_logprobs),
 }

@@ -41,52 +41,48 @@ def two_part_attention(
     prompt_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
-    prompt_mask: Tensor | None,
-    own_mask: Tensor | None,
+    prompt_bias: Tensor,
+    own_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention to a prompt that a group shares and to each completion's own tokens, without
-    copies of the prompt.
+    """Attention of one query a completion to a prompt that a group shares and to the completion's
+    own tokens, without copies of the prompt.
 
     The scores are two matrix products, the first over all G completions at once ("bifurcated
     attention", arXiv 2403.08845); one softmax runs over both.
 
     Args:
-        q: queries (N, G, H, T, d).
+        q: queries (N, G, H, 1, d).
         prompt_k, prompt_v: (N, K, P, d), stored once per group.
-        own_k, own_v: (N, G, K, S, d), the completion's own keys and values.
-        prompt_mask: bool (N, P), False on padding; None if there is none.
-        own_mask: bool, broadcast to (T, S), True where a query attends to an own key; None if it
-            does to all.
+        own_k, own_v: (N * G, K, S, d), the completion's own keys and values.
+        prompt_bias: (N, 1, 1, P), 0 or, on padding, -inf.
+        own_mask: bool (S,), True on the own keys that count; None if all do.
 
     Returns:
-        (N, G, H, T, d).
+        (N, G, H, 1, d).
     """
     G = q.shape[1]
-    K, P = prompt_k.shape[1:3]
-    # R = H / K * T queries share a KV head, and G * R of the whole group share a prompt's.
-    own_q = q.unflatten(2, (K, -1)).flatten(3, 4)  # (N, G, K, R, d)
-    group_q = own_q.transpose(1, 2).flatten(2, 3)  # (N, K, G * R, d)
-
-    own_scores = _wide_product(own_q, own_k.transpose(-1, -2))  # (N, G, K, R, S)
+    K, P, d = prompt_k.shape[1:]
+    own_q = q.squeeze(3).unflatten(2, (K, -1))  # (N, G, K, H / K, d)
+    own_scores = _wide_product(own_q, own_k.unflatten(0, (-1, G)).mT)  # (N, G, K, H / K, S)
     if own_mask is not None:
-        by_token = own_scores.unflatten(3, (-1, q.shape[3]))  # (N, G, K, H / K, T, S)
-        own_scores = by_token.masked_fill(~own_mask, float("-inf")).flatten(3, 4)
-    group_scores = _wide_product(group_q, prompt_k.transpose(-1, -2))  # (N, K, G * R, P)
-    if prompt_mask is not None:
-        padding = ~prompt_mask[:, None, None]
-        group_scores = group_scores.masked_fill(padding, float("-inf"))
-    prompt_scores = group_scores.unflatten(2, (G, -1)).transpose(1, 2)  # (N, G, K, R, P)
-
-    scores = torch.cat((prompt_scores, own_scores), dim=-1)
-    d = q.shape[-1]
-    scaled = scores.mul(d**-0.5)
-    weights = scaled.softmax(dim=-1).to(q.dtype)
+        own_scores = own_scores.masked_fill(~own_mask, float("-inf"))
+    prompt_scores = _wide_product(_by_prompt(own_q), prompt_k.mT) + prompt_bias
+    scores = torch.cat((_by_completion(prompt_scores, G), own_scores), dim=-1)
+    weights = (scores * d**-0.5).softmax(dim=-1).to(q.dtype)
     prompt_weights, own_weights = weights.tensor_split([P], dim=-1)
-    group_weights = prompt_weights.transpose(1, 2).flatten(2, 3)  # (N, K, G * R, P)
-    from_prompt = group_weights @ prompt_v
-    from_prompt = from_prompt.unflatten(2, (G, -1)).transpose(1, 2)  # (N, G, K, R, d)
-    from_own = own_weights @ own_v
-    return (from_prompt + from_own).reshape(q.shape)
+    from_prompt = _by_prompt(prompt_weights) @ prompt_v
+    from_own = own_weights @ own_v.unflatten(0, (-1, G))
+    return (_by_completion(from_prompt, G) + from_own).reshape(q.shape)
+
+
+def _by_prompt(x: Tensor) -> Tensor:
+    """(N, G, K, R, ...) -> (N, K, G * R, ...): the rows of a whole group, for one product."""
+    return x.transpose(1, 2).flatten(2, 3)
+
+
+def _by_completion(x: Tensor, G: int) -> Tensor:
+    """(N, K, G * R, ...) -> (N, G, K, R, ...)."""
+    return x.unflatten(2, (G, -1)).transpose(1, 2)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -108,31 +104,19 @@ def merged_attention(
     own_v: Tensor,
     prompt_bias: Tensor,
 ) -> Tensor:
-    """`two_part_attention`, its twin, for one query a completion, without gradient, by torch's
-    fused kernel for processors.
-
-    Args:
-        q: queries (N, G, H, 1, d).
-        prompt_k, prompt_v: (N, K, P, d), stored once per group.
-        own_k, own_v: (N * G, K, S, d), all of which are attended to.
-        prompt_bias: (N, 1, 1, P), 0 or, on padding, -inf.
-
-    Returns:
-        (N, G, H, 1, d).
+    """`two_part_attention`, its twin, of all own keys and without gradient, by torch's fused kernel
+    for processors.
     """
     G = q.shape[1]
-    K = prompt_k.shape[1]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    own_q = q.squeeze(3).unflatten(2, (K, -1))  # (N, G, K, H / K, d)
-    group_q = own_q.transpose(1, 2).flatten(2, 3)  # (N, K, G * H / K, d)
+    own_q = q.squeeze(3).unflatten(2, (prompt_k.shape[1], -1))  # (N, G, K, H / K, d)
+    group_q = _by_prompt(own_q)  # (N, K, G * H / K, d)
     bias = prompt_bias.expand(-1, -1, group_q.shape[2], -1)
     # Beside its output the kernel gives the logarithm of its sum of exponentials.
     from_prompt, prompt_sum = attend(group_q, prompt_k, prompt_v, attn_mask=bias)
     from_own, own_sum = attend(own_q.flatten(0, 1), own_k, own_v)
-    from_prompt = from_prompt.unflatten(2, (G, -1)).transpose(1, 2)  # (N, G, K, H / K, d)
-    prompt_sum = prompt_sum.unflatten(2, (G, -1)).transpose(1, 2)  # (N, G, K, H / K)
-    from_own = from_own.unflatten(0, (-1, G))
-    own_sum = own_sum.unflatten(0, (-1, G))
+    from_prompt = _by_completion(from_prompt, G).flatten(0, 1)  # (N * G, K, H / K, d)
+    prompt_sum = _by_completion(prompt_sum, G).flatten(0, 1)  # (N * G, K, H / K)
 
     # One softmax over both would weigh the outputs in proportion to their sums, that is by the
     # sigmoid of the logarithms' difference.

@@ -76,23 +76,18 @@ class GroupCache:
         Attention reads the first `span` slots of a row, all of them or those that are True in
         `own_mask` (span,).
         """
-        N = self.groups
-        R = len(q)
-        own_k, own_v = self.own[layer][:, :R]
+        own_k, own_v = self.own[layer][:, : len(q)]
         own_k.index_copy_(2, self.step, k)
         own_v.index_copy_(2, self.step, v)
         own_k = own_k[:, :, :span]
         own_v = own_v[:, :, :span]
-        prompt_k, prompt_v = self.prompt[layer][:, :N]
-        bias = self.prompt_bias[:N]
-        group_q = q.unflatten(0, (N, -1))  # (N, R / N, H, 1, d)
+        prompt_k, prompt_v = self.prompt[layer][:, : self.groups]
+        bias = self.prompt_bias[: self.groups]
+        group_q = q.unflatten(0, (self.groups, -1))  # (N, R / N, H, 1, d)
         if own_mask is None and q.device.type == "cpu":
             out = merged_attention(group_q, prompt_k, prompt_v, own_k, own_v, bias)
         else:
-            own_k = own_k.unflatten(0, (N, -1))
-            own_v = own_v.unflatten(0, (N, -1))
-            mask = bias[:, 0, 0] == 0
-            out = two_part_attention(group_q, prompt_k, prompt_v, own_k, own_v, mask, own_mask)
+            out = two_part_attention(group_q, prompt_k, prompt_v, own_k, own_v, bias, own_mask)
         return out.flatten(0, 1)
 
     def keep(self, groups: Tensor, rows: Tensor, written: int) -> None:

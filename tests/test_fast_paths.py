@@ -127,11 +127,12 @@ def test_scores_of_bf16_keys_are_fp32() -> None:
     parts = [
         keys[0],
         keys[1],
-        keys[2][:, None].expand(1, 2, 2, 300, 64),
-        keys[3][:, None].expand(1, 2, 2, 300, 64),
+        keys[2].expand(2, 2, 300, 64),
+        keys[3].expand(2, 2, 300, 64),
+        torch.zeros(1, 1, 1, 300),
     ]
-    narrow = two_part_attention(q, *parts, None, None)
-    exact = two_part_attention(q.double(), *(part.double() for part in parts), None, None)
+    narrow = two_part_attention(q, *parts)
+    exact = two_part_attention(q.double(), *(part.double() for part in parts))
     assert (narrow.double() - exact).norm() < 0.004 * exact.norm()
 
 
@@ -263,14 +264,14 @@ def test_parts_merged_by_their_sums_equal_one_softmax_over_both(
     heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
     N, G, P, S, d, generator = 2, 3, 7, 5, 8, torch.Generator().manual_seed(0)
-    sizes = [(N, G, heads, 1, d), (N, kv_heads, P, d), (N, kv_heads, P, d), (N, G, kv_heads, S, d)]
+    sizes = [(N, G, heads, 1, d), (N, kv_heads, P, d), (N, kv_heads, P, d), (N * G, kv_heads, S, d)]
     q, prompt_k, prompt_v, own_k, own_v = (
         torch.randn(s, generator=generator).to(dtype) for s in [*sizes, sizes[-1]]
     )
     seen = torch.arange(P) < torch.tensor([[7], [4]])
     bias = torch.zeros(N, 1, 1, P, dtype=dtype).masked_fill_(~seen[:, None, None], float("-inf"))
-    fast = merged_attention(q, prompt_k, prompt_v, own_k.flatten(0, 1), own_v.flatten(0, 1), bias)
-    slow = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, seen, None)
+    fast = merged_attention(q, prompt_k, prompt_v, own_k, own_v, bias)
+    slow = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, bias)
     torch.testing.assert_close(
         fast,
         slow,

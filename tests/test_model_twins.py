@@ -99,44 +99,44 @@ def test_what_stands_in_the_padding_changes_nothing(shape) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("T", [1, 5])
-def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int, T: int) -> None:
+@pytest.mark.parametrize("S", [1, 5])
+def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int, S: int) -> None:
     N, G, H, P, d, generator = 2, 3, 4, 7, 8, torch.Generator().manual_seed(0)
     shapes = [
-        (N, G, H, T, d),
+        (N, G, H, 1, d),
         (N, kv_heads, P, d),
         (N, kv_heads, P, d),
-        (N, G, kv_heads, T, d),
-        (N, G, kv_heads, T, d),
+        (N * G, kv_heads, S, d),
+        (N * G, kv_heads, S, d),
     ]
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     prompt_mask = torch.arange(P) < torch.tensor([[7], [4]])
-    own_mask = torch.ones(T, T, dtype=torch.bool).tril()
+    bias = torch.zeros(N, 1, 1, P).masked_fill(~prompt_mask[:, None, None], float("-inf"))
+    own_mask = torch.arange(S) < 3
     weight = torch.randn(shapes[0], generator=generator)
 
     q, prompt_k, prompt_v, own_k, own_v = inputs
     k, v = (
-        torch.cat((prompt[:, None].expand(-1, G, -1, -1, -1), own), dim=3).repeat_interleave(
-            H // kv_heads, dim=2
-        )
+        torch.cat((prompt.repeat_interleave(G, dim=0), own), dim=2)
+        .repeat_interleave(H // kv_heads, dim=1)
+        .unflatten(0, (N, G))
         for prompt, own in ((prompt_k, own_k), (prompt_v, own_v))
     )
     mask = torch.cat(
-        (prompt_mask[:, None, None, None, :].expand(N, G, H, T, P), own_mask.expand(N, G, H, T, T)),
+        (prompt_mask[:, None, None, None, :].expand(N, G, H, 1, P), own_mask.expand(N, G, H, 1, S)),
         dim=-1,
     )
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     slow_gradients = torch.autograd.grad((slow * weight).sum(), inputs)
-    fast = two_part_attention(*inputs, prompt_mask, own_mask)
+    fast = two_part_attention(*inputs, bias, own_mask)
     fast_gradients = torch.autograd.grad((fast * weight).sum(), inputs)
 
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-5, atol=1e-5)
-    full = two_part_attention(*inputs, None, own_mask)
-    torch.testing.assert_close(
-        full, two_part_attention(*inputs, torch.ones(N, P, dtype=torch.bool), own_mask)
-    )
+    full = two_part_attention(*inputs, torch.zeros_like(bias), own_mask)
     assert not torch.allclose(full[1], fast[1])
+    every = two_part_attention(*inputs, bias)
+    assert torch.allclose(every, fast) == (S == 1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
