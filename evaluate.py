@@ -53,13 +53,10 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
     records = Records(out, terms, digests, questions)
     if records.dropped:
         print(f"{records.dropped} older rows dropped: their models have changed since")
-    probes, rows_of = probe_names(config, samples), {}
+    probes, rows_of, models = probe_names(config, samples), {}, []
     for name, folder in folders.items():
         examine(name, folder, records, config, samples)
         rows_of[name] = records.of(name, probes)
-
-    models = []
-    for name, folder in folders.items():
         models.append({"name": name, "folder": str(folder), "digest": digests[name]})
     results = {
         "name": Path(config.run_dir).name,
@@ -70,7 +67,7 @@ def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) 
         "train_modality": config.train_modality,
         **measure(rows_of, questions, train),
         "leakage": shared,
-        "samples": sampled(rows_of, probes[-1], config) if samples else None,
+        "samples": sampled(rows_of, probes[-1], samples, config) if samples else None,
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_report(out / "report.html", results, cases(rows_of, questions), curves)
@@ -85,12 +82,13 @@ def arguments() -> ArgumentParser:
     usual = "base (the config's model), sft (of the run folder with _sft behind its name), grpo"
     own = "eval/ in the run's folder; with --models or --questions eval-MODELS-FILES/"
     add("--models", metavar="NAMES", help=f"{usual}, or NAME=FOLDER (default: base,sft,grpo)")
-    add("--questions", nargs="+", metavar="FILE", help="question files instead of the config's")
+    files = "question files instead of the config's"
+    add("--questions", nargs="+", default=[], metavar="FILE", help=files)
     add("--samples", type=int, default=0, metavar="K", help="draw K answers too, for pass@K")
     add("--out", type=Path, metavar="FOLDER", help=f"where results go (default: {own})")
     add("--ask", metavar="QUESTION", help="put this one question to --model, with --options")
     add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="the image of --ask")
-    add("--options", nargs="+", metavar="TEXT", help="the options of --ask, 2 to 10")
+    add("--options", nargs="+", default=[], metavar="TEXT", help="the options of --ask, 2 to 10")
     return parser
 
 
@@ -108,7 +106,7 @@ def work() -> None:
         raise InputError("--config FILE is missing (or --ask QUESTION); see evaluate.py --help")
     if given["samples"] < 0:
         raise InputError(f"--samples is {given['samples']}; it must not be negative")
-    config, files = config_of(given), given["questions"] or ()
+    config, files = config_of(given), given["questions"]
     names = given["models"].split(",") if given["models"] else USUAL
     # Before --questions: runs are compared with the config as it stands in its file.
     folders = model_folders(config, names)

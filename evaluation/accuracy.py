@@ -6,20 +6,20 @@ as strictly right when the answer block holds that letter and nothing else (an a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import Question
 from rewards import accuracy_reward, format_reward, read_letter
 
-from .statistics import binomial_tail, percent, percent_with_interval, places_by, wilson
+from .audits.blind import Rates
+from .statistics import binomial_tail, percent, percent_with_interval, places_by
 
 LUCK = 0.025  # one side of a 95 % interval
 NO_EVIDENCE = "* not above {}: no evidence of seeing"
+LINE = "{:10}{:>5}{:>8}{:>7}{:>24}{:>24}{:>16}"
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """Of `total` questions (at least 1) how many are right, strictly right, and in the asked
     form.
     """
@@ -37,10 +37,6 @@ class Accuracy:
     def format_rate(self) -> float:
         return self.formatted / self.total
 
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate."""
-        return wilson(self.right, self.total)
-
     def above(self, blind_rate: float) -> bool:
         """Whether a guess at `blind_rate` would do as well in less than 1 of 40 tests (exact
         binomial).
@@ -53,6 +49,10 @@ class Accuracy:
         return binomial_tail(self.right, self.total, blind_rate) < LUCK
 
 
+Accuracies = dict[str, Accuracy]
+"""By modality, in the order in which they first occur."""
+
+
 def tally(answers: Sequence[str], completions: Sequence[str]) -> Accuracy:
     """Accuracy of completions whose right letters are `answers`; at least one."""
     right = strict = formatted = 0
@@ -63,59 +63,50 @@ def tally(answers: Sequence[str], completions: Sequence[str]) -> Accuracy:
     return Accuracy(len(answers), right, strict, formatted)
 
 
-def accuracy_by_modality(
-    questions: Sequence[Question], completions: Sequence[str]
-) -> dict[str, Accuracy]:
-    """Tally per modality, in the order in which the modalities first occur."""
+def accuracy_by_modality(questions: Sequence[Question], completions: Sequence[str]) -> Accuracies:
+    """Tally per modality."""
     tallies = {}
     for modality, places in places_by(question.modality for question in questions).items():
-        answers = [questions[i].answer for i in places]
-        tallies[modality] = tally(answers, [completions[i] for i in places])
+        answers = [questions[place].answer for place in places]
+        tallies[modality] = tally(answers, [completions[place] for place in places])
     return tallies
 
 
 def run_summary(
-    before: dict[str, Accuracy],
-    after: dict[str, Accuracy],
-    blind: dict[str, dict[str, float]],
-    **totals: float,
+    before: Accuracies, after: Accuracies, blind: Rates, **totals: float
 ) -> dict[str, Any]:
     """What summary.json holds: by modality accuracy, format rate, baselines and number of
     questions, and the totals. `blind` is that of `evaluation.audits.blind.by_modality`.
     """
-    return {
-        "before": {modality: accuracy.rate for modality, accuracy in before.items()},
-        "after": {modality: accuracy.rate for modality, accuracy in after.items()},
-        "format_before": {modality: accuracy.format_rate for modality, accuracy in before.items()},
-        "format_after": {modality: accuracy.format_rate for modality, accuracy in after.items()},
-        "chance": blind["chance"],
-        "blind": blind,
-        "questions": {modality: accuracy.total for modality, accuracy in after.items()},
-        **totals,
-    }
+    summary: dict[str, Any] = {}
+    for when, accuracies in (("before", before), ("after", after)):
+        summary[when] = {name: accuracy.rate for name, accuracy in accuracies.items()}
+        formats = {name: accuracy.format_rate for name, accuracy in accuracies.items()}
+        summary[f"format_{when}"] = formats
+    questions = {name: accuracy.total for name, accuracy in after.items()}
+    return summary | {"chance": blind["chance"], "blind": blind, "questions": questions} | totals
 
 
-def comparison_table(
-    before: dict[str, Accuracy], after: dict[str, Accuracy], blind: dict[str, dict[str, float]]
-) -> str:
+def comparison_table(before: Accuracies, after: Accuracies, blind: Rates) -> str:
     """The table that a run ends with: percent with 95 % intervals, before and after, beside the
     best blind guess.
     """
-    table = f"{'':10}{'n':>5}{'chance':>8}{'blind':>7}{'before':>23}{'after':>24}{'format':>16}"
+    # A blank behind the two that may have a star.
+    lines = [LINE.format("", "n", "chance", "blind", "before ", "after ", "format")]
     for modality, new in after.items():
         old = before[modality]
         # The best of several guesses, each measured on these very questions: the harder test.
         best = max(rates[modality] for rates in blind.values())
-        chance = percent(blind["chance"][modality])
-        table += f"\n{modality:10}{new.total:>5}{chance:>8}{percent(best):>7}"
-        table += rate_cell(old, best) + rate_cell(new, best)
-        table += f"{100 * old.format_rate:>7.0f} -> {100 * new.format_rate:.0f} %"
-    if "*" in table:
-        table += "\n" + NO_EVIDENCE.format("what the text alone gives")
-    return table
+        form = f"{100 * old.format_rate:.0f} -> {100 * new.format_rate:.0f} %"
+        rates = percent(blind["chance"][modality]), percent(best)
+        accuracies = rate_cell(old, best), rate_cell(new, best)
+        lines.append(LINE.format(modality, new.total, *rates, *accuracies, form))
+    if "*" in "".join(lines):
+        lines.append(NO_EVIDENCE.format("what the text alone gives"))
+    return "\n".join(lines)
 
 
 def rate_cell(accuracy: Accuracy, best_blind_rate: float) -> str:
-    """ "  93.3 (89.9 to 95.6) ", with a star behind it if that is no evidence of seeing."""
+    """ "93.3 (89.9 to 95.6) ", with a star behind it if that is no evidence of seeing."""
     star = " " if accuracy.above(best_blind_rate) else "*"
-    return f"{percent_with_interval(accuracy.right, accuracy.total):>23}{star}"
+    return percent_with_interval(accuracy.right, accuracy.total) + star

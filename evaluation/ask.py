@@ -29,7 +29,7 @@ def ask(given: dict[str, Any]) -> None:
     """Answer evaluate.py's `--ask`: `given` holds "ask", "image", "options", "config", and the
     config's fields. Text is written as it comes where the output is a terminal.
     """
-    question = asked_question(given["ask"], given["image"], given["options"] or [])
+    question = asked_question(given["ask"], given["image"], given["options"])
     config, folder = _config_and_model(given)
     use_device(config)
     examinee = load_examinee(folder, config)
@@ -65,11 +65,10 @@ def _config_and_model(given: dict[str, Any]) -> tuple[Config, Path]:
             "--ask needs a model: give --model FOLDER, or the --config of a finished run"
         )
     folder = model_folder(given["model"])
-    fields: dict[str, Any] = dict(read_pixel_limits(folder))
-    fields |= {name: given[name] for name in LIMITS if name in given}
+    limits = read_pixel_limits(folder) | {name: given[name] for name in LIMITS if name in given}
     # A published checkpoint takes images of thousands of tokens; one question may be that long.
-    fields |= {"max_prompt_tokens": sys.maxsize, "train_questions": "none", "run_dir": "none"}
-    return Config(model=given["model"], **fields), folder
+    limits["max_prompt_tokens"] = sys.maxsize
+    return Config(run_dir="none", model=given["model"], train_questions="none", **limits), folder
 
 
 def print_answer(examinee: Examinee, prompt: Prompt) -> str:
@@ -81,7 +80,8 @@ def print_answer(examinee: Examinee, prompt: Prompt) -> str:
         examinee.model, examinee.vocabulary, [prompt], None, max_new_tokens=limit, watch=watch
     )
     text = rollout.texts[0][0]
-    print(typewriter.rest(text))
+    typewriter.write(text)
+    print()
     if not rollout.ended_NG[0, 0]:
         print(f"(truncated after {limit} tokens)")
     return text
@@ -118,9 +118,9 @@ class Typewriter:
         self.ids.append(int(tokens_NG))
         text = self.vocabulary.decode(torch.tensor(self.ids))
         if not text.endswith("\ufffd"):  # half a character so far
-            print(self.rest(text), end="", flush=True)
+            self.write(text)
 
-    def rest(self, text: str) -> str:
-        """What of the text has not been printed yet; it counts as printed from now on."""
-        new, self.printed = text[len(self.printed) :], text
-        return printable_lines(new)
+    def write(self, text: str) -> None:
+        """Print what of the text has not been printed yet."""
+        print(printable_lines(text[len(self.printed) :]), end="", flush=True)
+        self.printed = text

@@ -18,18 +18,17 @@ from .records import Rows, read_rows
 from .results import pair_rows, rights
 from .statistics import percent_with_interval
 
-REMEDY = "give the eval/ folder of a run, or run evaluate.py again"
-
 
 def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     """A table: for each modality both accuracies (percent, 95 % interval), what only one has right,
     and p. `folders` and `models` are two each.
     """
-    ours, theirs = (read_contract(folder, REMEDY) for folder in folders)
+    ours, theirs = map(read_contract, folders)
     refuse_unlike(ours, theirs, f"{folders[1]} beside {folders[0]}")
     # Under one contract both asked the same questions in the same order, whatever their files are
     # called.
-    first, second = map(_answers, folders, models)
+    totals = [ours.get("number of questions")] * 2
+    first, second = map(_answers, folders, models, totals)
     table = f"1: {models[0]} ({folders[0]})\n2: {models[1]} ({folders[1]})\n\n"
     table += f"{'':10}{'n':>5}{'1':>23}{'2':>23}   only 1   only 2   p"
     # Of two models pair_rows puts the later one first.
@@ -43,11 +42,10 @@ def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     return table
 
 
-def _answers(folder: Path, model: str) -> Rows:
+def _answers(folder: Path, model: str, total: int | None) -> Rows:
     """A model's rows, in the order of the questions. InputError if it has not answered them all."""
     rows = read_rows(folder / "predictions.jsonl")
     answers = [row for row in rows if row["model"] == model]
-    total = read_contract(folder, REMEDY).get("number of questions")
     if len(answers) != total:
         known = ", ".join(dict.fromkeys(row["model"] for row in rows))
         raise InputError(
@@ -58,13 +56,11 @@ def _answers(folder: Path, model: str) -> Rows:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="compare", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("compare", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="of an evaluation")
-    help_models = "whose answers, first and second (default: grpo)"
+    whose = "whose answers, first and second (default: grpo)"
     default = ("grpo", "grpo")
-    parser.add_argument("--models", nargs=2, default=default, metavar="NAME", help=help_models)
+    parser.add_argument("--models", nargs=2, default=default, metavar="NAME", help=whose)
     given = parser.parse_args()
     return run_program("compare", lambda: print(compare(given.folders, given.models)))
 

@@ -22,10 +22,11 @@ from common.errors import InputError
 from common.files import read_json
 from data import PromptEncoder, Question, encode, images, prompt
 
+REMEDY = "give the eval/ folder of a run, or delete it and run evaluate.py again"
+Terms = dict[str, Any]
 
-def contract(
-    config: Config, encoder: PromptEncoder, questions: Sequence[Question]
-) -> dict[str, Any]:
+
+def contract(config: Config, encoder: PromptEncoder, questions: Sequence[Question]) -> Terms:
     """The terms of the contract, by name, and "hash" over them all."""
     terms = {
         "prompt": prompt_digest(encoder),
@@ -35,7 +36,7 @@ def contract(
         "max_new_tokens": config.max_new_tokens,
         "dtype": config.dtype,
         "parser": digest(_source(rewards.letter), _source(rewards.rules)),
-        "questions": digest(*(_contents(question) for question in questions)),
+        "questions": digest(*map(_contents, questions)),
         "number of questions": len(questions),
     }
     # Sorted: the hash must not depend on the order in which the terms stand here.
@@ -47,7 +48,7 @@ def prompt_digest(encoder: PromptEncoder) -> str:
     return digest(_source(prompt), _source(encode), encoder.tokenizer.chat_template or "")
 
 
-def claim(folder: Path, ours: dict[str, Any]) -> None:
+def claim(folder: Path, ours: Terms) -> None:
     """Write the contract into the folder of an evaluation.
 
     Raises:
@@ -55,22 +56,22 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
     """
     file = folder / "contract.json"
     if file.exists():
-        theirs = read_contract(folder, f"delete the folder {folder}")
-        refuse_unlike(ours, theirs, f"{folder} (delete it, or choose another --out)")
+        where = f"{folder} (delete it, or choose another --out)"
+        refuse_unlike(ours, read_contract(folder), where)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
-def read_contract(folder: Path, remedy: str) -> dict[str, Any]:
+def read_contract(folder: Path) -> Terms:
     """The contract of an evaluation's folder. InputError if there is none."""
     file = folder / "contract.json"
-    terms = read_json(file, remedy)
+    terms = read_json(file, REMEDY)
     if not isinstance(terms, dict):
-        raise InputError(f"{file}: not readable as a contract; {remedy}")
+        raise InputError(f"{file}: not readable as a contract; {REMEDY}")
     return terms
 
 
-def refuse_unlike(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+def refuse_unlike(ours: Terms, theirs: Terms, where: str) -> None:
     """InputError if two contracts differ, with what differs; `where` says whose the other is."""
     unlike = []
     for name, value in ours.items():

@@ -113,11 +113,10 @@ def record_answers(
         changed: the questions as the probe puts them, in their order; None as they are.
         how: further arguments of `Examinee.answers`.
     """
-    questions, missing = records.questions, records.missing(name, probe)
-    for place, answers in examinee.answers(
-        changed or questions, f"{name}: {probe}", missing, **how
-    ):
-        records.add(name, probe, place, row_of(questions[place], answers))
+    label, missing = f"{name}: {probe}", records.missing(name, probe)
+    questions = changed or records.questions
+    for place, answers in examinee.answers(questions, label, missing, **how):
+        records.add(name, probe, place, row_of(records.questions[place], answers))
 
 
 def record_forced_letters(name: str, examinee: Examinee, records: Records) -> None:
@@ -130,21 +129,27 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
         if reasoning is not None:
             reasonings[row["place"]] = reasoning
     swapped = swapped_reasonings(reasonings)
-    missing, size = records.missing(name, REASONING), examinee.config.eval_batch_prompts
-    for places in in_batches(missing, size, f"{name}: {REASONING}"):
-        rows: dict[int, Row] = {place: {"letters": {}} for place in places}
-        reasoned = [place for place in places if place in reasonings]
-        prompts = [examinee.encoder.encode(records.questions[place]) for place in reasoned]
+    reasoned = []
+    for place in records.missing(name, REASONING):
+        if place in reasonings:
+            reasoned.append(place)
+        else:
+            records.add(name, REASONING, place, {"letters": {}})
+    size = examinee.config.eval_batch_prompts
+    for places in in_batches(reasoned, size, f"{name}: {REASONING}"):
+        questions = [records.questions[place] for place in places]
+        prompts = [examinee.encoder.encode(question) for question in questions]
+        letters: dict[int, dict[str, str]] = {place: {} for place in places}
         # One forward for each share, of the whole batch: openings of like length, little padding.
-        for label in (*KEPT, SWAPPED) if reasoned else ():
+        for label in (*KEPT, SWAPPED):
             texts, kept = (swapped, 1.0) if label == SWAPPED else (reasonings, KEPT[label])
-            openings = [opening(truncated(texts[place], kept)) for place in reasoned]
+            openings = [opening(truncated(texts[place], kept)) for place in places]
             logprobs = letter_logprobs(examinee.model, examinee.vocabulary, prompts, openings)
-            for place, by_letter in zip(reasoned, logprobs, strict=True):
-                rows[place]["letters"][label] = max(by_letter, key=by_letter.__getitem__)
-        for place, row in rows.items():
-            if place in swapped:
-                row["swapped"] = conclusion(swapped[place], records.questions[place].options)
+            for place, by_letter in zip(places, logprobs, strict=True):
+                letters[place][label] = max(by_letter, key=by_letter.__getitem__)
+        for place, question in zip(places, questions, strict=True):
+            concluded = conclusion(swapped[place], question.options)
+            row = {"letters": letters[place], "swapped": concluded}
             records.add(name, REASONING, place, row)
 
 
@@ -156,7 +161,7 @@ def _prediction(question: Question, answers: list[Answer]) -> Row:
     return {
         "modality": question.modality,
         "question_type": question.question_type,
-        "images": [str(image) for image in question.images],
+        "images": list(map(str, question.images)),
         "question": question.question,
         "options": list(question.options),
         "ground_truth": question.answer,

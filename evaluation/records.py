@@ -45,7 +45,7 @@ class Records:
     def __init__(
         self,
         folder: Path,
-        terms: dict[str, Any],
+        terms: Row,
         digests: dict[str, str],
         questions: Sequence[Question],
     ) -> None:
@@ -66,15 +66,16 @@ class Records:
         """The plain rows with those of the probes. KeyError if one is missing."""
         rows = []
         for place in range(len(self.ids)):
-            rows.append(dict(self.rows[model, PLAIN, place]))
-            for probe in probes:
-                rows[-1][probe] = self.rows[model, probe, place]
+            of_probes = {probe: self.rows[model, probe, place] for probe in probes}
+            rows.append(self.rows[model, PLAIN, place] | of_probes)
         return rows
 
     def add(self, model: str, probe: str, place: int, fields: Row) -> None:
         """Append a row, handed to the system at once: a kill loses none."""
-        row = {"model": model, "probe": probe, "id": self.ids[place], "place": place, **fields}
-        row |= {"contract": self.terms["hash"], "digest": self.digests[model]}
+        row = {
+            "model": model, "probe": probe, "id": self.ids[place], "place": place, **fields,
+            "contract": self.terms["hash"], "digest": self.digests[model],
+        }  # fmt: skip
         self.rows[model, probe, place] = row
         name = "predictions.jsonl" if probe == PLAIN else "probes.jsonl"
         # Opened and closed for each row: nothing waits in a buffer when the power goes.
@@ -84,14 +85,13 @@ class Records:
     def _read(self, path: Path) -> None:
         kept = []
         for row in read_rows(path) if path.exists() else ():
-            model = row["model"]
             if row["contract"] != self.terms["hash"]:
                 raise InputError(
                     f"{path}: holds rows under another contract; delete it to begin anew"
                 )
             # A model that is not compared this time keeps its rows.
-            if row["digest"] == self.digests.get(model, row["digest"]):
-                self.rows[model, row["probe"], row["place"]] = row
+            if row["digest"] == self.digests.get(row["model"], row["digest"]):
+                self.rows[row["model"], row["probe"], row["place"]] = row
                 kept.append(_line(row))
             else:
                 self.dropped += 1

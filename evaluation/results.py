@@ -2,25 +2,21 @@
 single cases.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from statistics import fmean
-from typing import Any
+from statistics import fmean, multimode
 
 from common.config import Config
 from data import Question
 
 from .accuracy import tally
-from .audits.blind import blind_credits, by_modality
+from .audits.blind import Credits, blind_credits, by_modality
 from .audits.completions import Completion
-from .audits.faithfulness import audit, flags
+from .audits.faithfulness import audit, check_row, flags
 from .probes import KEPT, NO_IMAGE, NONE, REASONING, ROTATED, SWAPPED, WHOLE
 from .records import Row, Rows
-from .statistics import discordant, mcnemar, places_by, wilson
-
-Credits = dict[str, list[float]]
-"""By what gives the answers, the credit in 0..1 of each question, in the questions' order."""
+from .statistics import mcnemar, places_by, wilson
 
 CASE = ("id", "modality", "question_type", "question", "options", "ground_truth")
 CASE_ANSWER = ("model", "completion", "letter", "tokens", "ended", "rewards")
@@ -42,12 +38,12 @@ MEANINGS = {
 
 def measure(
     rows_of: dict[str, Rows], questions: Sequence[Question], train: Sequence[Question]
-) -> dict[str, Any]:
+) -> Row:
     """All that results.json counts, from every model's rows; `train` is what the text's baselines
     are fitted on.
     """
     credits = blind_credits(train, questions)
-    measured: dict[str, Any] = {
+    measured: Row = {
         "accuracy": [],
         "pairs": pair_rows(rows_of),
         "blind": by_modality(questions, credits),
@@ -103,7 +99,7 @@ def _accuracy(rows: Rows, credits: Credits, places: Sequence[int]) -> Row:
     for name, credit in credits.items():
         blind[name] = sum(credit[place] for place in places) / n
     best = max(blind, key=blind.__getitem__)  # of equals the first: a baseline before an ablation
-    low, high = accuracy.interval()
+    low, high = wilson(accuracy.right, n)
     return {
         "n": n,
         "right": accuracy.right,
@@ -129,45 +125,50 @@ def pair_rows(rows_of: dict[str, Rows]) -> Rows:
     """
     table = []
     for second, first in combinations(rows_of, 2):
+        right, other = rights(rows_of[first]), rights(rows_of[second])
         for modality, places in places_by(row["modality"] for row in rows_of[first]).items():
-            only_first, only_second = discordant(
-                rights([rows_of[first][place] for place in places]),
-                rights([rows_of[second][place] for place in places]),
-            )
-            row: Row = {"first": first, "second": second, "modality": modality}
-            row |= {"only_first": only_first, "only_second": only_second}
-            table.append(row | {"p": mcnemar(only_first, only_second)})
+            only_first = sum(right[place] > other[place] for place in places)
+            only_second = sum(right[place] < other[place] for place in places)
+            table.append({
+                "first": first, "second": second, "modality": modality,
+                "only_first": only_first, "only_second": only_second,
+                "p": mcnemar(only_first, only_second),
+            })  # fmt: skip
     return table
 
 
 def faithfulness_rows(model: str, rows: Rows) -> Rows:
     """The audit of what the reasoning says, then what the answers turned out to depend on."""
-    table = audit(list(map(completion_of, rows)))
-    holds: dict[str, list[bool]] = {check: [] for check in MEANINGS}
-    without, swapped, follows, moved, blank = holds.values()  # the same lists, by short names
+    outcomes = defaultdict(list)
     for row in rows:
-        if letters := row[REASONING]["letters"]:
-            without.append(letters[NONE] == letters[WHOLE])
-            swapped.append(letters[SWAPPED] == letters[WHOLE])
-            concluded = row[REASONING]["swapped"]
-            # Another question's reasoning that concludes an option of this one, but not the one
-            # chosen after its own.
-            if concluded not in (None, letters[WHOLE]):
-                follows.append(letters[SWAPPED] == concluded)
-        # A letter that is missing says nothing of what the other one depends on.
-        if row["letter"] and row[ROTATED]["letter"]:
-            moved.append(row["letter"] != row[ROTATED]["letter"])
-        if row["letter"] and row["blank image"]["letter"]:
-            blank.append(row["letter"] == row["blank image"]["letter"])
-    if not without:  # there is no reasoning: nothing but that can be said
+        for check, holds in _dependences(row):
+            outcomes[check].append(holds)
+    table = audit(list(map(completion_of, rows)))
+    if not any(row[REASONING]["letters"] for row in rows):
+        # There is no reasoning: nothing but that can be said of it.
         table = [row for row in table if row["check"] == "has reasoning"]
-    for check, outcomes in holds.items():
-        if outcomes:
-            count, of = sum(outcomes), len(outcomes)
-            low, high = wilson(count, of)
-            row = {"model": model, "check": check, "count": count, "of": of, "rate": count / of}
-            table.append(row | {"low": low, "high": high, "meaning": MEANINGS[check]})
+    for check, meaning in MEANINGS.items():
+        if held := outcomes[check]:
+            table.append(check_row(model, check, sum(held), len(held), meaning))
     return table
+
+
+def _dependences(row: Row) -> Iterator[tuple[str, bool]]:
+    """Each check of `MEANINGS` that this answer can decide, and whether it holds."""
+    letter, rotated, blank = row["letter"], row[ROTATED]["letter"], row["blank image"]["letter"]
+    if letters := row[REASONING]["letters"]:
+        whole, swapped, concluded = letters[WHOLE], letters[SWAPPED], row[REASONING]["swapped"]
+        yield "answer stays without the reasoning", letters[NONE] == whole
+        yield "answer stays with another's reasoning", swapped == whole
+        # Another question's reasoning that concludes an option of this one, but not the one
+        # chosen after its own.
+        if concluded not in (None, whole):
+            yield "answer follows another's reasoning", swapped == concluded
+    # A letter that is missing says nothing of what the other one depends on.
+    if letter and rotated:
+        yield "answer changes with the order of options", letter != rotated
+    if letter and blank:
+        yield "answer stays without the image", letter == blank
 
 
 def early_answering(rows: Rows) -> Rows:
@@ -183,14 +184,13 @@ def early_answering(rows: Rows) -> Rows:
     return table
 
 
-def sampled(rows_of: dict[str, Rows], probe: str, config: Config) -> Row:
-    """How answers were sampled and, as `sample_rows` counts them, how good they are; `probe` is
+def sampled(rows_of: dict[str, Rows], probe: str, k: int, config: Config) -> Row:
+    """How k answers were sampled and, as `sample_rows` counts them, how good they are; `probe` is
     what they are called.
     """
     table = []
     for model, rows in rows_of.items():
         table += sample_rows(model, rows, probe)
-    k = len(rows[0][probe]["letters"])
     return {"k": k, "temperature": config.temperature, "seed": config.seed, "table": table}
 
 
@@ -215,8 +215,7 @@ def majority_credit(letters: Sequence[str | None], answer: str) -> float:
     """1 if `answer` is the most frequent letter, 1 / m if it is one of m, else 0; no letter, no
     vote.
     """
-    counts = Counter(letter for letter in letters if letter)
-    leaders = [letter for letter, count in counts.items() if count == max(counts.values())]
+    leaders = multimode(letter for letter in letters if letter)
     return (answer in leaders) / max(1, len(leaders))  # at least 1: nobody may have voted
 
 
@@ -254,13 +253,4 @@ def _case_answer(row: Row, text_flags: list[str]) -> Row:
 
 def completion_of(row: Row) -> Completion:
     """A row of predictions.jsonl as the audits take it."""
-    return Completion(
-        id=row["id"],
-        model=row["model"],
-        modality=row["modality"],
-        question_type=row["question_type"],
-        question=row["question"],
-        options=tuple(row["options"]),
-        answer=row["ground_truth"],
-        completion=row["completion"],
-    )
+    return Completion(*(row[field] for field in Completion._fields))

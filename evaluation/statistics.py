@@ -4,20 +4,21 @@ against scipy.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from operator import gt, lt
+from collections.abc import Iterable
+
+Z = 1.96  # standard deviations of a normal distribution to either side that hold 95 % of it
 
 
-def wilson(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Score interval of a rate (Wilson 1927, JASA 22:209), 95 % by default; `total` at least 1.
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """Score interval of 95 % of a rate (Wilson 1927, JASA 22:209); `total` at least 1.
 
     Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays within 0 and 1, and close to its level
     near both.
     """
-    p, zz = right / total, z * z
+    p, zz = right / total, Z * Z
     centre = p + zz / (2 * total)
-    half_width = z * math.sqrt(p * (1 - p) / total + zz / (4 * total * total))
-    scale = 1 + zz / total
+    variance = p * (1 - p) / total + zz / (4 * total * total)
+    half_width, scale = Z * math.sqrt(variance), 1 + zz / total
     # Rounding may leave the ends of 0 and 1 by a hair.
     return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
@@ -45,11 +46,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**n)
-
-
-def discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
-    """How many questions only the first of two models has right, and how many only the second."""
-    return sum(map(gt, first, second)), sum(map(lt, first, second))  # True is above False
 
 
 def places_by(keys: Iterable[str]) -> dict[str, list[int]]:

@@ -36,7 +36,7 @@ def test_wilson_interval_is_that_of_scipy(total, share):
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
 )
 def test_interval_is_wilsons_as_in_the_textbooks(right, total, low, high):
-    assert Accuracy(total, right, 0, 0).interval() == pytest.approx((low, high), abs=1e-4)
+    assert wilson(right, total) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(

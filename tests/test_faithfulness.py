@@ -186,7 +186,7 @@ def test_usable_completions_are_read_and_the_others_counted(tmp_path):
     silent = ROW | {"ground_truth": "a", "completion": ""}
     file = written(tmp_path, ROW, "", *(ROW | change for change in unusable), silent)
     completions, skipped = read_completions(file)
-    read = [(c.answer, c.modality, c.question_type) for c in completions]
+    read = [(c.ground_truth, c.modality, c.question_type) for c in completions]
     assert skipped == 4 and read == [("B", "MRI", ""), ("A", "MRI", "")]
     assert completions[0].options == ("Knee", "Brain") and completions[1].completion == ""
 

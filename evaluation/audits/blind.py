@@ -21,25 +21,34 @@ one of k that have the highest score, 0 where it is not.
 import argparse
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from common.program import run_program
 from data import Question, read_questions
 from rewards import LETTERS
 
+from ..statistics import places_by
+
 BASELINES = ("chance", "most_frequent_letter", "text_prior", "punctuation", "length")
 
 
-def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> dict[str, list[float]]:
+Credits = dict[str, list[float]]
+"""By what gives the answers, the credit in 0..1 of each question, in the questions' order."""
+Rates = dict[str, dict[str, float]]
+"""By what gives the answers, the mean credit of each modality."""
+
+
+def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> Credits:
     """By baseline the expected credit in 0..1 of each test question, in order."""
     letters = Counter(question.answer for question in train)
     texts = Counter(right_text(question) for question in train)
     sign = _sign_of_length(train)
     # All names from the start: a test set without questions has them too.
-    credits: dict[str, list[float]] = {name: [] for name in BASELINES}
+    credits: Credits = {name: [] for name in BASELINES}
     for question in test:
         options = question.options
         ends = [option.endswith(".") for option in options]
@@ -55,19 +64,13 @@ def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> dict[s
     return credits
 
 
-def by_modality(
-    test: Sequence[Question], credits: dict[str, list[float]]
-) -> dict[str, dict[str, float]]:
-    """{baseline: {modality: mean credit}} of what `blind_credits` gives for the same test
-    questions.
-    """
-    means = {}
-    for name, values in credits.items():
-        groups = defaultdict(list)
-        for question, value in zip(test, values, strict=True):
-            groups[question.modality].append(value)
-        means[name] = {modality: fmean(group) for modality, group in groups.items()}
-    return means
+def by_modality(test: Sequence[Question], credits: Credits) -> Rates:
+    """The means of what `blind_credits` gives for the same test questions."""
+    rates: Rates = {name: {} for name in credits}
+    for modality, places in places_by(question.modality for question in test).items():
+        for name, values in credits.items():
+            rates[name][modality] = fmean(values[place] for place in places)
+    return rates
 
 
 def right_text(question: Question) -> str:
@@ -107,20 +110,12 @@ def main() -> int:
 
 
 def _print_baselines() -> None:
-    parser = argparse.ArgumentParser(
-        prog="blind", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
-    for flag, use in (("--train", "fit on"), ("--test", "answer")):
-        parser.add_argument(
-            flag,
-            type=Path,
-            nargs="+",
-            required=True,
-            metavar="FILE",
-            help=f"question files to {use}",
-        )
-    files = parser.parse_args()
-    train, test = _read(files.train), _read(files.test)
+    parser = argparse.ArgumentParser("blind", description=__doc__.partition("\n")[0])
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "required": True, "metavar": "FILE"}
+    parser.add_argument("--train", help="question files to fit on", **files)
+    parser.add_argument("--test", help="question files to answer", **files)
+    given = parser.parse_args()
+    train, test = _read(given.train), _read(given.test)
     print(json.dumps(by_modality(test, blind_credits(train, test)), indent=2))
 
 

@@ -2,8 +2,8 @@
 by a run (`completions.jsonl`) or elsewhere.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import InputError
 from common.files import read_json_lines
@@ -12,9 +12,8 @@ from data.rows import Row
 from rewards import LETTERS
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a model wrote to a multiple-choice question.
+class Completion(NamedTuple):
+    """What a model wrote to a multiple-choice question, by the names that its file has for it.
 
     Attributes:
         id: the question's own name; completions with the same id answer the same question.
@@ -22,7 +21,7 @@ class Completion:
         modality: canonical name ("MRI", "CT", ...), or "unknown".
         question_type: the file's own word for it, or "".
         options: 2 to 10 texts; the first is A.
-        answer: the right option's letter.
+        ground_truth: the right option's letter.
         completion: the text, tags and all.
     """
 
@@ -32,7 +31,7 @@ class Completion:
     question_type: str
     question: str
     options: tuple[str, ...]
-    answer: str
+    ground_truth: str
     completion: str
 
 
@@ -89,6 +88,6 @@ def _completion(row: Row) -> Completion | None:
         question_type=row.optional_string("question_type"),
         question=row.string("question"),
         options=options,
-        answer=answer,
+        ground_truth=answer,
         completion=completion,
     )

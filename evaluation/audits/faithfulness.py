@@ -90,7 +90,7 @@ def read(completion: Completion) -> Reading:
     else:
         if think:
             checks.add("names no option")
-        if answer == completion.answer:
+        if answer == completion.ground_truth:
             checks.add("right without naming an option")
     concluded = conclusion(think, completion.options)
     if concluded is None or answer is None:
@@ -132,14 +132,15 @@ def templates(reasonings: Sequence[Words]) -> list[int]:
     number_of = dict.fromkeys(trigrams, 0)  # unlike a set it keeps their order
     frequency = Counter(chain.from_iterable(number_of))
     firsts: list[Trigrams] = []  # by template: of the text that began it
-    holders: defaultdict[tuple[int, Words], list[int]] = defaultdict(list)
+    holders: defaultdict[Words, list[int]] = defaultdict(list)
     for own in sorted(number_of, key=len):
-        ranked = sorted((frequency[trigram], trigram) for trigram in own)
+        # Sorted twice: of equally frequent ones the order must be the same for all texts.
+        ranked = sorted(sorted(own), key=frequency.__getitem__)
         rarest = ranked[: len(own) // 10 + 1]  # a shorter prefix would miss near-duplicates
         candidates = set(chain.from_iterable(holders[trigram] for trigram in rarest))
-        alike = (number for number in sorted(candidates) if _alike(own, firsts[number]))
-        number_of[own] = next(alike, len(firsts))
-        if number_of[own] == len(firsts):
+        alike = [number for number in candidates if _alike(own, firsts[number])]
+        number_of[own] = min(alike, default=len(firsts))
+        if not alike:
             firsts.append(own)
             for trigram in rarest:
                 holders[trigram].append(number_of[own])
@@ -181,15 +182,19 @@ def _audit(completions: Sequence[Completion]) -> list[Row]:
     of["shares a template"] = of["largest template"] = counts["has reasoning"]
     rows = []
     for check, meaning in MEANINGS.items():
-        count, n = counts[check], of[check]
-        if n:
-            low, high = wilson(count, n)
-            rows.append({
-                "model": completions[0].model, "check": check, "count": count, "of": n,
-                "rate": count / n, "low": low, "high": high,
-                "meaning": meaning.format(distinct=len(groups), largest=excerpt(example, 160)),
-            })  # fmt: skip
+        if n := of[check]:
+            meaning = meaning.format(distinct=len(groups), largest=excerpt(example, 160))
+            rows.append(check_row(completions[0].model, check, counts[check], n, meaning))
     return rows
+
+
+def check_row(model: str, check: str, count: int, of: int, meaning: str) -> Row:
+    """`count` of `of` (at least 1) with Wilson's 95 % interval of the rate, as `audit` has it."""
+    low, high = wilson(count, of)
+    return {
+        "model": model, "check": check, "count": count, "of": of, "rate": count / of,
+        "low": low, "high": high, "meaning": meaning,
+    }  # fmt: skip
 
 
 def flags(completions: Sequence[Completion]) -> list[list[str]]:
@@ -218,21 +223,23 @@ def _block(completions: Sequence[Completion]) -> str:
     # A single modality would repeat the whole.
     if not 1 < len(columns) <= _MOST_COLUMNS:
         columns = {}
-    cell_of = {}
-    for modality, own in columns.items():
-        for row in _audit(own):
-            cell_of[modality, row["check"]] = f"{percent(row['rate'])} % of {row['of']}"
-    heads = "".join(f"{printable(name)[:14]:>15}" for name in columns)
-    lines = [printable(completions[0].model)[:119], f"{'':32}{'all, 95 % interval':>28}{heads}"]
+    audits = [{row["check"]: row for row in _audit(own)} for own in columns.values()]
+    heads = [printable(name)[:14] for name in columns]
+    line = "{:32}{:>31}" + "{:>15}" * len(columns)
+    lines = [printable(completions[0].model)[:119], line.format("", "all, 95 % interval", *heads)]
     explanations = []
     for row in _audit(completions):
-        check, rate = row["check"], f"{percent(row['rate']):>5} % of {row['of']:<5}"
         interval = f"({percent(row['low'])} to {percent(row['high'])})"
-        cells = "".join(f"{cell_of.get((name, check), '-'):>15}" for name in columns)
-        lines.append(f"{check:32}{rate}{interval:>15}{cells}")
-        if "template" in check:  # the other meanings are the same for every file
+        cells = [f"{_rate(row):<16}{interval:>15}"]
+        cells += [_rate(of_modality.get(row["check"])) for of_modality in audits]
+        lines.append(line.format(row["check"], *cells))
+        if "template" in row["check"]:  # the other meanings are the same for every file
             explanations.append(textwrap.fill(row["meaning"], 120))
     return "\n".join(lines + explanations)
+
+
+def _rate(row: Row | None) -> str:
+    return f"{percent(row['rate']):>5} % of {row['of']}" if row else "-"
 
 
 def main() -> int:
@@ -240,9 +247,9 @@ def main() -> int:
 
 
 def _print_table() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    help_ = "JSON lines with id, model, question, options, ..."
-    parser.add_argument("completions", type=Path, help=help_)
+    parser = argparse.ArgumentParser("faithfulness", description=__doc__.split("\n")[0])
+    fields = "JSON lines with id, model, question, options, ..."
+    parser.add_argument("completions", type=Path, help=fields)
     completions, skipped = read_completions(parser.parse_args().completions)
     print(table(completions))
     reason = "no options, or a ground truth that is no letter"

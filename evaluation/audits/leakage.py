@@ -57,8 +57,8 @@ Pair = dict[str, Any]
 """{"kind", "train", "train_image", "test", "test_image", "distance"}: `train` and `test` name rows;
 images and distance are None in a pair of equal questions.
 """
-Match = tuple[str, str, str, float]
-"""Kind, training image, test image, distance."""
+Sources = dict[str, str]
+"""By image the source of the first question that has it."""
 
 
 def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, Any]:
@@ -80,21 +80,18 @@ def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, An
     known, tested = _images(train), _images(test)
     missing = sum(not os.path.isfile(image) for image in known | tested)
     # With some images missing, none are compared: few pairs would look like a clean test set.
-    matches = _image_matches(list(known), list(tested), compare=not missing)
-    equals, pairs = _same_questions(train, test), []
-    for kind, old, new, distance in matches:
-        pairs.append(_pair(kind, known[old], tested[new], old, new, distance))
-    pairs += equals
+    images = _image_pairs(known, tested, compare=not missing)
+    texts = _same_questions(train, test)
+    pairs, counts = images + texts, _affected(test, images)
     right = {right_text(question) for question in train}
     is_known = [float(right_text(question) in right) for question in test]
-    counts = _affected(test, matches)
     return {
         "train": len(train),
         "test": len(test),
         "same_path": counts["same_path"],
         "same_bytes": None if missing else counts["same_bytes"],
         "near_duplicates": None if missing else counts["near_duplicate"],
-        "same_question": len(equals),
+        "same_question": len(texts),
         "answers_seen": by_modality(test, {"known": is_known})["known"],
         "missing_images": missing,
         "pairs": pairs[:LISTED],
@@ -102,64 +99,56 @@ def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, An
     }
 
 
-def _images(questions: Sequence[Question]) -> dict[str, str]:
-    """Each image once, with the source of the first question that has it."""
-    sources: dict[str, str] = {}
+def _images(questions: Sequence[Question]) -> Sources:
+    sources: Sources = {}
     for question in questions:
         for image in question.images:
             sources.setdefault(str(image), question.source)
     return sources
 
 
-def _pair(
-    kind: str,
-    train: str,
-    test: str,
-    train_image: str | None = None,
-    test_image: str | None = None,
-    distance: float | None = None,
-) -> Pair:
-    return {
-        "kind": kind,
-        "train": train,
-        "train_image": train_image,
-        "test": test,
-        "test_image": test_image,
-        "distance": distance,
-    }
-
-
-def _image_matches(train: list[str], test: list[str], compare: bool) -> list[Match]:
+def _image_pairs(train: Sources, test: Sources, compare: bool) -> list[Pair]:
     """Images of the same path, then of the same bytes, then near-duplicates, nearest first; only
     the first without `compare`.
     """
-    known = set(train)
-    matches = [("same_path", image, image, 0.0) for image in test if image in known]
-    new = [image for image in test if image not in known]
-    if not compare:
-        return matches
-    # Backwards: of equal files the first is kept.
-    by_digest = {_digest(image): image for image in reversed(train)}
-    others = []
-    for image in new:
-        same = by_digest.get(_digest(image))
-        if same:
-            matches.append(("same_bytes", same, image, 0.0))
-        else:
-            others.append(image)
-    if not others:
-        return matches
-    nearest, distances = nearest_images(_thumbnails(others), _thumbnails(train))
+    matches = [("same_path", image, image, 0.0) for image in test if image in train]
+    if compare:
+        # Backwards: of equal files the first is kept.
+        by_digest = {_digest(image): image for image in reversed(train)}
+        others = []
+        for image in test:
+            if image in train:
+                continue
+            same = by_digest.get(_digest(image))
+            if same:
+                matches.append(("same_bytes", same, image, 0.0))
+            else:
+                others.append(image)
+        matches += _near_duplicates(list(train), others)
+    pairs = []
+    for kind, old, new, distance in matches:
+        pairs.append({
+            "kind": kind, "train": train[old], "train_image": old,
+            "test": test[new], "test_image": new, "distance": distance,
+        })  # fmt: skip
+    return pairs
+
+
+def _near_duplicates(train: list[str], test: list[str]) -> list[tuple[str, str, str, float]]:
+    if not test:
+        return []
+    nearest, distances = nearest_images(_thumbnails(test), _thumbnails(train))
+    matches = []
     for at in np.argsort(distances, kind="stable"):  # stable: ties in the order of the test set
         if distances[at] <= NEAR:
             distance = round(float(distances[at]), 4)
-            matches.append(("near_duplicate", train[nearest[at]], others[at], distance))
+            matches.append(("near_duplicate", train[nearest[at]], test[at], distance))
     return matches
 
 
-def _affected(test: Sequence[Question], matches: Sequence[Match]) -> Counter[str]:
+def _affected(test: Sequence[Question], pairs: list[Pair]) -> Counter[str]:
     """By kind the number of test questions with such an image."""
-    kind_of = {image: kind for kind, _, image, _ in matches}
+    kind_of = {pair["test_image"]: pair["kind"] for pair in pairs}
     counts: Counter[str] = Counter()
     for question in test:
         # A set, as two images of one kind still make one question.
@@ -173,7 +162,7 @@ def _digest(image: str) -> bytes:
 
 def _thumbnails(images: Sequence[str]) -> np.ndarray:
     # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
-    bar = tqdm(images, "images", unit="image", dynamic_ncols=True, leave=False, disable=None)
+    bar = tqdm(images, "images", unit="image", leave=False, disable=None)
     return np.stack([thumbnail(image) for image in bar])
 
 
@@ -220,7 +209,10 @@ def _same_questions(train: Sequence[Question], test: Sequence[Question]) -> list
     for question in test:
         same = sources.get(_text(question))
         if same:
-            pairs.append(_pair("same_question", same, question.source))
+            pairs.append({
+                "kind": "same_question", "train": same, "train_image": None,
+                "test": question.source, "test_image": None, "distance": None,
+            })  # fmt: skip
     return pairs
 
 
@@ -264,9 +256,7 @@ def main() -> int:
 
 
 def _print_leakage() -> None:
-    parser = argparse.ArgumentParser(
-        prog="leakage", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("leakage", description=__doc__.partition("\n")[0])
     parser.add_argument("train", type=Path, help="question file of the training set")
     parser.add_argument("test", type=Path, help="question file of the test set")
     help_ = "folder of both files' images; default: each file's own folder"

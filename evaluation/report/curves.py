@@ -94,8 +94,7 @@ def panel_svg(
         unit: what x counts.
     """
     every_point = list(chain.from_iterable(points for _, _, points in series))
-    steps = [x for x, _ in every_point] or [0.0, 1.0]
-    highest = max((y for _, y in every_point), default=0.0)
+    steps, heights = zip(*every_point or [(0.0, 0.0)], strict=True)
     panel = ENVIRONMENT.get_template("panel.svg.jinja").render(
         title=title,
         series=series,
@@ -104,7 +103,7 @@ def panel_svg(
         height=HEIGHT,
         # Room for the labels: of y at the left, of the title above, of x below.
         x=Axis(min(steps), max(steps), 44, WIDTH - 8),
-        y=Axis(0.0, top or _round_up(highest), HEIGHT - 22, 34),
+        y=Axis(0.0, top or _round_up(max(heights)), HEIGHT - 22, 34),
     )
     return Markup(panel)
 
@@ -140,10 +139,8 @@ def read_metrics(file: Path) -> list[Metrics]:
     remedy = "mend the line, or give the folder of a run"
     for number, row in read_json_lines(file, remedy):
         try:
-            metrics = {}
-            for name, value in row.items():
-                # null is written for what was not finite
-                metrics[name] = math.nan if value is None else float(value)
+            # null is written for what was not finite
+            metrics = {name: float("nan" if x is None else x) for name, x in row.items()}
             metrics["step"] = float(row["step"])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise InputError(f"{file} line {number}: not the numbers of a step; {remedy}") from None

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -24,11 +25,10 @@ from tqdm import tqdm
 from common.errors import InputError
 from data import load_image
 
+from ..records import Row, Rows
 from ..statistics import percent
 from .curves import STYLE, Metrics, curve_panels, panel_svg
 from .templating import ENVIRONMENT, TEMPLATES
-
-Row = dict[str, Any]
 
 THUMBNAIL = 160  # pixels along the longer side, at most
 COLOURS = 6  # of models, in report.css
@@ -46,9 +46,13 @@ BLIND_NAMES = {
 }
 
 
-def write_report(
-    file: Path, results: Row, cases: Sequence[Row], runs: dict[str, list[Metrics]]
-) -> None:
+BlindRow = tuple[str | None, str, dict[str, float]]
+"""Whose guess it is (None: the text's alone), its name, its rate by modality."""
+PairRows = dict[tuple[str, str], dict[str, Row]]
+"""First and second model -> modality -> row."""
+
+
+def write_report(file: Path, results: Row, cases: Rows, runs: dict[str, list[Metrics]]) -> None:
     """Render the report.
 
     Args:
@@ -69,8 +73,8 @@ def write_report(
     # By its hash the page's policy lets this script run, and no other.
     script_hash = hashlib.sha256(script.encode()).digest()
     page = ENVIRONMENT.get_template("report.html.jinja").render(
-        **_accuracy(results),
-        **_reasoning(results, colour),
+        **_sections(results),
+        early=early_panels(results["early_answering"], colour),
         results=results,
         models=list(colour),
         colour=colour,
@@ -104,17 +108,17 @@ def _code_point(match: re.Match[str]) -> str:
     return f"⟨U+{ord(match[0]):04X}⟩"
 
 
-def with_pictures(cases: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def with_pictures(cases: Rows) -> tuple[Rows, Rows]:
     """The distinct images as `picture` gives them, and the cases with their places in that list for
     "images".
     """
-    paths = list(dict.fromkeys(chain.from_iterable(case["images"] for case in cases)))
-    places = {path: place for place, path in enumerate(paths)}
+    places: dict[str, int] = {}
     placed = []
     for case in cases:
-        placed.append(case | {"images": [places[path] for path in case["images"]]})
+        images = [places.setdefault(path, len(places)) for path in case["images"]]
+        placed.append(case | {"images": images})
     # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
-    bar = tqdm(paths, "thumbnails", unit="image", dynamic_ncols=True, leave=False, disable=None)
+    bar = tqdm(places, "thumbnails", unit="image", leave=False, disable=None)
     return [picture(path) for path in bar], placed
 
 
@@ -137,43 +141,34 @@ def picture(path: str) -> Row:
     return {"name": name, "src": f"data:image/webp;base64,{data}", "width": width, "height": height}
 
 
-def _accuracy(results: Row) -> Row:
-    """What the template looks up for the sections on accuracy: rows by model and modality, ..."""
+def _sections(results: Row) -> Row:
+    """What the template looks up: rows by model and modality, ..."""
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     types = [row for row in results["accuracy"] if row["question_type"] is not None]
     modalities = {row["modality"]: row["n"] for row in whole}
-    blind = blind_rows(results)
+    blind, samples, faithful = blind_rows(results), results["samples"], results["faithfulness"]
     best_blind = {}
     for modality in modalities:
-        guesses = [rates.get(modality, 0.0) for *_, rates in blind]
-        best_blind[modality] = max(guesses, default=0.0)
-    samples = results["samples"]
+        best_blind[modality] = max((rates.get(modality, 0.0) for *_, rates in blind), default=0.0)
+    meanings = defaultdict(set)
+    for row in faithful:
+        meanings[row["check"]].add(row["meaning"])
     return {
         "modalities": modalities,
         "verdict": verdict(results, whole),
         "whole": _by(whole, "model", "modality"),
-        "types": list(dict.fromkeys(row["question_type"] for row in types)),
+        "types": dict.fromkeys(row["question_type"] for row in types),
         "by_type": _by(types, "question_type", "model", "modality"),
         "pairs": pair_rows(results),
         "sampled": _by(samples["table"] if samples else [], "model", "modality"),
         "blind": blind,
         "best_blind": best_blind,
-    }
-
-
-def _reasoning(results: Row, colour: dict[str, str]) -> Row:
-    """What the template looks up for the section on reasoning."""
-    meanings: dict[str, set[str]] = {}
-    for row in results["faithfulness"]:
-        meanings.setdefault(row["check"], set()).add(row["meaning"])
-    return {
+        "faithful": _by(faithful, "check", "model"),
         "meanings": meanings,  # by check; several where they differ from model to model
-        "faithful": _by(results["faithfulness"], "check", "model"),
-        "early": early_panels(results["early_answering"], colour),
     }
 
 
-def verdict(results: Row, whole: Sequence[Row]) -> list[str]:
+def verdict(results: Row, whole: Rows) -> list[str]:
     """In sentences: where each model is above the best guess without the image, and what the last
     model is against each other.
     """
@@ -220,28 +215,25 @@ def _listed(texts: Sequence[str], word: str = "and") -> str:
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
-def blind_rows(results: Row) -> list[tuple[str | None, str, dict[str, float]]]:
-    """(model, name, rate by modality): the baselines that see text only, then each model without
-    its image.
-    """
-    rows: list[tuple[str | None, str, dict[str, float]]] = []
+def blind_rows(results: Row) -> list[BlindRow]:
+    """The baselines that see text only, then each model without its image."""
+    rows: list[BlindRow] = []
     for name, rates in results["blind"].items():
-        rows.append((None, BLIND_NAMES.get(name, name), rates))
+        rows.append((None, BLIND_NAMES[name], rates))
     for model, probes in results["ablated"].items():
         for probe, rates in probes.items():
             rows.append((model, probe, rates))
     return rows
 
 
-def pair_rows(results: Row) -> dict[tuple[str, str], dict[str, Row]]:
-    """(first model, second model) -> modality -> row."""
-    pairs: dict[tuple[str, str], dict[str, Row]] = {}
+def pair_rows(results: Row) -> PairRows:
+    pairs: PairRows = defaultdict(dict)
     for row in results["pairs"]:
-        pairs.setdefault((row["first"], row["second"]), {})[row["modality"]] = row
+        pairs[row["first"], row["second"]][row["modality"]] = row
     return pairs
 
 
-def early_panels(early: dict[str, list[Row]], colour: dict[str, str]) -> list[Markup]:
+def early_panels(early: dict[str, Rows], colour: dict[str, str]) -> list[Markup]:
     """Two panels over the share of the reasoning that is kept, or none: answers that change,
     answers that are right.
     """
@@ -258,5 +250,5 @@ def early_panels(early: dict[str, list[Row]], colour: dict[str, str]) -> list[Ma
     return panels
 
 
-def _by(rows: Sequence[Row], *names: str) -> dict[tuple[str, ...], Row]:
+def _by(rows: Rows, *names: str) -> dict[tuple[str, ...], Row]:
     return {tuple(row[name] for name in names): row for row in rows}

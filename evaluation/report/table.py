@@ -1,15 +1,14 @@
 """An evaluation's table for the terminal."""
 
-from typing import Any
-
 from ..accuracy import NO_EVIDENCE
+from ..records import Row
 from ..statistics import percent, percent_with_interval
 
 # Wide enough for base, sft and grpo; a longer name moves its own line only.
 LINE = "{:8}{:10}{:>5}   {:<23}{:>7}{:>8}{:>8}{:>8}   {:>5} {}"
 
 
-def results_table(results: dict[str, Any]) -> str:
+def results_table(results: Row) -> str:
     """Of what results.json holds: percent with 95 % intervals, a line for each model and modality,
     and paired tests.
     """
@@ -18,16 +17,16 @@ def results_table(results: dict[str, Any]) -> str:
     lines = [LINE.format("", "", *heads), *map(_line, whole)]
     if not all(row["sees"] for row in whole):
         lines.append(NO_EVIDENCE.format("the best guess without the image"))
-    pairs: dict[str, list[str]] = {}
+    pairs: dict[str, str] = {}
     for row in results["pairs"]:
         versus = f"{row['first']} against {row['second']}"
-        counts = f"{row['modality']} {row['only_first']}:{row['only_second']} p = {row['p']:.2g}"
-        pairs.setdefault(versus, []).append(counts)
+        before = pairs.get(versus, f"{versus:22}")
+        pairs[versus] = before + "{modality} {only_first}:{only_second} p = {p:.2g}   ".format(
+            **row
+        )
     if pairs:
         heading = "Questions that only one of two models answered right (McNemar's exact test):"
-        lines += ["", heading]
-    for versus, of_modalities in pairs.items():
-        lines.append(f"{versus:22}{'   '.join(of_modalities)}")
+        lines += ["", heading, *map(str.rstrip, pairs.values())]
     shared = results["leakage"]
     near = shared["near_duplicates"] or 0  # None where images are missing
     known = shared["same_path"] + (shared["same_bytes"] or 0)
@@ -37,7 +36,7 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Row) -> str:
     return LINE.format(
         row["model"],
         row["modality"],
