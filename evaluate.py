@@ -27,7 +27,14 @@ from evaluation.ask import ask, printable_lines
 from evaluation.audits.leakage import leakage
 from evaluation.contract import claim, contract
 from evaluation.examine import chosen_questions, examine, probe_names
-from evaluation.models import USUAL, model_digest, model_folders, results_folder, training_curves
+from evaluation.models import (
+    USUAL,
+    Folders,
+    model_digest,
+    model_folders,
+    results_folder,
+    training_curves,
+)
 from evaluation.records import Records
 from evaluation.report.page import write_report
 from evaluation.report.table import results_table
@@ -38,7 +45,7 @@ FIELDS = ("run_dir", "model", "train_questions", "image_dir", "test_count", "max
 """Of the config, what may be given here too."""
 
 
-def evaluate(config: Config, folders: dict[str, Path], out: Path, samples: int) -> None:
+def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
     """Answer, measure, audit and report; prints the table. `folders` are the models' by name."""
     use_device(config)
     train, questions, encoder = chosen_questions(config)

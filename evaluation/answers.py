@@ -1,8 +1,8 @@
 """A model's answers to questions, batch by batch: greedy, or sampled as in training."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -15,8 +15,7 @@ from grpo.sampler import sample_groups, sampling_noise
 from model import Qwen2VL, load_model
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A completion's text; its length, end of turn included; whether it ended before the limit."""
 
     text: str
@@ -24,8 +23,7 @@ class Answer:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Examinee:
+class Examinee(NamedTuple):
     """A model under examination: how it reads questions, and within which limits it answers."""
 
     model: Qwen2VL
@@ -86,7 +84,7 @@ def in_batches(places: Sequence[int], size: int, label: str) -> Iterator[Sequenc
     """The places, `size` (at least one) at a time, with a progress bar."""
     size = max(1, size)
     batches = [places[start : start + size] for start in range(0, len(places), size)]
-    bar = tqdm(batches, label, unit="batch", dynamic_ncols=True, leave=False, disable=not places)
+    bar = tqdm(batches, label, unit="batch", leave=False, disable=not places)
     return iter(bar)
 
 

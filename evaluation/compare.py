@@ -18,6 +18,8 @@ from .records import Rows, read_rows
 from .results import pair_rows, rights
 from .statistics import percent_with_interval
 
+LINE = "{:10}{:>5}{:>23}{:>23}{:>9}{:>9}   {}"
+
 
 def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     """A table: for each modality both accuracies (percent, 95 % interval), what only one has right,
@@ -29,17 +31,17 @@ def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     # called.
     totals = [ours.get("number of questions")] * 2
     first, second = map(_answers, folders, models, totals)
-    table = f"1: {models[0]} ({folders[0]})\n2: {models[1]} ({folders[1]})\n\n"
-    table += f"{'':10}{'n':>5}{'1':>23}{'2':>23}   only 1   only 2   p"
+    lines = [f"1: {models[0]} ({folders[0]})", f"2: {models[1]} ({folders[1]})", ""]
+    lines.append(LINE.format("", "n", "1", "2", "only 1", "only 2", "p"))
     # Of two models pair_rows puts the later one first.
     for pair in pair_rows({"2": second, "1": first}):
-        cells = ""
+        modality, cells = pair["modality"], []
         for rows in (first, second):
-            right = rights([row for row in rows if row["modality"] == pair["modality"]])
-            cells += f"{percent_with_interval(sum(right), len(right)):>23}"
-        cells += f"{pair['only_first']:>9}{pair['only_second']:>9}   {pair['p']:.2g}"
-        table += f"\n{pair['modality']:10}{len(right):>5}{cells}"
-    return table
+            right = rights([row for row in rows if row["modality"] == modality])
+            cells.append(percent_with_interval(sum(right), len(right)))
+        cells += [pair["only_first"], pair["only_second"], f"{pair['p']:.2g}"]
+        lines.append(LINE.format(modality, len(right), *cells))
+    return "\n".join(lines)
 
 
 def _answers(folder: Path, model: str, total: int | None) -> Rows:

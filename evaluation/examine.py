@@ -86,14 +86,14 @@ def examine(name: str, folder: Path, records: Records, config: Config, samples: 
         raise InputError(
             f"{name}: not comparable, the chat template in {folder} is not that of the base model"
         )
-    ask = partial(record_answers, name, examinee, records)
-    ask(PLAIN, _prediction)
-    ask("blank image", _letter, load=blank_image)
-    ask("noise image", _letter, load=noise_image)
-    ask("other image", _letter, with_other_images(records.questions))
-    ask(ROTATED, _rotated_letter, list(map(with_rotated_options, records.questions)))
+    ask, questions = partial(record_answers, name, examinee, records), records.questions
+    ask(PLAIN, _prediction, questions)
+    ask("blank image", _letter, questions, load=blank_image)
+    ask("noise image", _letter, questions, load=noise_image)
+    ask("other image", _letter, with_other_images(questions))
+    ask(ROTATED, _rotated_letter, list(map(with_rotated_options, questions)))
     if samples:
-        ask(probes[-1], _letters, samples=samples)
+        ask(probes[-1], _letters, questions, samples=samples)
     record_forced_letters(name, examinee, records)
 
 
@@ -103,18 +103,17 @@ def record_answers(
     records: Records,
     probe: str,
     row_of: Callable[[Question, list[Answer]], Row],
-    changed: Sequence[Question] | None = None,
+    questions: Sequence[Question],
     **how: Any,
 ) -> None:
     """Answer each question that has no row for this probe yet.
 
     Args:
         row_of: what is recorded of the answers to a question.
-        changed: the questions as the probe puts them, in their order; None as they are.
+        questions: those of the records, in their order, as the probe puts them.
         how: further arguments of `Examinee.answers`.
     """
     label, missing = f"{name}: {probe}", records.missing(name, probe)
-    questions = changed or records.questions
     for place, answers in examinee.answers(questions, label, missing, **how):
         records.add(name, probe, place, row_of(records.questions[place], answers))
 
@@ -155,9 +154,7 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
 
 def _prediction(question: Question, answers: list[Answer]) -> Row:
     (answer,) = answers
-    verdicts = {}
-    for verdict in score(answer.text, question.answer):
-        verdicts[verdict.rule] = {"score": verdict.score, "why": verdict.why}
+    verdicts = score(answer.text, question.answer)
     return {
         "modality": question.modality,
         "question_type": question.question_type,
@@ -165,11 +162,10 @@ def _prediction(question: Question, answers: list[Answer]) -> Row:
         "question": question.question,
         "options": list(question.options),
         "ground_truth": question.answer,
-        "completion": answer.text,
+        **_letter(question, answers),
         "tokens": answer.tokens,
         "ended": answer.ended,
-        "letter": read_letter(answer.text),
-        "rewards": verdicts,
+        "rewards": {one.rule: {"score": one.score, "why": one.why} for one in verdicts},
     }
 
 

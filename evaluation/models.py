@@ -12,7 +12,7 @@ from common.config import Config, load_config
 from common.errors import InputError
 from common.hub import model_folder
 
-from .report.curves import read_metrics
+from .report.curves import Metrics, read_metrics
 
 TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count",
                  "test_fraction", "validation_fraction", "seed", "min_pixels", "max_pixels",
@@ -25,8 +25,10 @@ USUAL = ("base", "sft", "grpo")
 RUNS = {"sft": "_sft", "grpo": ""}
 """What their folders' names have behind that of the config's run."""
 
+Folders = dict[str, Path]
 
-def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
+
+def model_folders(config: Config, names: Sequence[str]) -> Folders:
     """Name -> checkpoint folder: "base" is the config's model, "grpo" the run's result, "sft" that
     of the run whose folder is called so with "_sft" behind; "name=folder" is any other.
 
@@ -34,7 +36,7 @@ def model_folders(config: Config, names: Sequence[str]) -> dict[str, Path]:
         InputError: a folder is missing, a name is odd or given twice, or a run was trained on
             something else.
     """
-    folders: dict[str, Path] = {}
+    folders: Folders = {}
     for given in names:
         name, _, other = given.partition("=")
         # Names stand in files, tables and messages.
@@ -101,15 +103,11 @@ def results_folder(run_dir: str, models: Sequence[str], files: Sequence[str]) ->
     config's questions. Any other has a folder of its own, named after its models and question
     files, so that it does not replace the whole one's results.
     """
-    names = [] if tuple(models) == USUAL else list(models)
-    return Path(run_dir) / "-".join(["eval", *names, *(Path(file).stem for file in files)])
+    names = () if tuple(models) == USUAL else models
+    return Path(run_dir) / "-".join(["eval", *names, *[Path(file).stem for file in files]])
 
 
-def training_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
+def training_curves(folders: Folders) -> dict[str, list[Metrics]]:
     """By model the metrics of its training, if its folder lies in that of a run."""
-    curves = {}
-    for name, folder in folders.items():
-        file = folder.parent / "metrics.jsonl"
-        if file.exists():
-            curves[name] = read_metrics(file)
-    return curves
+    files = {name: folder.parent / "metrics.jsonl" for name, folder in folders.items()}
+    return {name: read_metrics(file) for name, file in files.items() if file.exists()}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Prompt, Question, Vocabulary, load_image, option_letter
+from data import Prompt, Question, Vocabulary, load_image
 from grpo.rollout import MicroBatch, collate, completion_logprobs, padded
 from model import Qwen2VL
 from rewards import LETTERS, think_text
@@ -61,16 +61,18 @@ def with_other_images(questions: Sequence[Question]) -> list[Question]:
 def with_rotated_options(question: Question) -> Question:
     """The same options, each moved up by one place, the first to the end; `answer` moves along."""
     first, *others = question.options
-    place = (ord(question.answer) - ord("A") - 1) % len(question.options)  # A goes to the end
-    return replace(question, options=(*others, first), answer=option_letter(place))
+    letters = LETTERS[: len(question.options)]
+    answer = letters[letters.index(question.answer) - 1]  # A goes to the end
+    return replace(question, options=(*others, first), answer=answer)
 
 
 def original_letter(letter: str | None, count: int) -> str | None:
     """The letter that an option of `with_rotated_options` had before, among `count` options; None
     for None and for a letter that no option has.
     """
-    place = ord(letter) - ord("A") if letter else count
-    return option_letter((place + 1) % count) if place < count else None
+    if letter is None or letter not in LETTERS[:count]:
+        return None
+    return LETTERS[(LETTERS.index(letter) + 1) % count]
 
 
 def truncated(reasoning: str, kept: float) -> str:

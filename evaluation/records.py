@@ -53,9 +53,9 @@ class Records:
         self.ids = question_ids(questions)
         self.rows: dict[tuple[str, str, int], Row] = {}
         self.dropped = 0
-        self.folder = folder
-        self._read(folder / "predictions.jsonl")
-        self._read(folder / "probes.jsonl")
+        self.answers, self.probes = folder / "predictions.jsonl", folder / "probes.jsonl"
+        self._read(self.answers)
+        self._read(self.probes)
 
     def missing(self, model: str, probe: str) -> list[int]:
         """The places of the questions that have no row yet."""
@@ -77,9 +77,8 @@ class Records:
             "contract": self.terms["hash"], "digest": self.digests[model],
         }  # fmt: skip
         self.rows[model, probe, place] = row
-        name = "predictions.jsonl" if probe == PLAIN else "probes.jsonl"
         # Opened and closed for each row: nothing waits in a buffer when the power goes.
-        with (self.folder / name).open("ab") as file:
+        with (self.answers if probe == PLAIN else self.probes).open("ab") as file:
             file.write(_line(row))
 
     def _read(self, path: Path) -> None:
@@ -108,9 +107,9 @@ def question_ids(questions: Sequence[Question]) -> list[str]:
     counts: Counter[str] = Counter()
     ids = []
     for question in questions:
-        counts[question.source] += 1
-        count = counts[question.source]
-        ids.append(question.source if count == 1 else f"{question.source} ({count})")
+        source = question.source
+        counts[source] += 1
+        ids.append(source if counts[source] == 1 else f"{source} ({counts[source]})")
     return ids
 
 

@@ -16,7 +16,7 @@ from .audits.completions import Completion
 from .audits.faithfulness import audit, check_row, flags
 from .probes import KEPT, NO_IMAGE, NONE, REASONING, ROTATED, SWAPPED, WHOLE
 from .records import Row, Rows
-from .statistics import mcnemar, places_by, wilson
+from .statistics import grouped, mcnemar, places_by, wilson
 
 CASE = ("id", "modality", "question_type", "question", "options", "ground_truth")
 CASE_ANSWER = ("model", "completion", "letter", "tokens", "ended", "rewards")
@@ -199,8 +199,8 @@ def sample_rows(model: str, rows: Rows, probe: str) -> Rows:
     (pass@k), and of majorities.
     """
     table = []
-    for modality, places in places_by(row["modality"] for row in rows).items():
-        votes = [(rows[place][probe]["letters"], rows[place]["ground_truth"]) for place in places]
+    for modality, own in grouped((row["modality"] for row in rows), rows).items():
+        votes = [(row[probe]["letters"], row["ground_truth"]) for row in own]
         n, k = len(votes), len(votes[0][0])
         table.append({
             "model": model, "modality": modality, "n": n,

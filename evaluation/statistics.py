@@ -5,6 +5,8 @@ against scipy.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import count
+from typing import Any
 
 Z = 1.96  # standard deviations of a normal distribution to either side that hold 95 % of it
 
@@ -48,12 +50,17 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def grouped(keys: Iterable[Any], values: Iterable[Any]) -> dict[Any, list[Any]]:
+    """The values of each key, in the order of the keys' first occurrence."""
+    groups = defaultdict(list)
+    for key, value in zip(keys, values, strict=False):
+        groups[key].append(value)
+    return groups
+
+
 def places_by(keys: Iterable[str]) -> dict[str, list[int]]:
-    """Where each key stands, in the order of their first occurrence: rows grouped by modality."""
-    places = defaultdict(list)
-    for place, key in enumerate(keys):
-        places[key].append(place)
-    return places
+    """Where each key stands: the places of each modality's rows."""
+    return grouped(keys, count())
 
 
 def percent(rate: float) -> str:

@@ -59,8 +59,8 @@ def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> Credit
             [int(ends.count(end) == 1) for end in ends],  # of two options both are odd, or neither
             [sign * len(option) for option in options],
         )
-        for name, of_options in zip(BASELINES, scores, strict=True):
-            credits[name].append(_credit(question, of_options))
+        for values, of_options in zip(credits.values(), scores, strict=True):
+            values.append(_credit(question, of_options))
     return credits
 
 

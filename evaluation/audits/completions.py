@@ -2,6 +2,7 @@
 by a run (`completions.jsonl`) or elsewhere.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,29 +48,25 @@ def read_completions(file: Path | str) -> tuple[list[Completion], int]:
         InputError: one line that names the file, the line, the field and the remedy.
     """
     file = Path(file)
-    usable, skipped = [], 0
+    completions = []
     for number, fields in read_json_lines(file, "give one JSON object a line"):
         # No image is looked at, so that a file of completions may be judged by itself.
         row = Row(fields, file, f"line {number}", file.parent, check_images=False)
-        completion = _completion(row)
-        if completion is None:
-            skipped += 1
-        else:
-            usable.append(completion)
+        completions.append(_completion(row))
+    usable = [completion for completion in completions if completion]
     if not usable:
         remedy = "give one JSON object a line, with options and a letter as `ground_truth`"
         raise InputError(f"{file}: holds no completions that can be judged: {remedy}")
-    return usable, skipped
+    return usable, len(completions) - len(usable)
 
 
 def _completion(row: Row) -> Completion | None:
     for field in ("options", "ground_truth", "completion"):
         if field not in row.fields:
             row.fail(field, "is missing", "add it (null options or ground truth: skipped)")
-    answer, completion = row.fields["ground_truth"], row.fields["completion"]
-    answer = answer.strip().upper() if isinstance(answer, str) else ""
     # Files from elsewhere mix in open questions, whose ground truth is a text or a number.
-    if row.fields["options"] is None or not ("A" <= answer <= "Z" and len(answer) == 1):
+    answer = str(row.fields["ground_truth"]).strip().upper()
+    if row.fields["options"] is None or not re.fullmatch("[A-Z]", answer):
         return None
     options = row.strings("options")
     if not 2 <= len(options) <= len(LETTERS):
@@ -79,6 +76,7 @@ def _completion(row: Row) -> Completion | None:
         problem = f"is {answer}, but the options end at {last}"
         row.fail("ground_truth", problem, "name an option's letter")
     # Not row.string: a model may answer nothing, or more than any field of a question may hold.
+    completion = row.fields["completion"]
     if not isinstance(completion, str):
         row.fail("completion", "is not a text", "give the model's text, which may be empty")
     return Completion(

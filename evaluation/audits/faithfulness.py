@@ -30,17 +30,16 @@ import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.errors import printable
 from common.program import run_program
 from rewards import read_letter, think_text
 from rewards.letter import excerpt, visible
 
-from ..statistics import percent, wilson
+from ..statistics import grouped, percent, wilson
 from .completions import Completion, read_completions
 from .conclusion import conclusion, mask_options, named_options
 
@@ -69,12 +68,12 @@ Trigrams = frozenset[Words]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What a completion's text shows: the words of its reasoning, options masked, and by name the
-    checks that hold for it, those of `MEANINGS` and of `FLAGS`.
+    checks that hold for it, those of `MEANINGS` and of `FLAGS`; `id` is its question's.
     """
 
+    id: str
     words: Words
     checks: set[str]
 
@@ -100,23 +99,21 @@ def read(completion: Completion) -> Reading:
     # Spaces, lest the mask grow into a neighbouring word. And before lower(): only a capital can be
     # an option's letter.
     masked = mask_options(think, completion.options, f" {MASK} ")
-    return Reading(tuple(_TOKEN.findall(masked.lower())), checks)
+    return Reading(completion.id, tuple(_TOKEN.findall(masked.lower())), checks)
 
 
-def read_all(completions: Sequence[Completion]) -> tuple[list[Reading], list[list[int]]]:
-    """All completions of one model read, and of each template the places of its reasonings."""
-    readings = [read(completion) for completion in completions]
-    places = [i for i, reading in enumerate(readings) if "has reasoning" in reading.checks]
-    numbers = templates([readings[place].words for place in places])
-    groups = defaultdict(list)
-    for place, number in zip(places, numbers, strict=True):
-        groups[number].append(place)
-    for group in groups.values():
+def read_all(completions: Sequence[Completion]) -> tuple[list[Reading], list[list[Reading]]]:
+    """All completions of one model read, and the readings of each template."""
+    readings = list(map(read, completions))
+    reasoned = [reading for reading in readings if "has reasoning" in reading.checks]
+    numbers = templates([reading.words for reading in reasoned])
+    groups = list(grouped(numbers, reasoned).values())
+    for group in groups:
         # By id, as samples of one question, at whatever step of a run, may well be alike.
-        if len({completions[place].id for place in group}) > 1:
-            for place in group:
-                readings[place].checks.add("shares a template")
-    return readings, list(groups.values())
+        if len({reading.id for reading in group}) > 1:
+            for reading in group:
+                reading.checks.add("shares a template")
+    return readings, groups
 
 
 def templates(reasonings: Sequence[Words]) -> list[int]:
@@ -165,17 +162,15 @@ def audit(completions: Sequence[Completion]) -> list[Row]:
         completions, the rate with Wilson's 95 % interval, one sentence. A check with nothing to
         count from (`of` 0) has no row.
     """
-    rows = []
-    for own in _grouped(completions, "model").values():
-        rows += _audit(own)
-    return rows
+    by_model = grouped((completion.model for completion in completions), completions)
+    return list(chain.from_iterable(map(_audit, by_model.values())))
 
 
 def _audit(completions: Sequence[Completion]) -> list[Row]:
     readings, groups = read_all(completions)
     counts = Counter(chain.from_iterable(reading.checks for reading in readings))
     largest = max(groups, key=len, default=[])
-    example = " ".join(readings[largest[0]].words) if largest else ""
+    example = " ".join(largest[0].words) if largest else ""
     counts["largest template"] = len(largest)
     of = dict.fromkeys(MEANINGS, len(readings))  # but for three:
     of["right without naming an option"] -= counts["names an option"]
@@ -203,23 +198,16 @@ def flags(completions: Sequence[Completion]) -> list[list[str]]:
     return [[flag for flag in FLAGS if flag in reading.checks] for reading in readings]
 
 
-def _grouped(completions: Sequence[Completion], field: str) -> dict[str, list[Completion]]:
-    groups = defaultdict(list)
-    for completion in completions:
-        groups[getattr(completion, field)].append(completion)
-    return groups
-
-
 def table(completions: Sequence[Completion]) -> str:
     """The checks as text: a block per model, a column for all and, where they fit, one per
     modality.
     """
-    blocks = [_block(own) for own in _grouped(completions, "model").values()]
-    return "\n\n".join(blocks)
+    by_model = grouped((completion.model for completion in completions), completions)
+    return "\n\n".join(map(_block, by_model.values()))
 
 
 def _block(completions: Sequence[Completion]) -> str:
-    columns = _grouped(completions, "modality")
+    columns = grouped((completion.modality for completion in completions), completions)
     # A single modality would repeat the whole.
     if not 1 < len(columns) <= _MOST_COLUMNS:
         columns = {}

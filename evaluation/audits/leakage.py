@@ -225,7 +225,7 @@ def summary(result: dict[str, Any]) -> str:
     """What `leakage` returns, for a terminal: counts, answers, the first 20 pairs; nothing
     unprintable but newlines.
     """
-    lines = [f"{result['test']:,} test questions against {result['train']:,} training questions"]
+    lines = ["{test:,} test questions against {train:,} training questions".format(**result)]
     if missing := result["missing_images"]:
         lines.append(f"missing image files: {missing:,}; only paths and text were compared")
     for key, label in LABELS.items():
@@ -237,18 +237,18 @@ def summary(result: dict[str, Any]) -> str:
         label = f"right answer seen in training, {modality}"
         lines.append(f"  {label:<38}{percent(rate):>13} %")
     for pair in result["pairs"][:PRINTED]:
-        kind = pair["kind"].replace("_", " ")
+        line = pair["kind"].replace("_", " ")
         if pair["distance"]:  # 0 for the same file, None for questions
-            kind += f", distance {pair['distance']:.3f}"
-        lines.append(f"{kind}: {_side(pair, 'test')} - {_side(pair, 'train')}")
+            line += ", distance {distance:.3f}".format(**pair)
+        if pair["distance"] is None:
+            line += ": {test} - {train}".format(**pair)
+        else:
+            names = Path(pair["test_image"]).name, Path(pair["train_image"]).name
+            line += ": {test} ({}) - {train} ({})".format(*names, **pair)
+        lines.append(line)
     if result["pairs_total"] > PRINTED:
         lines.append(f"and {result['pairs_total'] - PRINTED:,} more")
     return "\n".join(map(printable, lines))  # paths and modalities come from files
-
-
-def _side(pair: Pair, side: str) -> str:
-    image = pair[f"{side}_image"]
-    return f"{pair[side]} ({Path(image).name})" if image else pair[side]
 
 
 def main() -> int:
