@@ -514,7 +514,8 @@ def test_the_command_prints_each_rule_and_why() -> None:
 def test_the_command_reads_standard_input_and_prints_no_escape_sequence() -> None:
     run = command("--answer", "B", "-", stdin=answered("\x1b[31m心脏"), encoding="ascii")
     assert run.returncode == 0 and "\x1b" not in run.stdout and run.stdout.isascii()
-    assert run.stdout.splitlines()[1].startswith("accuracy  0.0  ")
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("format    1.0  ") and lines[1].startswith("accuracy  0.0  ")
 
 
 @pytest.mark.parametrize(

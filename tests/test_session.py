@@ -19,6 +19,7 @@ import training.saving
 from common.config import load_config
 from common.errors import InputError
 from grpo.optimizer import MasterAdamW
+from grpo.sampler import Growing
 from model import load_model
 from rewards import Verdict
 from training.checkpoint import Progress, damage_of
@@ -96,6 +97,20 @@ def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
         assert [untimed(row) for row in rows(whole / "run" / file)] == [
             untimed(r) for r in rows(stopped / "run" / file)
         ]
+
+
+def test_a_stop_within_a_rollout_is_obeyed_at_the_next_token(tmp_path, monkeypatch):
+    whole, tokens = Growing.advance, []
+
+    def pressing(*args):
+        tokens.append(1)
+        if len(tokens) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        whole(*args)
+
+    monkeypatch.setattr(Growing, "advance", pressing)
+    assert run(monkeypatch, write_run(tmp_path, test_questions=[])) == 143
+    assert len(tokens) == 2
 
 
 def untimed(row: dict) -> dict:
