@@ -372,6 +372,7 @@ def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
         ("<think>x</think><answer>B) Heart</answer>", "B"),
         ("<think>x</think>B", "B"),
         ("<think>x</think>B</think>", "B"),
+        ("<think>x</think>B</think>C", None),
         ("<think>x</think>\n\nThe answer is B.", "B"),
         ("<think>A</think><answer>B", "B"),
         ("B", "B"),
