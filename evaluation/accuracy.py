@@ -98,9 +98,9 @@ def comparison_table(before: Accuracies, after: Accuracies, blind: Rates) -> str
         # The best of several guesses, each measured on these very questions: the harder test.
         best = max(rates[modality] for rates in blind.values())
         form = f"{100 * old.format_rate:.0f} -> {100 * new.format_rate:.0f} %"
-        rates = percent(blind["chance"][modality]), percent(best)
+        guesses = percent(blind["chance"][modality]), percent(best)
         accuracies = rate_cell(old, best), rate_cell(new, best)
-        lines.append(LINE.format(modality, new.total, *rates, *accuracies, form))
+        lines.append(LINE.format(modality, new.total, *guesses, *accuracies, form))
     if "*" in "".join(lines):
         lines.append(NO_EVIDENCE.format("what the text alone gives"))
     return "\n".join(lines)

@@ -138,18 +138,17 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
     for places in in_batches(reasoned, size, f"{name}: {REASONING}"):
         questions = [records.questions[place] for place in places]
         prompts = [examinee.encoder.encode(question) for question in questions]
-        letters: dict[int, dict[str, str]] = {place: {} for place in places}
+        forced = {}
         # One forward for each share, of the whole batch: openings of like length, little padding.
         for label in (*KEPT, SWAPPED):
             texts, kept = (swapped, 1.0) if label == SWAPPED else (reasonings, KEPT[label])
             openings = [opening(truncated(texts[place], kept)) for place in places]
             logprobs = letter_logprobs(examinee.model, examinee.vocabulary, prompts, openings)
-            for place, by_letter in zip(places, logprobs, strict=True):
-                letters[place][label] = max(by_letter, key=by_letter.__getitem__)
-        for place, question in zip(places, questions, strict=True):
-            concluded = conclusion(swapped[place], question.options)
-            row = {"letters": letters[place], "swapped": concluded}
-            records.add(name, REASONING, place, row)
+            forced[label] = [max(by_letter, key=by_letter.__getitem__) for by_letter in logprobs]
+        for at, place in enumerate(places):
+            letters = {label: chosen[at] for label, chosen in forced.items()}
+            concluded = conclusion(swapped[place], questions[at].options)
+            records.add(name, REASONING, place, {"letters": letters, "swapped": concluded})
 
 
 def _prediction(question: Question, answers: list[Answer]) -> Row:

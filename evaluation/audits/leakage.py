@@ -139,7 +139,7 @@ def _near_duplicates(train: list[str], test: list[str]) -> list[tuple[str, str, 
         return []
     nearest, distances = nearest_images(_thumbnails(test), _thumbnails(train))
     matches = []
-    for at in np.argsort(distances, kind="stable"):  # stable: ties in the order of the test set
+    for at in distances.argsort(kind="stable"):  # stable: ties in the order of the test set
         if distances[at] <= NEAR:
             distance = round(float(distances[at]), 4)
             matches.append(("near_duplicate", train[nearest[at]], test[at], distance))

@@ -144,8 +144,8 @@ def picture(path: str) -> Row:
 def _sections(results: Row) -> Row:
     """What the template looks up: rows by model and modality, ..."""
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
-    types = [row for row in results["accuracy"] if row["question_type"] is not None]
     modalities = {row["modality"]: row["n"] for row in whole}
+    types = dict.fromkeys(row["question_type"] for row in results["accuracy"])
     blind, samples, faithful = blind_rows(results), results["samples"], results["faithfulness"]
     best_blind = {}
     for modality in modalities:
@@ -156,9 +156,8 @@ def _sections(results: Row) -> Row:
     return {
         "modalities": modalities,
         "verdict": verdict(results, whole),
-        "whole": _by(whole, "model", "modality"),
-        "types": dict.fromkeys(row["question_type"] for row in types),
-        "by_type": _by(types, "question_type", "model", "modality"),
+        "accuracy": _by(results["accuracy"], "question_type", "model", "modality"),
+        "types": [kind for kind in types if kind is not None],  # None: the whole modality
         "pairs": pair_rows(results),
         "sampled": _by(samples["table"] if samples else [], "model", "modality"),
         "blind": blind,
