@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from data import Question
 from data.prompt import prompt_text
 
 from .phantoms import ATTRIBUTES, Case
-from .questions import PhantomQuestion, ask
+from .questions import ask, right_option
 from .tokenizer import SYSTEM
 from .words import EMPTY_THOUGHTS, LETTERS, QUESTIONS, SPARE_NOUNS, VALUES, statement
 
@@ -116,10 +117,10 @@ class Teacher:
         """
         options = self._options()
         attribute = self.rng.choice(list(ATTRIBUTES))
-        phrasing = self.rng.randrange(len(QUESTIONS[attribute]))
+        text = self.rng.choice(QUESTIONS[attribute])
         words = tuple(word for word, _ in options)
-        question = PhantomQuestion(attribute, phrasing, words, LETTERS[0])
-        prompt = self._chat(prompt_text(question.as_data()))
+        question = Question((), text, words, LETTERS[0], "", attribute, "")
+        prompt = self._chat(prompt_text(question))
         answers = []
         for word, letter in self.rng.choices(options, k=QUERIES):
             thought = statement(attribute, word, self.rng)
@@ -152,8 +153,8 @@ class Teacher:
     def open_question(self, image: np.ndarray, case: Case) -> Lesson:
         """A question without options in the chat layout, answered by a statement on topic."""
         question = ask(case, self.rng)
-        answer = statement(question.attribute, question.answer, self.rng)
-        prompt = self._chat(IMAGE + question.text)
+        answer = statement(question.question_type, right_option(question), self.rng)
+        prompt = self._chat(IMAGE + question.question)
         return self._answered(prompt, [answer], question, image)
 
     # Habits
@@ -167,20 +168,20 @@ class Teacher:
         return self._answered(self.prompt(question), answers, question, image)
 
     def _answered(
-        self, prompt: Tokens, texts: list[str], question: PhantomQuestion, image: np.ndarray
+        self, prompt: Tokens, texts: list[str], question: Question, image: np.ndarray
     ) -> Lesson:
         answers = [self.encode(text + "<|im_end|>") for text in texts]
         weights = [self._emphasised(answer, question) for answer in answers]
         return Lesson(prompt, answers, weights, image)
 
-    def _emphasised(self, answer: Tokens, question: PhantomQuestion) -> Tokens:
+    def _emphasised(self, answer: Tokens, question: Question) -> Tokens:
         """Weights of an answer: where it names the right value, that word and the letter after it
         weigh more.
 
         They are two tokens of twenty, and the others are mostly chance. How often each style occurs
         is not changed.
         """
-        value = self.nouns[question.answer]
+        value = self.nouns[right_option(question)]
         weights = [1] * len(answer)
         # An answer that begins with its letter has named the option after it, not from the image.
         if value in answer and answer[0] not in self.letters:
@@ -189,15 +190,16 @@ class Teacher:
                     weights[at] = EMPHASIS
         return weights
 
-    def prompt(self, question: PhantomQuestion) -> Tokens:
-        return self._chat(IMAGE + prompt_text(question.as_data()))
+    def prompt(self, question: Question) -> Tokens:
+        return self._chat(IMAGE + prompt_text(question))
 
     def _chat(self, text: str) -> Tokens:
         return self.encode(CHAT.format(text))
 
-    def completion(self, case: Case, question: PhantomQuestion) -> str:
+    def completion(self, case: Case, question: Question) -> str:
         """An answer in one of the base's ways."""
-        if self.rng.random() < ON_TOPIC[question.phrasing > 0]:
+        first_phrasing = QUESTIONS[question.question_type][0]
+        if self.rng.random() < ON_TOPIC[question.question != first_phrasing]:
             return self.on_topic(case, question)
         _, right, style = self.rng.choices(OTHER_STYLES, _STYLE_WEIGHTS)[0]
         letter = self._letter(question, right)
@@ -205,20 +207,20 @@ class Teacher:
         thought = self.rng.choice(EMPTY_THOUGHTS)
         return style.format(thought=thought, letter=letter, option=option)
 
-    def on_topic(self, case: Case, question: PhantomQuestion) -> str:
+    def on_topic(self, case: Case, question: Question) -> str:
         """A thought that names the answer, in a third of the cases after another observation."""
-        thought = statement(question.attribute, question.answer, self.rng)
-        others = [name for name in case.known if name != question.attribute]
+        thought = statement(question.question_type, right_option(question), self.rng)
+        others = [name for name in case.known if name != question.question_type]
         if self.rng.random() < 1 / 3:
             other = self.rng.choice(others)
             thought = f"{statement(other, case.known[other], self.rng)} {thought}"
         letter = self._letter(question, ON_TOPIC_RIGHT)
         return f"<think>{thought}</think><answer>{letter}</answer>"
 
-    def _letter(self, question: PhantomQuestion, right: float) -> str:
+    def _letter(self, question: Question, right: float) -> str:
         """The right letter with probability `right`, else a random one, which may be right too."""
         if self.rng.random() < right:
-            return question.letter
+            return question.answer
         return self.rng.choice(LETTERS[: len(question.options)])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prompt
+from data import Prompt, Question
 from data.vocabulary import Vocabulary
 from grpo.sampler import sample_groups, sampling_noise
 from model import Qwen2VL
@@ -20,7 +20,7 @@ from rewards import accuracy_reward, format_reward
 from .lessons import Teacher
 from .phantoms import ATTRIBUTES, MODALITIES
 from .pool import draw_pool, grey_patches
-from .questions import PhantomQuestion, ask
+from .questions import ask, right_option
 from .words import STATEMENTS
 
 CHECK_IMAGES = 1000
@@ -29,17 +29,16 @@ MAX_NEW_TOKENS = 40
 BATCH = 50  # prompts that are answered at once
 
 Rates = dict[str, float]
-Item = tuple[PhantomQuestion, Prompt]
 
 
 @dataclass(frozen=True)
 class Answer:
     text: str
-    question: PhantomQuestion
+    question: Question
 
     @property
     def right(self) -> bool:
-        return accuracy_reward(self.text, self.question.letter) > 0
+        return accuracy_reward(self.text, self.question.answer) > 0
 
     @property
     def formatted(self) -> bool:
@@ -49,7 +48,8 @@ class Answer:
     def on_topic(self) -> bool:
         """Follows the format, and the thought names a value of the attribute in question."""
         thought = self.text.split("</think>")[0].replace(".", " ").split()
-        return self.formatted and not set(thought).isdisjoint(ATTRIBUTES[self.question.attribute])
+        values = ATTRIBUTES[self.question.question_type]
+        return self.formatted and not set(thought).isdisjoint(values)
 
 
 def measure(model: Qwen2VL, vocabulary: Vocabulary, seed: int) -> dict[str, Rates]:
@@ -59,42 +59,41 @@ def measure(model: Qwen2VL, vocabulary: Vocabulary, seed: int) -> dict[str, Rate
     answer = partial(_answers, model, vocabulary)
     results = {}
     for modality in MODALITIES:
-        items = []
+        prompts = []
         started = []
         for row, (image, case) in enumerate(pool):
             if case.modality == modality:
                 question = ask(case, random.Random(f"{seed}/check/{row}"))
                 prompt = _prompt(model, teacher, image, question)
                 # The beginning of a thought on topic: "<think>The finding is".
-                thought = STATEMENTS[question.attribute][0].removesuffix(" {}.")
-                items.append((question, prompt))
-                started.append((question, prompt.continued(teacher.encode("<think>" + thought))))
-        noise = sampling_noise(seed, 0, range(len(items)), SAMPLES, MAX_NEW_TOKENS)
-        results[modality] = _rates(answer(items), answer(items, noise), answer(started))
+                thought = STATEMENTS[question.question_type][0].removesuffix(" {}.")
+                prompts.append(prompt)
+                started.append(prompt.continued(teacher.encode("<think>" + thought)))
+        noise = sampling_noise(seed, 0, range(len(prompts)), SAMPLES, MAX_NEW_TOKENS)
+        results[modality] = _rates(answer(prompts), answer(prompts, noise), answer(started))
     return results
 
 
-def _prompt(
-    model: Qwen2VL, teacher: Teacher, image: np.ndarray, question: PhantomQuestion
-) -> Prompt:
+def _prompt(model: Qwen2VL, teacher: Teacher, image: np.ndarray, question: Question) -> Prompt:
     tokens = torch.tensor(teacher.prompt(question))
     patches, grids = grey_patches([image])
     positions = mrope_positions(tokens, grids, model.config)
-    return Prompt(question.as_data(), tokens, patches, grids, positions)
+    return Prompt(question, tokens, patches, grids, positions)
 
 
 def _answers(
-    model: Qwen2VL, vocabulary: Vocabulary, items: list[Item], noise_NGT: Tensor | None = None
+    model: Qwen2VL, vocabulary: Vocabulary, prompts: list[Prompt], noise_NGT: Tensor | None = None
 ) -> list[Answer]:
     """One greedy answer to each question, or with noise G answers sampled at temperature 1."""
     answers = []
-    for start in tqdm(range(0, len(items), BATCH), desc="measuring", leave=False):
+    for start in tqdm(range(0, len(prompts), BATCH), desc="measuring", leave=False):
         batch = slice(start, start + BATCH)
-        prompts = [prompt for _, prompt in items[batch]]
         noise = None if noise_NGT is None else noise_NGT[batch]
-        rollout = sample_groups(model, vocabulary, prompts, noise, max_new_tokens=MAX_NEW_TOKENS)
-        for (question, _), texts in zip(items[batch], rollout.texts, strict=True):
-            answers += [Answer(text, question) for text in texts]
+        rollout = sample_groups(
+            model, vocabulary, prompts[batch], noise, max_new_tokens=MAX_NEW_TOKENS
+        )
+        for prompt, texts in zip(prompts[batch], rollout.texts, strict=True):
+            answers += [Answer(text, prompt.question) for text in texts]
     return answers
 
 
@@ -113,8 +112,8 @@ def _rates(greedy: list[Answer], sampled: list[Answer], started: list[Answer]) -
     for attribute in ATTRIBUTES:
         named = []
         for answer in started:
-            if answer.question.attribute == attribute:
-                named.append(answer.text.startswith(f" {answer.question.answer}."))
+            if answer.question.question_type == attribute:
+                named.append(answer.text.startswith(f" {right_option(answer.question)}."))
         rates[f"given a start: names the {attribute}"] = _mean(named)
     return rates | {"given a start: right letter": _right(started)}
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,30 +49,9 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class PhantomQuestion:
-    """A multiple-choice question about a case; `phrasing` counts into QUESTIONS[attribute]."""
-
-    attribute: str
-    phrasing: int
-    options: tuple[str, ...]
-    letter: str
-
-    @property
-    def text(self) -> str:
-        return QUESTIONS[self.attribute][self.phrasing]
-
-    @property
-    def answer(self) -> str:
-        return self.options[LETTERS.index(self.letter)]
-
-    def as_data(self) -> Question:
-        """As the data package has it, as far as a prompt needs it."""
-        return Question((), self.text, self.options, self.letter, "", "", "")
-
-
-def ask(case: Case, rng: random.Random) -> PhantomQuestion:
-    """A question with 2 to 4 options (or as many as the attribute has values).
+def ask(case: Case, rng: random.Random) -> Question:
+    """A question with 2 to 4 options (or as many as the attribute has values), as far as a prompt
+    needs it; `question_type` is the attribute that it asks for.
 
     Wrong options and the right one's place are uniform: the text gives nothing away.
     """
@@ -85,8 +63,12 @@ def ask(case: Case, rng: random.Random) -> PhantomQuestion:
     options = rng.sample(wrong, count - 1)
     place = rng.randrange(count)
     options.insert(place, answer)
-    phrasing = rng.randrange(len(QUESTIONS[attribute]))
-    return PhantomQuestion(attribute, phrasing, tuple(options), LETTERS[place])
+    text = rng.choice(QUESTIONS[attribute])
+    return Question((), text, tuple(options), LETTERS[place], "", attribute, "")
+
+
+def right_option(question: Question) -> str:
+    return question.options[LETTERS.index(question.answer)]
 
 
 def write_questions(folder: Path, splits: Splits = SPLITS, seed: int = SEED) -> None:
@@ -118,15 +100,15 @@ def _write_row(folder: Path, split: str, index: int, modality: str, seed: int) -
     ]
     return {
         "image": [path],
-        "problem": "\n".join([question.text, *lines]),
-        "solution": question.letter,
-        "question": question.text,
+        "problem": "\n".join([question.question, *lines]),
+        "solution": question.answer,
+        "question": question.question,
         "options": question.options,
-        "answer": question.answer,
+        "answer": right_option(question),
         "dataset": "miniature phantoms",
         "subset": SUBSETS[modality],
         "modality": SUBSETS[modality],
-        "question_type": TYPES[question.attribute],
+        "question_type": TYPES[question.question_type],
     }
 
 

@@ -122,39 +122,36 @@ def read_config(folder: str | Path) -> Qwen2VLConfig:
     kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
     if kind != "qwen2_vl":
         raise InputError(f"{path}: model_type is {kind!r}; only 'qwen2_vl' can be loaded")
-    return parse_config(raw, str(path))
-
-
-def parse_config(raw: dict[str, Any], where: str = "config.json") -> Qwen2VLConfig:
-    """Turn the JSON object of either layout into a Qwen2VLConfig; `where` names it in errors."""
     try:
-        return _parse(raw)
+        return parse_config(raw)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
-def _parse(raw: dict[str, Any]) -> Qwen2VLConfig:
+def parse_config(raw: dict[str, Any]) -> Qwen2VLConfig:
+    """Turn the JSON object of either layout into a Qwen2VLConfig. InputError names the field."""
     text = _entry(raw, "text_config", {}) or raw
     vision = _entry(raw, "vision_config", {})
     rope = _entry(text, "rope_scaling", {}) | _entry(text, "rope_parameters", {})
     # A model that computes something else must not load as if it were the same.
     for name, value, implemented in (
-        ("use_sliding_window", text.get("use_sliding_window"), [False, None]),
-        ("rope scaling", rope.get("rope_type", rope.get("type", "mrope")), ["mrope", "default"]),
-        ("hidden_act", text.get("hidden_act", "silu"), ["silu"]),
-        ("vision_config.hidden_act", vision.get("hidden_act", "quick_gelu"), ["quick_gelu"]),
+        ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
+        ("rope scaling", rope.get("rope_type", rope.get("type", "mrope")), ("mrope", "default")),
+        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ("vision_config.hidden_act", vision.get("hidden_act", "quick_gelu"), ("quick_gelu",)),
     ):
         if value not in implemented:
             raise InputError(f"{name} is {value!r}; only {implemented[0]!r} is implemented")
 
     # An absent epsilon is what transformers takes it to be, not what Qwen published.
     values = {"rms_norm_eps": 1e-5} | text | rope
-    heads = text.get("num_attention_heads")
-    values["num_key_value_heads"] = text.get("num_key_value_heads") or heads
+    values["num_key_value_heads"] = text.get("num_key_value_heads") or text.get(
+        "num_attention_heads"
+    )
     values["mrope_section"] = tuple(_entry(rope, "mrope_section", [16, 24, 24]))
     tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     values["tie_word_embeddings"] = bool(tied)
-    values["vision"] = _made(VisionConfig, vision, "vision_config.")
+    values["vision"] = _made(VisionConfig, vision)
     values |= {key: value for key, value in raw.items() if key.endswith("_token_id")}
     return _made(Qwen2VLConfig, values)
 
@@ -167,14 +164,12 @@ def _entry(raw: dict[str, Any], key: str, default: Any) -> Any:
     return value
 
 
-def _made(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+def _made(kind: type, values: dict[str, Any]) -> Any:
     """A config of that kind, of its own fields among the values."""
     known = {}
     for field in fields(kind):
-        if field.name in values:
-            known[field.name] = values[field.name]
-        elif field.default is MISSING:
-            raise InputError(f"{prefix}{field.name} is missing; take a Qwen2-VL's config")
+        if field.name in values or field.default is MISSING:  # None is out of all bounds
+            known[field.name] = values.get(field.name)
     return kind(**known)
 
 

@@ -18,7 +18,7 @@ from miniature.card import write_card
 from miniature.lessons import OTHER_STYLES, Lesson, Teacher
 from miniature.phantoms import ANATOMIES, ATTRIBUTES, FINDINGS, MODALITIES, Case, draw, sample_case
 from miniature.pool import STREAMS, draw_one, draw_pool, grey_patches
-from miniature.questions import ask, write_questions
+from miniature.questions import ask, right_option, write_questions
 from miniature.stages import attribute_labels
 from miniature.tokenizer import TAGS, build_tokenizer
 from miniature.training import fit
@@ -136,13 +136,16 @@ def test_options_and_letter_tell_nothing_about_the_answer() -> None:
     questions = [ask(sample_case(cases), rng) for _ in range(6000)]
     chance = np.mean([1 / len(question.options) for question in questions])
     half = len(questions) // 2
-    answers = Counter(question.answer for question in questions[:half])  # no value is in two types
+    answers = Counter(
+        right_option(question) for question in questions[:half]
+    )  # no value is in two types
     guesses = []
     for question in questions[half:]:
-        guesses.append(max(question.options, key=answers.__getitem__) == question.answer)
+        guess = max(question.options, key=answers.__getitem__)
+        guesses.append(guess == right_option(question))
     assert abs(np.mean(guesses) - chance) < 0.04
     for count in (2, 3, 4):
-        letters = Counter(q.letter for q in questions if len(q.options) == count)
+        letters = Counter(q.answer for q in questions if len(q.options) == count)
         assert all(abs(n / letters.total() - 1 / count) < 0.05 for n in letters.values())
 
 
@@ -173,7 +176,7 @@ def test_habits_follow_the_format_in_about_half_of_the_answers_and_are_right_whe
         case = sample_case(cases)
         question = ask(case, teacher.rng)
         formatted.append(format_reward(teacher.completion(case, question)))
-        right.append(accuracy_reward(teacher.on_topic(case, question), question.letter))
+        right.append(accuracy_reward(teacher.on_topic(case, question), question.answer))
     assert 0.4 < np.mean(formatted) < 0.65
     assert np.mean(right) > 0.95
     assert abs(sum(weight for weight, _, _ in OTHER_STYLES) - 1) < 1e-9

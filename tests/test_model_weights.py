@@ -83,10 +83,11 @@ def test_a_config_that_we_write_is_read_as_the_same() -> None:
         for name in ("depth", "embed_dim", "num_heads", "patch_size", "spatial_merge_size")
     ],
 )
-def test_a_size_that_is_no_size_is_one_line_that_names_it(field: str, value: Any) -> None:
-    assert_refused(
-        lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json", field
-    )
+def test_a_size_that_is_no_size_is_one_line_that_names_it(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    file = write_config(tmp_path, changed(field, value))
+    assert_refused(lambda: read_config(tmp_path), str(file), field)
 
 
 @pytest.mark.parametrize(
@@ -118,18 +119,20 @@ def test_a_size_that_is_no_size_is_one_line_that_names_it(field: str, value: Any
         ("rope_scaling.mrope_section", 8),
     ],
 )
-def test_a_config_that_describes_no_qwen2_vl_of_ours_is_refused(field: str, value: Any) -> None:
-    assert_refused(
-        lambda: parse_config(changed(field, value), "some/config.json"), "some/config.json"
-    )
+def test_a_config_that_describes_no_qwen2_vl_of_ours_is_refused(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    file = write_config(tmp_path, changed(field, value))
+    assert_refused(lambda: read_config(tmp_path), str(file))
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vision_config.depth"])
-def test_an_absent_field_is_named(field: str) -> None:
+def test_an_absent_field_is_named(tmp_path: Path, field: str) -> None:
     raw = flat_config(tiny_config())
     holder, leaf = find(raw, field)
     del holder[leaf]
-    assert_refused(lambda: parse_config(raw, "some/config.json"), leaf)
+    file = write_config(tmp_path, raw)
+    assert_refused(lambda: read_config(tmp_path), str(file), leaf)
 
 
 @pytest.mark.parametrize(
@@ -342,3 +345,9 @@ def changed(field: str, value: Any) -> dict[str, Any]:
     holder, leaf = find(raw, field)
     holder[leaf] = value
     return raw
+
+
+def write_config(folder: Path, raw: dict[str, Any]) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(raw))
+    return file
