@@ -285,6 +285,8 @@ def test_modalities_stand_side_by_side_where_they_fit():
     named = next(line for line in table(both).split("\n") if line.startswith("names an option"))
     words = "names an option 50.0 % of 2 (9.5 to 90.5) 100.0 % of 1 0.0 % of 1"
     assert " ".join(named.split()) == words
+    heads = table(both).split("\n")[1]
+    assert heads.endswith("MRI") and len(heads) == len(named), "heads do not stand above columns"
 
 
 def test_real_reasoning_mostly_names_no_option_and_is_mostly_right_all_the_same():
