@@ -323,6 +323,8 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         if isinstance(values, list) and all(isinstance(item, str) for item in values):
             return tuple(values)
         raise InputError(f"{where} must be a string or a list of strings")
+    if type(value) is int and abs(value) >= 2**63:  # too long a number can't even be printed
+        raise InputError(f"{where} must be a number of at most 63 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
