@@ -38,6 +38,7 @@ def test_shift_and_positive_scale_of_the_rewards_leave_advantages_unchanged(shif
     )
 
 
+@pytest.mark.filterwarnings("error")  # torch warns of a sample of one
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 2.0, 1e8])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
 def test_a_group_of_equal_rewards_gives_exact_zeros_not_nan_and_not_rounding_noise(value, size):

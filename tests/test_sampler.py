@@ -11,7 +11,12 @@ from tiny import tiny_tokenizer
 from tiny_run import tiny_model
 
 from data import Vocabulary, allowed_tokens_V
-from grpo.rollout import collate, completion_logprobs, micro_batch_slices
+from grpo.rollout import (
+    collate,
+    completion_logprobs,
+    micro_batch_slices,
+    with_image_features,
+)
 from grpo.sampler import Growing, RolloutKind, inverse_cdf, sample_groups, sampling_noise
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
@@ -233,6 +238,8 @@ def test_a_batch_lies_on_the_models_device_but_for_its_grids(prompts):
     tensors = batch.tokens_NP, batch.positions_3NP, batch.lengths_N, batch.images
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert batch.grids_I3.device.type == "cpu"
+    (encoded,) = with_image_features(tiny_model().to("meta"), prompts[1:2])
+    assert encoded.features_ID.device.type == "meta"
 
 
 def test_a_model_that_is_dropped_takes_its_rollout_state_along_without_the_garbage_collector(
