@@ -111,9 +111,8 @@ def merged_attention(
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     own_q = q.squeeze(3).unflatten(2, (prompt_k.shape[1], -1))  # (N, G, K, H / K, d)
     group_q = _by_prompt(own_q)  # (N, K, G * H / K, d)
-    bias = prompt_bias.expand(-1, -1, group_q.shape[2], -1)
     # Beside its output the kernel gives the logarithm of its sum of exponentials.
-    from_prompt, prompt_sum = attend(group_q, prompt_k, prompt_v, attn_mask=bias)
+    from_prompt, prompt_sum = attend(group_q, prompt_k, prompt_v, attn_mask=prompt_bias)
     from_own, own_sum = attend(own_q.flatten(0, 1), own_k, own_v)
     from_prompt = _by_completion(from_prompt, G).flatten(0, 1)  # (N * G, K, H / K, d)
     prompt_sum = _by_completion(prompt_sum, G).flatten(0, 1)  # (N * G, K, H / K)
