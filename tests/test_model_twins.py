@@ -140,7 +140,9 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("M", "ids"), [(13, 512), (13, 64), (13, 10), (13, 1), (1, 4), (0, 4)])
+@pytest.mark.parametrize(
+    ("M", "ids"), [(13, 512), (13, 64), (13, 10), (13, 1), (13, 0), (1, 4), (0, 4)]
+)
 def test_blocked_logprobs_equal_the_naive_ones_in_values_and_gradients(
     M: int, ids: int, temperature: float
 ) -> None:

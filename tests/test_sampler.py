@@ -17,7 +17,14 @@ from grpo.rollout import (
     micro_batch_slices,
     with_image_features,
 )
-from grpo.sampler import Growing, RolloutKind, inverse_cdf, sample_groups, sampling_noise
+from grpo.sampler import (
+    Growing,
+    RolloutKind,
+    growing_rows,
+    inverse_cdf,
+    sample_groups,
+    sampling_noise,
+)
 
 END = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
 
@@ -240,6 +247,26 @@ def test_a_batch_lies_on_the_models_device_but_for_its_grids(prompts):
     assert batch.grids_I3.device.type == "cpu"
     (encoded,) = with_image_features(tiny_model().to("meta"), prompts[1:2])
     assert encoded.features_ID.device.type == "meta"
+
+
+def test_a_state_that_the_model_keeps_serves_only_rollouts_that_it_was_made_for():
+    model = tiny_model()
+    allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    vocabulary, other = (Vocabulary(tiny_tokenizer(), (END,), allowed) for _ in range(2))
+    kind = RolloutKind((3, 2, 4), 1.0, greedy=False)
+    kept = Growing(model, vocabulary, kind, 50)
+    for rollout in ((vocabulary, kind, 50), (vocabulary, kind, 7)):
+        model.rollout_state = kept
+        assert growing_rows(model, *rollout) is kept
+    for rollout in (
+        (other, kind, 50),
+        (vocabulary, kind, 51),
+        (vocabulary, kind._replace(shape=(3, 2, 5)), 50),
+        (vocabulary, kind._replace(temperature=0.9), 50),
+        (vocabulary, kind._replace(greedy=True), 50),
+    ):
+        model.rollout_state = kept
+        assert growing_rows(model, *rollout) is not kept and model.rollout_state is None
 
 
 def test_a_model_that_is_dropped_takes_its_rollout_state_along_without_the_garbage_collector(
