@@ -37,10 +37,6 @@ class Answer:
     question: Question
 
     @property
-    def right(self) -> bool:
-        return accuracy_reward(self.text, self.question.answer) > 0
-
-    @property
     def formatted(self) -> bool:
         return format_reward(self.text) > 0
 
@@ -119,7 +115,7 @@ def _rates(greedy: list[Answer], sampled: list[Answer], started: list[Answer]) -
 
 
 def _right(answers: list[Answer]) -> float:
-    return _mean([answer.right for answer in answers])
+    return _mean([accuracy_reward(answer.text, answer.question.answer) > 0 for answer in answers])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.program import run_program
+from data.prompt import TASK, prompt_text
 from data.question import Question
 
 from .phantoms import ATTRIBUTES, Case
@@ -95,12 +96,9 @@ def _write_row(folder: Path, split: str, index: int, modality: str, seed: int) -
     path = f"images/{split}{index:04d}.png"
     Image.fromarray(image).convert("RGB").save(folder / path)
     question = ask(case, random.Random(f"{seed}/{split}/{index}"))
-    lines = [
-        f"{letter}) {option}" for letter, option in zip(LETTERS, question.options, strict=False)
-    ]
     return {
         "image": [path],
-        "problem": "\n".join([question.question, *lines]),
+        "problem": prompt_text(question).removesuffix(f"\n{TASK}"),
         "solution": question.answer,
         "question": question.question,
         "options": question.options,

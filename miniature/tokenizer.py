@@ -14,7 +14,7 @@ from data.prompt import TASK
 from .words import EMPTY_THOUGHTS, LETTERS, QUESTIONS, SPARE_NOUNS, STATEMENTS, VALUES
 
 SYSTEM = "You are a helpful assistant."
-SPECIAL = (
+SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -23,9 +23,9 @@ SPECIAL = (
     "<|vision_pad|>",
     "<|image_pad|>",
     "<|video_pad|>",
-)
+]
 # Not special: decoding keeps them, for the format reward to read.
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 # Qwen's own: contractions, words with one character before them, digits, punctuation, white space.
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -68,10 +68,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=1024,
-        additional_special_tokens=list(SPECIAL),
+        additional_special_tokens=SPECIAL,
         chat_template=CHAT_TEMPLATE,
     )
-    fast.add_tokens(list(TAGS), special_tokens=False)
+    fast.add_tokens(TAGS, special_tokens=False)
     return fast
 
 

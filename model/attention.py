@@ -150,7 +150,19 @@ class SharedPrefix:
         """
         self.prompts = _Packing(prompt_NP)
         self.completions = _Packing(own_NGT)
-        self.bias = _score_bias(prompt_NP, own_NGT, heads_each, dtype)
+        # What is added to the completions' scores: 0 or -inf, (N * G, 1, H / K * T, P + T).
+        N, G, T = own_NGT.shape
+        P = prompt_NP.shape[1]
+        # CUDA's kernels would copy rows of another stride, once for every layer.
+        aligned = (P + T + 7) // 8 * 8
+        bias = torch.zeros(N, T, aligned, dtype=dtype, device=own_NGT.device)
+        bias[..., :P].masked_fill_(~prompt_NP[:, None], float("-inf"))
+        # The past of a real token holds no padding, so that one triangle serves all completions.
+        future = torch.full((T, T), float("-inf"), device=own_NGT.device).triu(1)
+        bias[..., P : P + T] = future
+        rows = bias.repeat(1, heads_each, 1)  # (N, H / K * T, aligned)
+        rows = rows.repeat_interleave(G, dim=0)
+        self.bias = rows[:, None, :, : P + T]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, L, d), k and v (1, K, L, d) -> (1, H, L, d), L the number of packed tokens: all
@@ -200,28 +212,6 @@ class _Packing:
         return tokens if self.full else tokens.index_select(0, self.places)
 
 
-def _score_bias(
-    prompt_NP: Tensor,
-    own_NGT: Tensor,
-    heads_each: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """What `_prefixed_attention` adds to scores, 0 or -inf, (N * G, 1, heads_each * T, P + T)."""
-    N, G, T = own_NGT.shape
-    P = prompt_NP.shape[1]
-    # CUDA's kernels would copy rows of another stride, once for every layer.
-    aligned = (P + T + 7) // 8 * 8
-    device = own_NGT.device
-    bias = torch.zeros(N, T, aligned, dtype=dtype, device=device)
-    bias[..., :P].masked_fill_(~prompt_NP[:, None], float("-inf"))
-    # The past of a real token holds no padding, so that one triangle serves all completions.
-    future = torch.full((T, T), float("-inf"), device=device).triu(1)
-    bias[..., P : P + T] = future
-    rows = bias.repeat(1, heads_each, 1)  # (N, H / K * T, aligned)
-    rows = rows.repeat_interleave(G, dim=0)
-    return rows[:, None, :, : P + T]
-
-
 def _prefixed_attention(
     q: Tensor,
     prompt_k: Tensor,
@@ -237,7 +227,7 @@ def _prefixed_attention(
         q: queries (N, G, T, H, d).
         prompt_k, prompt_v: (N, K, P, d).
         own_k, own_v: (N, G, T, K, d).
-        bias: from `_score_bias`.
+        bias: (N * G, 1, H / K * T, P + T), added to the scores.
 
     Returns:
         (N, G, T, H, d).

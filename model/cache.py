@@ -76,11 +76,9 @@ class GroupCache:
         Attention reads the first `span` slots of a row, all of them or those that are True in
         `own_mask` (span,).
         """
-        own_k, own_v = self.own[layer][:, : len(q)]
-        own_k.index_copy_(2, self.step, k)
-        own_v.index_copy_(2, self.step, v)
-        own_k = own_k[:, :, :span]
-        own_v = own_v[:, :, :span]
+        own = self.own[layer][:, : len(q)]
+        own.index_copy_(3, self.step, torch.stack((k, v)))
+        own_k, own_v = own[:, :, :, :span]
         prompt_k, prompt_v = self.prompt[layer][:, : self.groups]
         bias = self.prompt_bias[: self.groups]
         group_q = q.unflatten(0, (self.groups, -1))  # (N, R / N, H, 1, d)

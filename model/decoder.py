@@ -26,13 +26,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Qwen2VLConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        heads = self.num_heads + 2 * self.num_kv_heads
+        self.config = config
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
         width = config.hidden_size
         self.attention_norm = nn.RMSNorm(width, config.rms_norm_eps)
-        self.qkv = Linear(width, heads * self.head_dim)
+        self.qkv = Linear(width, heads * config.head_dim)
         self.out = Linear(width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.gate_up = Linear(width, 2 * config.intermediate_size, bias=False)
@@ -41,9 +39,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x (B, L, D), cos and sin (B, 1, L, head_dim) -> (B, L, D)."""
         qkv = self.qkv(self.attention_norm(x_BLD))
-        heads = qkv.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-        H = self.num_heads
-        K = self.num_kv_heads
+        heads = qkv.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)
+        H = self.config.num_attention_heads
+        K = self.config.num_key_value_heads
         # Values have no position: queries and keys are rotated in one go, and they alone.
         q_and_k, v = heads.split((H + K, K), dim=1)
         rotated = rotate(q_and_k, cos, sin)

@@ -100,7 +100,9 @@ class _BlockedLogProbs(torch.autograd.Function):
             # would be NaN.
             shift = torch.where(mass > 0, highest - higher, 0.0)
             moved = moment + mass * shift
-            moment = moved * rescale + _dot(odds, logits)
+            # As a product of matrices, because it needs no tensor of odds * logits.
+            weighted = torch.bmm(odds.unsqueeze(1), logits.unsqueeze(2)).flatten()
+            moment = moved * rescale + weighted
             mass = mass * rescale + odds.sum(dim=-1)
             highest = higher
         normaliser = highest + mass.log()
@@ -146,8 +148,3 @@ def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     here = (tokens_M >= ids.start) & (tokens_M < ids.stop)
     place = tokens_M.clamp(ids.start, ids.stop - 1) - ids.start
     return here, place[:, None]
-
-
-def _dot(x_MB: Tensor, y_MB: Tensor) -> Tensor:
-    """Sums of products along rows, (M,), without a tensor of the products."""
-    return torch.bmm(x_MB.unsqueeze(1), y_MB.unsqueeze(2)).flatten()

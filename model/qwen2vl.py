@@ -202,9 +202,7 @@ class Qwen2VL(nn.Module):
         return hidden_LD.index_select(0, _predictors(mask_NGT, lengths_N))
 
     def _run_layers(self, x_BLD: Tensor, positions_3BL: Tensor, attend: Attend) -> Tensor:
-        cos, sin = text_rotary(positions_3BL, self.config)
-        cos = cos.to(x_BLD.dtype)
-        sin = sin.to(x_BLD.dtype)
+        cos, sin = text_rotary(positions_3BL, self.config).to(x_BLD.dtype)
         for layer in self.layers:
             x_BLD = run_block(self.recompute, layer, x_BLD, cos, sin, attend)
         return self.norm(x_BLD)

@@ -56,8 +56,8 @@ def _positions(tokens: list[int], grids: Iterator[list[int]], config: Qwen2VLCon
     position = 0  # where its positions begin
     while image_token_id in tokens[start:]:
         image = tokens.index(image_token_id, start)
-        pieces.append(_text_positions(position, image - start))
-        position += image - start
+        text_end = position + image - start
+        pieces.append(torch.arange(position, text_end).expand(3, -1))
         t, h, w = next(grids, (0, 0, 0))
         h //= config.vision.spatial_merge_size
         w //= config.vision.spatial_merge_size
@@ -66,18 +66,15 @@ def _positions(tokens: list[int], grids: Iterator[list[int]], config: Qwen2VLCon
         if not size or tokens[image:start] != [image_token_id] * size:
             raise ValueError(f"the image tokens from {image} on do not match the images' grids")
         coordinates = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
-        pieces.append(coordinates.T + position)
-        position += max(h, w)
-    pieces.append(_text_positions(position, len(tokens) - start))
+        pieces.append(coordinates.T + text_end)
+        position = text_end + max(h, w)
+    text_end = position + len(tokens) - start
+    pieces.append(torch.arange(position, text_end).expand(3, -1))
     return torch.cat(pieces, dim=1)
 
 
-def _text_positions(start: int, count: int) -> Tensor:
-    return torch.arange(start, start + count).expand(3, -1)
-
-
-def text_rotary(positions_3BL: Tensor, config: Qwen2VLConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (B, 1, L, head_dim), of the language model's rotation."""
+def text_rotary(positions_3BL: Tensor, config: Qwen2VLConfig) -> Tensor:
+    """cos and sin of the language model's rotation, float32 (2, B, 1, L, head_dim)."""
     frequencies = _frequencies(config.rope_theta, config.head_dim, positions_3BL.device)
     angles = positions_3BL[..., None].float() * frequencies  # (3, B, L, head_dim / 2)
     # So many of the bands turn with each of the three positions.
@@ -86,8 +83,8 @@ def text_rotary(positions_3BL: Tensor, config: Qwen2VLConfig) -> tuple[Tensor, T
     return _cos_and_sin(angles[:, None])
 
 
-def vision_rotary(grids_I3: Tensor, config: VisionConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (1, S, head_dim), of the vision tower's 2-D rotation."""
+def vision_rotary(grids_I3: Tensor, config: VisionConfig) -> Tensor:
+    """cos and sin of the vision tower's 2-D rotation, float32 (2, 1, S, head_dim)."""
     merge = config.spatial_merge_size
     places = []
     for t, h, w in grids_I3.tolist():
@@ -109,10 +106,10 @@ def _frequencies(theta: float, size: int, device: torch.device | None = None) ->
     return 1.0 / theta ** (bands / size)
 
 
-def _cos_and_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Of angles (..., head_dim / 2), which both halves of a head turn by: (..., head_dim) each."""
+def _cos_and_sin(angles: Tensor) -> Tensor:
+    """Of angles (..., head_dim / 2), which both halves of a head turn by: (2, ..., head_dim)."""
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -90,9 +90,7 @@ class VisionTower(nn.Module):
         hidden).
         """
         x_SE = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
-        cos, sin = vision_rotary(grids_I3, self.config)
-        cos = cos.to(x_SE.device)
-        sin = sin.to(x_SE.device)
+        cos, sin = vision_rotary(grids_I3, self.config).to(x_SE.device)
         # A video's frames attend within themselves only, hence t images of h * w patches.
         frames, heights, widths = grids_I3.unbind(dim=1)
         sizes = (heights * widths).repeat_interleave(frames).tolist()

@@ -151,13 +151,10 @@ def _tensor_places(folder: Path, model: Qwen2VL) -> dict[str, tuple[Path, str]]:
     for file in weight_files(folder):
         for key, shape in _shapes(file).items():
             name = _published_name(key)
-            if name not in expected:
+            if shape != expected.get(name):
+                wanted = expected.get(name, "no such tensor")
                 raise InputError(
-                    f"{file}: unexpected tensor {key}; is config.json of the same model?"
-                )
-            if shape != expected[name]:
-                raise InputError(
-                    f"{file}: {key} has shape {shape}, but config.json asks for {expected[name]}"
+                    f"{file}: {key} has shape {shape}, but config.json asks for {wanted}"
                 )
             places[name] = file, key
     missing = sorted(views.keys() - places.keys())
