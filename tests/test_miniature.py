@@ -82,13 +82,13 @@ def test_a_side_is_known_exactly_when_something_is_found() -> None:
 
 
 def test_patches_of_the_pool_are_those_of_the_data_package(folder: Path) -> None:
-    question = read_questions(folder / "train.json")[0]
     vocabulary = load_vocabulary(BASE, load_model(BASE).config)
-    prompt = encoder(vocabulary).encode(question)
-    grey, _ = draw_one(2025, "train", 0, "MRI")
-    patches, grids = grey_patches([grey])
-    assert torch.equal(grids, prompt.grids_I3)
-    assert torch.equal(patches, prompt.patches_SC)
+    questions = read_questions(folder / "train.json")[:2]
+    prompts = [encoder(vocabulary).encode(question) for question in questions]
+    images = [draw_one(2025, "train", index, "MRI")[0] for index in range(2)]
+    patches, grids = grey_patches(images)
+    assert torch.equal(grids, torch.cat([prompt.grids_I3 for prompt in prompts]))
+    assert torch.equal(patches, torch.cat([prompt.patches_SC for prompt in prompts]))
 
 
 def test_question_files_are_read_by_the_data_package_with_valid_letters(folder: Path) -> None:
