@@ -8,7 +8,6 @@ at the end.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from common.files import read_json
 from common.program import run_program
 
 from .common import FAST_PATHS, argument_parser, at_least, checkpoint_folder
-from .peers import Result, compare, installed_peers, median_and_range, memory_of, ratios
+from .peers import compare, installed_peers, median_and_range, memory_of, ratios, run_alone
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 PAGE = RESULTS.parent.parent / "BENCHMARKS.md"
@@ -65,7 +64,8 @@ def measure(rounds: int, device: str) -> None:
         for part, variants in VARIANTS.items():
             results[part] = compare(args, variants, rounds)
             _save(results)
-    results["logprobs"] = {"": _logprob_memory(), "--full": _logprob_memory("--full")}
+    blocked, full = run_alone("logprob_memory"), run_alone("logprob_memory", "--full")
+    results["logprobs"] = {"": blocked, "--full": full}
     results["minutes"] = (time.perf_counter() - began) / 60
     libraries = "torch", "transformers", *PEERS[2:]
     results["versions"] = {name: version(name) for name in libraries}
@@ -74,11 +74,6 @@ def measure(rounds: int, device: str) -> None:
 
 def _save(results: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def _logprob_memory(*options: str) -> Result:
-    command = [sys.executable, "-m", "benchmarks.logprob_memory", *options]
-    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
 def tables(results: dict[str, Any]) -> str:

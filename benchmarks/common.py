@@ -8,8 +8,9 @@ import platform
 import re
 import resource
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from common.config import Config
 from common.errors import InputError
 from common.program import run_program
-from data import Vocabulary
+from data import PromptEncoder, Question, Vocabulary, prompts_of_steps
 from model import Qwen2VLConfig
+from training.step import Step
 
 from .shapes import SHAPES, make_checkpoint, make_questions
 
@@ -141,15 +143,27 @@ def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig, ending: float = 0.0) -
     With `ending`, that share of all rows ends a completion: under random weights, about that share
     of its tokens.
     """
-    vision = [shape.image_token_id, shape.video_token_id]
-    vision += [shape.vision_start_token_id, shape.vision_end_token_id]
     allowed_V = torch.ones_like(vocabulary.allowed_V)
-    allowed_V[[*vocabulary.end_ids, *vision]] = False
+    allowed_V[[*vocabulary.end_ids, *shape.vision_token_ids]] = False
     if not ending:
         return replace(vocabulary, allowed_V=allowed_V)
     # Spread over all rows, so that their share of the probability is as large.
     ends = torch.arange(0, len(allowed_V), round(1 / ending))
     return replace(vocabulary, allowed_V=allowed_V, end_ids=tuple(ends[allowed_V[ends]].tolist()))
+
+
+def measured(
+    encoder: PromptEncoder, questions: Sequence[Question], args: argparse.Namespace
+) -> Iterator[Step]:
+    """The steps of a measurement, warm-up included, for the caller to take; prints how long each
+    took.
+    """
+    numbers = range(args.steps + WARM_UP)
+    batches = prompts_of_steps(encoder, questions, numbers, args.prompts, seed=0)
+    for number, prompts in zip(numbers, batches, strict=True):
+        step = Step(number, prompts, args.device)
+        yield step
+        print(f"step {number}: {sum(step.seconds.values()):.2f} s", file=sys.stderr)
 
 
 def summary(

@@ -20,15 +20,13 @@ import model.cache
 import model.linear
 import training.prepare
 from common.config import Config
-from data import prompts_of_steps
 from model.attention import two_part_attention
 from model.logprobs import naive_logprobs
 from train import grpo_step
 from training.prepare import prepared
 from training.run import Run
-from training.step import Step
 
-from .common import endless, run_measurement, step_config, summary
+from .common import endless, measured, run_measurement, step_config, summary
 
 
 # For what prepares something, as a call or as a context: its twin leaves all as it is.
@@ -63,18 +61,15 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
 def timed_steps(run: Run, config: Config, args: argparse.Namespace) -> dict[str, object]:
     """The `summary` of as many steps as `config` has."""
     run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)
-    laps, counts, numbers = [], [], range(config.steps)
-    batches = prompts_of_steps(run.encoder, run.questions.train, numbers, args.prompts, seed=0)
-    for number, prompts in zip(numbers, batches, strict=True):
-        step = Step(number, prompts, args.device)
+    laps, counts = [], []
+    for step in measured(run.encoder, run.questions.train, args):
         grpo_step(run, step, config)
         assert step.rollout is not None
         counts.append(int(step.rollout.mask_NGT.sum()))
         # A completion that ended early would make the step look fast.
         assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
         laps.append(step.seconds)
-        print(f"step {number}: {sum(step.seconds.values()):.2f} s", file=sys.stderr)
-    return summary(laps, counts, args) | {"prompt_tokens": len(prompts[0].tokens_P)}
+    return summary(laps, counts, args) | {"prompt_tokens": len(step.prompts[0].tokens_P)}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from data import Prompt, load_vocabulary, prompts_of_steps
+from data import Prompt, load_vocabulary
 from data.choice import load_questions, prompt_encoder
 from grpo.advantages import group_advantages
 from grpo.loss import grpo_loss
@@ -24,7 +24,7 @@ from grpo.rollout import collate
 from model import read_config
 from training.step import Step
 
-from .common import endless, run_measurement, step_config, summary
+from .common import endless, measured, run_measurement, step_config, summary
 
 
 def repeated(
@@ -84,14 +84,10 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     policy = load(checkpoint, dtype=dtype).to(args.device)
     reference = load(checkpoint, dtype=dtype).to(args.device) if args.beta else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    laps, numbers, questions = [], range(config.steps), load_questions(config).train
-    batches = prompts_of_steps(encoder, questions, numbers, args.prompts, seed=0)
-    for number, prompts in zip(numbers, batches, strict=True):
-        step = Step(number, prompts, args.device)
+    laps = []
+    for step in measured(encoder, load_questions(config).train, args):
         one_step(policy, reference, adamw, step, allowed_V, args)
         laps.append(step.seconds)
-        seconds = sum(step.seconds.values())
-        print(f"transformers, step {number}: {seconds:.2f} s", file=sys.stderr)
     return summary(laps, [args.prompts * args.group * args.tokens] * len(laps), args)
 
 

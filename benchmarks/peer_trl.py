@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from trl import GRPOConfig, GRPOTrainer
 
 from data import prompt_text, read_questions
+from model import read_config
 
 from .common import WARM_UP, machine, peak_memory, run_measurement
 from .shapes import make_questions
@@ -95,9 +96,7 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     # TRL pads with it; the tokenizer at hand may have none.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
-    shape = model.config
-    forbidden = [shape.image_token_id, shape.video_token_id]
-    forbidden += [shape.vision_start_token_id, shape.vision_end_token_id]
+    forbidden = read_config(checkpoint).vision_token_ids
     clock = Clock()
     trainer = GRPOTrainer(
         model=model,

@@ -50,21 +50,26 @@ def compare(
 
 
 def _run(name: str, options: dict[str, Any]) -> Result:
-    """One result, in a process of its own."""
-    command = [sys.executable, "-m", f"benchmarks.{MODULES.get(name, 'grpo_step')}"]
+    flags = []
     for key, value in options.items():
         if key not in ("rounds", "peers", "without"):  # those that all take, and with one value
-            command.append(f"--{key.replace('_', '-')}={value}")
+            flags.append(f"--{key.replace('_', '-')}={value}")
     if options["without"]:
-        command += ["--without", *options["without"]]
-    print(f"{name}: {' '.join(command[2:])}", file=sys.stderr)
+        flags += ["--without", *options["without"]]
+    result = run_alone(MODULES.get(name, "grpo_step"), *flags)
+    print(f"  {name}: {result['seconds_per_step']:.2f} s a step", file=sys.stderr)
+    return result
+
+
+def run_alone(module: str, *flags: str) -> Result:
+    """What a program of this folder prints: the JSON of its last line. InputError if it fails."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *flags]
+    print(" ".join(command[2:]), file=sys.stderr)
     # A process of its own, because the most memory that one has held never goes down.
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise InputError(f"{name} failed, as it says above")
-    result = json.loads(done.stdout.strip().split("\n")[-1])  # TRL prints lines of its own before
-    print(f"  {result['seconds_per_step']:.2f} s a step", file=sys.stderr)
-    return result
+        raise InputError(f"{command[2]} failed, as it says above")
+    return json.loads(done.stdout.splitlines()[-1])  # TRL prints lines of its own before
 
 
 def ratios(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@ depend on the values.
 """
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,11 @@ import torch
 from PIL import Image
 
 from model import Qwen2VL, Qwen2VLConfig, VisionConfig, read_config, save_model
+from model.weights import read_companions
 
 # Any tokenizer serves; the rows of the embedding that it does not use are as in the published
 # checkpoints.
 TOKENIZER = Path(__file__).resolve().parent.parent / "miniature" / "base"
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 # 46m is for a laptop's processor; 2b is Qwen2-VL-2B's shape.
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -81,21 +74,16 @@ def shape(name: str) -> Qwen2VLConfig:
     return replace(read_config(TOKENIZER), tie_word_embeddings=True, **_SHAPES[name])
 
 
-def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint of that shape, with a tokenizer, in Hugging Face layout; kept if it is
-    there already.
-    """
-    if (folder / "config.json").exists():
-        return folder
+def make_checkpoint(name: str, folder: Path) -> Path:
+    """Write a checkpoint of that shape, with a tokenizer, in Hugging Face layout."""
     torch.manual_seed(0)  # so that every peer, and every round, has the same weights
-    model = Qwen2VL(shape(name)).to(dtype)
+    model = Qwen2VL(shape(name))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # norms and biases are fine as they are made
                 parameter.normal_(0, 0.02)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in FILES:
-        shutil.copy(TOKENIZER / file, folder)
+    model.companions = read_companions(TOKENIZER)
+    del model.companions["config.json"]  # of another shape
     save_model(model, folder)
     return folder
 
