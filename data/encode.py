@@ -9,7 +9,8 @@ token on either side of the words, harmless ones give the very tokens of transfo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from common.errors import InputError, reason
 from model import Qwen2VLConfig
 from model.rope import mrope_positions
 
-from .images import Grid, fitted_size, image_size, load_image, preprocess
+from .images import Grid, fitted_grid, image_size, load_image, preprocess
 from .prompt import prompt_text
 from .question import Question
 
@@ -100,10 +101,11 @@ class PromptEncoder:
     max_pixels: int
     max_prompt_tokens: int
     too_long: str = "error"
-    _templates: dict[int, tuple[list[int], list[int]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._template(image_count=1)  # a template of no use is refused before anything else begins
+        # By the number of images, as rendering costs more than all the rest.
+        self._template = cache(self._rendered)
+        self._template(1)  # a template of no use is refused before anything else begins
 
     def encode(self, question: Question, load: LoadImage = load_image) -> Prompt:
         """The whole prompt; `load` reads an image file.
@@ -116,10 +118,8 @@ class PromptEncoder:
 
     def patchify(self, question: Question, load: LoadImage = load_image) -> Patches:
         """Patches and grid of each image: the slow half of `encode`, safe in any thread."""
-        vision = self.shape.vision
-        limits = self.min_pixels, self.max_pixels
-        sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        return [preprocess(load(path), *limits, *sizes) for path in question.images]
+        sizes = self.shape.vision, self.min_pixels, self.max_pixels
+        return [preprocess(load(path), *sizes) for path in question.images]
 
     def assemble(self, question: Question, images: Patches) -> Prompt:
         """The other half of `encode`: words around the images, which are what `patchify` gave. Only
@@ -144,14 +144,8 @@ class PromptEncoder:
         """The grid that `patchify` will make of each image, by the headers of their files. Raises
         InputError.
         """
-        patch_size = self.shape.vision.patch_size
-        factor = patch_size * self.shape.vision.spatial_merge_size
-        grids = []
-        for path in question.images:
-            width, height = image_size(path)
-            height, width = fitted_size(height, width, factor, self.min_pixels, self.max_pixels)
-            grids.append((1, height // patch_size, width // patch_size))
-        return grids
+        sizes = self.shape.vision, self.min_pixels, self.max_pixels
+        return [fitted_grid(image_size(path), *sizes) for path in question.images]
 
     def select(self, questions: Sequence[Question], keep_unreadable: bool = False) -> Selection:
         """The questions whose prompts fit.
@@ -210,13 +204,8 @@ class PromptEncoder:
         )
         return [*tokens, *words.input_ids, *after]
 
-    def _template(self, image_count: int) -> tuple[list[int], list[int]]:
-        """Tokens before and after the words, with one image token for each image."""
-        if image_count not in self._templates:  # rendering costs more than all the rest
-            self._templates[image_count] = self._rendered(image_count)
-        return self._templates[image_count]
-
     def _rendered(self, image_count: int) -> tuple[list[int], list[int]]:
+        """Tokens before and after the words, with one image token for each image."""
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": _PLACEHOLDER}]
         message: dict[str, Any] = {"role": "user", "content": content}
         try:

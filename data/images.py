@@ -20,13 +20,11 @@ from torch import Tensor
 
 from common.errors import InputError, reason
 from common.files import check_file
+from model import VisionConfig
 
 Grid = tuple[int, int, int]
 """An image's patches: (1, rows, columns); the 1 is the frames of a video's, over two."""
 
-PATCH_SIZE = 14  # pixels along a side of a patch
-MERGE_SIZE = 2  # patches along a side of what becomes one token
-TEMPORAL_PATCH_SIZE = 2  # frames in a patch; a still image fills both
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200  # as transformers has it
@@ -134,36 +132,42 @@ def fitted_size(
     return fitted[0], fitted[1]
 
 
+def fitted_grid(
+    size: tuple[int, int], vision: VisionConfig, min_pixels: int, max_pixels: int
+) -> Grid:
+    """The grid of patches of an image of this (width, height), once it is resized."""
+    width, height = size
+    factor = vision.patch_size * vision.spatial_merge_size
+    height, width = fitted_size(height, width, factor, min_pixels, max_pixels)
+    return 1, height // vision.patch_size, width // vision.patch_size
+
+
 def preprocess(
-    image: Image.Image,
-    min_pixels: int,
-    max_pixels: int,
-    patch_size: int = PATCH_SIZE,
-    merge_size: int = MERGE_SIZE,
-    temporal_patch_size: int = TEMPORAL_PATCH_SIZE,
+    image: Image.Image, vision: VisionConfig, min_pixels: int, max_pixels: int
 ) -> tuple[Tensor, Grid]:
     """Resize, normalise and cut into patches.
 
     Args:
         image: RGB, as `load_image` gives it.
+        vision: the checkpoint's vision tower, for the sizes of its patches.
         min_pixels, max_pixels: limits of the resized image's area.
-        patch_size, merge_size, temporal_patch_size: of the checkpoint's vision tower.
 
     Returns:
         patches_SC, float32 (S, 3 * temporal * patch * patch), where each merge x merge patches that
         become one token are neighbours, and the grid of patches.
     """
-    factor = patch_size * merge_size
-    height, width = fitted_size(image.height, image.width, factor, min_pixels, max_pixels)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    size, merge = vision.patch_size, vision.spatial_merge_size
+    grid = fitted_grid(image.size, vision, min_pixels, max_pixels)
+    _, rows, columns = grid
+    resized = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
     pixels_HWC = np.asarray(resized, dtype=np.float32) / 255
     mean, std = np.array((MEAN, STD), dtype=np.float32)
     pixels_HWC = (pixels_HWC - mean) / std
-    rows, columns = height // patch_size, width // patch_size
     blocks = torch.from_numpy(pixels_HWC).reshape(
-        rows // merge_size, merge_size, patch_size, columns // merge_size, merge_size, patch_size, 3
+        rows // merge, merge, size, columns // merge, merge, size, 3
     )
     # -> block row, block column, row and column in the block, channel, (frame,) y, x
     blocks = blocks.permute(0, 3, 1, 4, 6, 2, 5)
-    blocks = torch.stack([blocks] * temporal_patch_size, dim=5)
-    return blocks.reshape(rows * columns, -1), (1, rows, columns)
+    # A still image fills all frames of a patch.
+    blocks = torch.stack([blocks] * vision.temporal_patch_size, dim=5)
+    return blocks.reshape(rows * columns, -1), grid

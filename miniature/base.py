@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from common.program import run_program
-from data.images import MEAN, MERGE_SIZE, PATCH_SIZE, STD, TEMPORAL_PATCH_SIZE
+from data.images import MEAN, STD
 from data.vocabulary import load_vocabulary
 from model import Qwen2VL, keep_freed_memory, load_model, save_model
 from model.config import Qwen2VLConfig, VisionConfig
@@ -44,9 +44,9 @@ PREPROCESSOR = {
     "processor_class": "Qwen2VLProcessor",
     "min_pixels": 3136,  # 4 image tokens; a phantom has 9, so that none is resized
     "max_pixels": 401408,  # 512 image tokens
-    "patch_size": PATCH_SIZE,
-    "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-    "merge_size": MERGE_SIZE,
+    "patch_size": VisionConfig.patch_size,
+    "temporal_patch_size": VisionConfig.temporal_patch_size,
+    "merge_size": VisionConfig.spatial_merge_size,
     "image_mean": MEAN,
     "image_std": STD,
 }

@@ -4,6 +4,7 @@ transformers.
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from common.errors import InputError
 from data.images import MAX_ASPECT_RATIO, fitted_size, image_size, load_image, preprocess
+from model import VisionConfig
 
+VISION = VisionConfig(depth=1, embed_dim=4, num_heads=1)
 LIMITS = {"min_pixels": 3136, "max_pixels": 401408}
 
 
@@ -24,7 +27,7 @@ def noise(height, width, *channels, seed=0):
 
 def assert_same_patches(ours, theirs, **limits):
     limits = LIMITS | limits
-    patches_SC, grid = preprocess(ours, **limits)
+    patches_SC, grid = preprocess(ours, VISION, **limits)
     expected = Qwen2VLImageProcessorPil(**limits)(images=[theirs], return_tensors="pt")
     assert patches_SC.dtype == torch.float32 and patches_SC.is_contiguous()
     assert list(grid) == expected["image_grid_thw"][0].tolist()
@@ -44,7 +47,8 @@ def test_patches_equal_transformers_at_other_limits_and_patch_sizes():
     assert_same_patches(image, image, min_pixels=20_000, max_pixels=30_000)
     assert_same_patches(image, image, min_pixels=100, max_pixels=1000)
     other = {"patch_size": 8, "merge_size": 3, "temporal_patch_size": 1}
-    patches_SC, grid = preprocess(image, **LIMITS, **other)
+    sizes = {"patch_size": 8, "spatial_merge_size": 3, "temporal_patch_size": 1}
+    patches_SC, grid = preprocess(image, replace(VISION, **sizes), **LIMITS)
     expected = Qwen2VLImageProcessorPil(**LIMITS, **other)(images=[image], return_tensors="pt")
     assert list(grid) == expected["image_grid_thw"][0].tolist()
     torch.testing.assert_close(patches_SC, expected["pixel_values"].float(), atol=1e-5, rtol=0)
@@ -189,7 +193,7 @@ def test_thin_image_is_refused_by_its_aspect_ratio(tmp_path):
         ):
             read(path)
     Image.new("RGB", (1, MAX_ASPECT_RATIO)).save(path)
-    assert preprocess(load_image(path), **LIMITS)[1][0] == 1
+    assert preprocess(load_image(path), VISION, **LIMITS)[1][0] == 1
 
 
 def test_fitted_size_keeps_to_the_limits():
