@@ -73,22 +73,21 @@ def _clusters(questions: Sequence[Question]) -> list[list[int]]:
     """Indices of the questions, grouped by images that they share, the first question's group
     first.
     """
-    with_image: dict[Path, list[int]] = {}
+    # A union-find forest: questions that share an image have the same root.
+    parents = list(range(len(questions)))
+    first_with: dict[Path, int] = {}
     for index, question in enumerate(questions):
         for image in question.images:
-            with_image.setdefault(image, []).append(index)
-    clusters = []
-    placed: set[int] = set()
-    for first in range(len(questions)):
-        cluster, coming = [], [first]
-        while coming:
-            index = coming.pop()
-            if index not in placed:
-                placed.add(index)
-                cluster.append(index)
-                for image in questions[index].images:
-                    # Taken out, so that an image of many questions is looked at once.
-                    coming += with_image.pop(image, [])
-        if cluster:
-            clusters.append(cluster)
-    return clusters
+            first = first_with.setdefault(image, index)
+            parents[_root(parents, first)] = _root(parents, index)
+    clusters: dict[int, list[int]] = {}
+    for index in range(len(questions)):
+        clusters.setdefault(_root(parents, index), []).append(index)
+    return list(clusters.values())
+
+
+def _root(parents: list[int], index: int) -> int:
+    while parents[index] != index:
+        parents[index] = parents[parents[index]]  # halves the way of whoever comes next
+        index = parents[index]
+    return index
