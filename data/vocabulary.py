@@ -89,13 +89,7 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
         tokenizer.get_vocab()  # some classes have none
     except Exception as error:  # the tokenizers library has no class of its own for errors
         raise InputError(f"{folder}: no usable tokenizer ({reason(error)}); {remedy}") from None
-    vision_ids = (
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    )
-    allowed_V = allowed_tokens_V(tokenizer, config.vocab_size, vision_ids)
+    allowed_V = allowed_tokens_V(tokenizer, config.vocab_size, config.vision_token_ids)
     return Vocabulary(tokenizer, _end_ids(folder, tokenizer), allowed_V.to(device))
 
 

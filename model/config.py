@@ -78,6 +78,12 @@ class Qwen2VLConfig:
         """Size of a query or key head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def vision_token_ids(self) -> list[int]:
+        """The tokens that stand for an image or a video, or mark where one begins and ends."""
+        marks = [self.vision_start_token_id, self.vision_end_token_id]
+        return [self.image_token_id, self.video_token_id, *marks]
+
     def __post_init__(self) -> None:
         _check_bounds(self)
         heads = self.num_attention_heads
