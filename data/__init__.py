@@ -5,7 +5,7 @@ of prompts.
 from .encode import Prompt, PromptEncoder
 from .images import load_image
 from .prompt import prompt_text
-from .question import Question, canonical_modality, option_letter
+from .question import Question, canonical_modality
 from .readers import read_questions
 from .stream import prompts_of_steps, questions_of_step
 from .vocabulary import Vocabulary, allowed_tokens_V, load_vocabulary
@@ -19,7 +19,6 @@ __all__ = [
     "canonical_modality",
     "load_image",
     "load_vocabulary",
-    "option_letter",
     "prompt_text",
     "prompts_of_steps",
     "questions_of_step",

@@ -7,7 +7,9 @@ closes the text. Here lines begin at the margin, nothing trails, and training an
 the same bytes.
 """
 
-from .question import Question, option_letter
+from rewards import LETTERS
+
+from .question import Question
 
 TASK = """\
 Your task:
@@ -21,5 +23,6 @@ def prompt_text(question: Question) -> str:
     """The user's words: the question, one line `A) ...` for each option, the task. Images are not
     part of it.
     """
-    options = [f"{option_letter(index)}) {option}" for index, option in enumerate(question.options)]
+    lettered = zip(LETTERS, question.options, strict=False)
+    options = [f"{letter}) {option}" for letter, option in lettered]
     return "\n".join([question.question, *options, TASK])

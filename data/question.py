@@ -82,8 +82,3 @@ def canonical_modality(name: str) -> str:
     "unknown".
     """
     return _CANONICAL.get(_plain(name), name.strip() or "unknown")
-
-
-def option_letter(index: int) -> str:
-    """0 -> "A", 25 -> "Z"."""
-    return chr(ord("A") + index)

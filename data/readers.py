@@ -1,4 +1,4 @@
-"""Question files, in three dialects that are told apart by their fields.
+"""Readers of question files in three dialects, recognised by their fields.
 
 1. MedVLM-R1 and HuatuoGPT-Vision: `image` (list of paths), `question`, `options` (list), `answer`
    (an option's text); optionally `solution` (letter), `modality` or `subset`, `question_type`.

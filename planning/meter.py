@@ -15,7 +15,6 @@ from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -106,11 +105,11 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
-def fused_attention() -> Library:
+def fused_attention() -> torch.library.Library:
     """While what is returned lives, attention on the meta device holds what the kernels of real
     devices hold; without it, it would keep all scores.
     """
-    library = Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
     return library
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from common.config import Config
 from common.errors import InputError, printable
 from common.files import read_json_lines
-from data import load_image, option_letter
+from data import load_image
+from rewards import LETTERS
 
 from .step import Step
 from .watchdog import alarms, recent
@@ -97,8 +98,8 @@ class RunLog:
         assert step.rollout is not None
         question, texts = step.rollout.prompts[0].question, step.rollout.texts[0]
         lines = [question.question]
-        for index, option in enumerate(question.options):
-            lines.append(f"{option_letter(index)}) {option}")
+        for letter, option in zip(LETTERS, question.options, strict=False):
+            lines.append(f"{letter}) {option}")
         lines += [f"correct: {question.answer}", ""]
         for reward, text in zip(step.tensors["rewards_NG"][0].tolist(), texts, strict=True):
             lines.append(f"[{reward:.2g}] {text}")
