@@ -14,7 +14,6 @@ from data.choice import Questions, load_questions, prompt_encoder, refuse_overla
 from data.pixel_limits import with_pixel_limits
 from grpo.optimizer import MasterAdamW
 from model import Qwen2VL, keep_freed_memory, load_model
-from model.weights import read_companions
 
 from .checkpoint import Progress, load_progress
 from .folder import (
@@ -85,8 +84,7 @@ def _models(
     """The policy, as the checkpoint has it or the base, and the frozen reference, or None."""
     policy = load_model(checkpoint or folder, config.device, config.dtype)
     # Tokenizer files come from the base in any case; the limits of an image are the run's.
-    companions = read_companions(folder)
-    policy.companions = with_pixel_limits(companions, config.min_pixels, config.max_pixels)
+    policy.companions = with_pixel_limits(folder, config.min_pixels, config.max_pixels)
     policy.recompute = config.activation_checkpointing
     reference = None
     if config.beta and config.method == "grpo":
