@@ -51,28 +51,27 @@ def two_part_attention(
     attention", arXiv 2403.08845); one softmax runs over both.
 
     Args:
-        q: queries (N, G, H, 1, d).
+        q: queries (N, G, K, H / K, d).
         prompt_k, prompt_v: (N, K, P, d), stored once per group.
         own_k, own_v: (N * G, K, S, d), the completion's own keys and values.
         prompt_bias: (N, 1, 1, P), 0 or, on padding, -inf.
         own_mask: bool (S,), True on the own keys that count; None if all do.
 
     Returns:
-        (N, G, H, 1, d).
+        (N, G, K, H / K, d).
     """
     G = q.shape[1]
-    K, P, d = prompt_k.shape[1:]
-    own_q = q.squeeze(3).unflatten(2, (K, -1))  # (N, G, K, H / K, d)
-    own_scores = _wide_product(own_q, own_k.unflatten(0, (-1, G)).mT)  # (N, G, K, H / K, S)
+    P, d = prompt_k.shape[2:]
+    own_scores = _wide_product(q, own_k.unflatten(0, (-1, G)).mT)  # (N, G, K, H / K, S)
     if own_mask is not None:
         own_scores = own_scores.masked_fill(~own_mask, float("-inf"))
-    prompt_scores = _wide_product(_by_prompt(own_q), prompt_k.mT) + prompt_bias
+    prompt_scores = _wide_product(_by_prompt(q), prompt_k.mT) + prompt_bias
     scores = torch.cat((_by_completion(prompt_scores, G), own_scores), dim=-1)
     weights = (scores * d**-0.5).softmax(dim=-1).to(q.dtype)
     prompt_weights, own_weights = weights.tensor_split([P], dim=-1)
     from_prompt = _by_prompt(prompt_weights) @ prompt_v
     from_own = own_weights @ own_v.unflatten(0, (-1, G))
-    return (_by_completion(from_prompt, G) + from_own).reshape(q.shape)
+    return _by_completion(from_prompt, G) + from_own
 
 
 def _by_prompt(x: Tensor) -> Tensor:
@@ -109,11 +108,9 @@ def merged_attention(
     """
     G = q.shape[1]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    own_q = q.squeeze(3).unflatten(2, (prompt_k.shape[1], -1))  # (N, G, K, H / K, d)
-    group_q = _by_prompt(own_q)  # (N, K, G * H / K, d)
     # Beside its output the kernel gives the logarithm of its sum of exponentials.
-    from_prompt, prompt_sum = attend(group_q, prompt_k, prompt_v, attn_mask=prompt_bias)
-    from_own, own_sum = attend(own_q.flatten(0, 1), own_k, own_v)
+    from_prompt, prompt_sum = attend(_by_prompt(q), prompt_k, prompt_v, attn_mask=prompt_bias)
+    from_own, own_sum = attend(q.flatten(0, 1), own_k, own_v)
     from_prompt = _by_completion(from_prompt, G).flatten(0, 1)  # (N * G, K, H / K, d)
     prompt_sum = _by_completion(prompt_sum, G).flatten(0, 1)  # (N * G, K, H / K)
 
@@ -121,7 +118,7 @@ def merged_attention(
     # sigmoid of the logarithms' difference.
     prompt_share = torch.sigmoid(prompt_sum - own_sum)[..., None]
     merged = torch.lerp(from_own, from_prompt, prompt_share.to(q.dtype))
-    return merged.reshape(q.shape)
+    return merged.unflatten(0, (-1, G))
 
 
 class SharedPrefix:

@@ -81,12 +81,13 @@ class GroupCache:
         own_k, own_v = own[:, :, :, :span]
         prompt_k, prompt_v = self.prompt[layer][:, : self.groups]
         bias = self.prompt_bias[: self.groups]
-        group_q = q.unflatten(0, (self.groups, -1))  # (N, R / N, H, 1, d)
+        # (N, R / N, K, H / K, d): by prompt and by the KV head that serves them.
+        grouped_q = q.view(self.groups, -1, k.shape[1], q.shape[1] // k.shape[1], q.shape[3])
         if own_mask is None and q.device.type == "cpu":
-            out = merged_attention(group_q, prompt_k, prompt_v, own_k, own_v, bias)
+            out = merged_attention(grouped_q, prompt_k, prompt_v, own_k, own_v, bias)
         else:
-            out = two_part_attention(group_q, prompt_k, prompt_v, own_k, own_v, bias, own_mask)
-        return out.flatten(0, 1)
+            out = two_part_attention(grouped_q, prompt_k, prompt_v, own_k, own_v, bias, own_mask)
+        return out.reshape(q.shape)
 
     def keep(self, groups: Tensor, rows: Tensor, written: int) -> None:
         """Go on with these of the present groups (n,) and rows (n * A,) alone, groups in order, as

@@ -122,7 +122,7 @@ def test_scores_of_bf16_keys_are_fp32() -> None:
     be another policy.
     """
     generator = torch.Generator().manual_seed(0)
-    q = (6 * torch.randn(1, 2, 4, 1, 64, generator=generator)).bfloat16()
+    q = (6 * torch.randn(1, 2, 2, 2, 64, generator=generator)).bfloat16()
     keys = [torch.randn(1, 2, 300, 64, generator=generator).bfloat16() for _ in range(4)]
     parts = [
         keys[0],
@@ -264,9 +264,10 @@ def test_parts_merged_by_their_sums_equal_one_softmax_over_both(
     heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
     N, G, P, S, d, generator = 2, 3, 7, 5, 8, torch.Generator().manual_seed(0)
-    sizes = [(N, G, heads, 1, d), (N, kv_heads, P, d), (N, kv_heads, P, d), (N * G, kv_heads, S, d)]
+    prompt_size, own_size = (N, kv_heads, P, d), (N * G, kv_heads, S, d)
+    sizes = [(N, G, kv_heads, heads // kv_heads, d), prompt_size, prompt_size, own_size, own_size]
     q, prompt_k, prompt_v, own_k, own_v = (
-        torch.randn(s, generator=generator).to(dtype) for s in [*sizes, sizes[-1]]
+        torch.randn(size, generator=generator).to(dtype) for size in sizes
     )
     seen = torch.arange(P) < torch.tensor([[7], [4]])
     bias = torch.zeros(N, 1, 1, P, dtype=dtype).masked_fill_(~seen[:, None, None], float("-inf"))

@@ -128,14 +128,17 @@ def test_two_part_attention_equals_attention_over_the_joined_keys(kv_heads: int,
     )
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     slow_gradients = torch.autograd.grad((slow * weight).sum(), inputs)
-    fast = two_part_attention(*inputs, bias, own_mask)
+    by_head = q.view(N, G, kv_heads, -1, d)
+    fast = two_part_attention(by_head, *inputs[1:], bias, own_mask).reshape(q.shape)
     fast_gradients = torch.autograd.grad((fast * weight).sum(), inputs)
 
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-5, atol=1e-5)
-    full = two_part_attention(*inputs, torch.zeros_like(bias), own_mask)
+    full = two_part_attention(by_head, *inputs[1:], torch.zeros_like(bias), own_mask).reshape(
+        q.shape
+    )
     assert not torch.allclose(full[1], fast[1])
-    every = two_part_attention(*inputs, bias)
+    every = two_part_attention(by_head, *inputs[1:], bias).reshape(q.shape)
     assert torch.allclose(every, fast) == (S == 1)
 
 
