@@ -19,12 +19,10 @@ import grpo.sampler
 import model.cache
 import model.linear
 import training.prepare
-from common.config import Config
 from model.attention import two_part_attention
 from model.logprobs import naive_logprobs
 from train import grpo_step
 from training.prepare import prepared
-from training.run import Run
 
 from .common import endless, measured, run_measurement, step_config, summary
 
@@ -54,21 +52,16 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
         setattr(*WITHOUT[name])
     config = step_config(checkpoint, folder, args)
     # What a run prints would stand before the line of JSON.
-    with redirect_stdout(sys.stderr), prepared(config) as run:
-        return timed_steps(run, config, args)
-
-
-def timed_steps(run: Run, config: Config, args: argparse.Namespace) -> dict[str, object]:
-    """The `summary` of as many steps as `config` has."""
-    run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)
     laps, counts = [], []
-    for step in measured(run.encoder, run.questions.train, args):
-        grpo_step(run, step, config)
-        assert step.rollout is not None
-        counts.append(int(step.rollout.mask_NGT.sum()))
-        # A completion that ended early would make the step look fast.
-        assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
-        laps.append(step.seconds)
+    with redirect_stdout(sys.stderr), prepared(config) as run:
+        run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)
+        for step in measured(run.encoder, run.questions.train, args):
+            grpo_step(run, step, config)
+            assert step.rollout is not None
+            counts.append(int(step.rollout.mask_NGT.sum()))
+            # A completion that ended early would make the step look fast.
+            assert args.ending or counts[-1] == args.prompts * args.group * args.tokens
+            laps.append(step.seconds)
     return summary(laps, counts, args) | {"prompt_tokens": len(step.prompts[0].tokens_P)}
 
 

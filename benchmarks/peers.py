@@ -97,7 +97,7 @@ def median_and_range(values: Sequence[float], digits: int = 1) -> str:
 
 def installed_peers() -> list[str]:
     """The peers that can run here."""
-    return ["transformers", *(["trl"] if importlib.util.find_spec("trl") else [])]
+    return [name for name in ("transformers", "trl") if importlib.util.find_spec(name)]
 
 
 def work() -> None:

@@ -103,12 +103,11 @@ def _print_questions(config: Config, load: Workload) -> None:
 def _print_memory(phases: dict[str, Phase]) -> None:
     """The table of memory by purpose and phase."""
     memories = [phase.memory for phase in phases.values()]
+    rows = {name: [memory[name] for memory in memories] for name in sum(memories, Counter())}
+    rows["tensors in all"] = [memory.total() for memory in memories]
     print("\nmemory, MB            " + "".join(f"{name:>11}" for name in phases))
-    for purpose in sum(memories, Counter()):
-        cells = [f"{memory[purpose] / 1e6:11,.0f}" for memory in memories]
-        print(f"{purpose:<22}" + "".join(cells))
-    totals = [f"{memory.total() / 1e6:11,.0f}" for memory in memories]
-    print(f"{'tensors in all':<22}" + "".join(totals))
+    for name, sizes in rows.items():
+        print(f"{name:<22}" + "".join(f"{size / 1e6:11,.0f}" for size in sizes))
 
 
 def _print_process(base: int, held: dict[str, int], tests: int) -> None:
