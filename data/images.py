@@ -112,16 +112,18 @@ def _from_deep(image: Image.Image, path: Path | str) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-def fitted_size(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """(height, width) to resize to: multiples of `factor`, an area within the limits, nearly the
-    same shape.
+def fitted_grid(
+    size: tuple[int, int], vision: VisionConfig, min_pixels: int, max_pixels: int
+) -> Grid:
+    """The patches of an image of this (width, height) once it is resized: whole tokens, an area
+    within the limits, nearly the same shape.
 
     The `smart_resize` of Qwen2-VL, to the pixel.
     """
-    # Python rounds half to even, as there. A side may become 0, whose area then is too small.
+    factor = vision.patch_size * vision.spatial_merge_size
+    width, height = size
     sides = height, width
+    # Python rounds half to even, as there. A side may become 0, whose area then is too small.
     fitted = [round(side / factor) * factor for side in sides]
     if math.prod(fitted) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -129,17 +131,7 @@ def fitted_size(
     elif math.prod(fitted) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         fitted = [math.ceil(side * grow / factor) * factor for side in sides]
-    return fitted[0], fitted[1]
-
-
-def fitted_grid(
-    size: tuple[int, int], vision: VisionConfig, min_pixels: int, max_pixels: int
-) -> Grid:
-    """The grid of patches of an image of this (width, height), once it is resized."""
-    width, height = size
-    factor = vision.patch_size * vision.spatial_merge_size
-    height, width = fitted_size(height, width, factor, min_pixels, max_pixels)
-    return 1, height // vision.patch_size, width // vision.patch_size
+    return 1, fitted[0] // vision.patch_size, fitted[1] // vision.patch_size
 
 
 def preprocess(

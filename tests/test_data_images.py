@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common.errors import InputError
-from data.images import MAX_ASPECT_RATIO, fitted_size, image_size, load_image, preprocess
+from data.images import MAX_ASPECT_RATIO, fitted_grid, image_size, load_image, preprocess
 from model import VisionConfig
 
 VISION = VisionConfig(depth=1, embed_dim=4, num_heads=1)
@@ -196,11 +196,11 @@ def test_thin_image_is_refused_by_its_aspect_ratio(tmp_path):
     assert preprocess(load_image(path), VISION, **LIMITS)[1][0] == 1
 
 
-def test_fitted_size_keeps_to_the_limits():
+def test_a_fitted_grid_keeps_to_the_limits():
     for height, width in np.random.default_rng(1).integers(1, 3000, (200, 2)).tolist():
         if max(height, width) <= 20 * min(height, width):
-            size = fitted_size(height, width, 28, **LIMITS)
-            assert size[0] % 28 == size[1] % 28 == 0 and 3136 <= size[0] * size[1] <= 401408
+            _, rows, columns = fitted_grid((width, height), VISION, **LIMITS)
+            assert rows % 2 == columns % 2 == 0 and 3136 <= rows * columns * 14**2 <= 401408
 
 
 def test_header_size_is_the_files_own(tmp_path):
