@@ -52,9 +52,9 @@ def speed_of(device: str, dtype: torch.dtype) -> Speed:
 
 
 def _seconds(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> float:
-    names = {"run": run, "x": x, "y": y}
     from torch.utils.benchmark import Timer  # here, because it loads setuptools
 
+    names = {"run": run, "x": x, "y": y}
     timer = Timer("run(x, y)", globals=names, num_threads=torch.get_num_threads())
     # The fastest of all runs: others on the machine can only make it slower.
     return min(timer.blocked_autorange(min_run_time=0.3).times)
