@@ -14,7 +14,7 @@ evaluation goes on where it stopped. The third puts one question to one model.
 
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,14 +35,16 @@ from evaluation.models import (
     results_folder,
     training_curves,
 )
-from evaluation.records import Records
+from evaluation.records import Records, Rows
 from evaluation.report.page import write_report
 from evaluation.report.table import results_table
-from evaluation.results import cases, measure, sampled
+from evaluation.results import cases, measure, sample_rows
 
 FIELDS = ("run_dir", "model", "train_questions", "image_dir", "test_count", "max_new_tokens",
           "min_pixels", "max_pixels", "eval_batch_prompts", "seed", "dtype", "device")  # fmt: skip
 """Of the config, what may be given here too."""
+OF_THE_TABLE = ("config", "models", "questions", "samples", "out")
+"""What goes without --ask only."""
 
 
 def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
@@ -61,10 +63,14 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
     if records.dropped:
         print(f"{records.dropped} older rows dropped: their models have changed since")
     probes, rows_of, models = probe_names(config, samples), {}, []
+    drawn: Rows = []
     for name, folder in folders.items():
         examine(name, folder, records, config, samples)
         rows_of[name] = records.of(name, probes)
+        if samples:
+            drawn += sample_rows(name, rows_of[name], probes[-1])
         models.append({"name": name, "folder": str(folder), "digest": digests[name]})
+    sampling = {"k": samples, "temperature": config.temperature, "seed": config.seed}
     results = {
         "name": Path(config.run_dir).name,
         "contract": terms,
@@ -74,7 +80,7 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
         "train_modality": config.train_modality,
         **measure(rows_of, questions, train),
         "leakage": shared,
-        "samples": sampled(rows_of, probes[-1], samples, config) if samples else None,
+        "samples": sampling | {"table": drawn} if samples else None,
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_report(out / "report.html", results, cases(rows_of, questions), curves)
@@ -84,7 +90,6 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
 
 def arguments() -> ArgumentParser:
     parser = config_parser(__doc__, FIELDS)
-    parser.formatter_class = RawDescriptionHelpFormatter
     add = parser.add_argument
     usual = "base (the config's model), sft (of the run folder with _sft behind its name), grpo"
     own = "eval/ in the run's folder; with --models or --questions eval-MODELS-FILES/"
@@ -103,7 +108,7 @@ def work() -> None:
     """Do what the command line asks for. InputError if it asks for nothing, or for both."""
     given = vars(arguments().parse_args())
     if given["ask"] is not None:
-        table = [f"--{name}" for name in ("models", "questions", "samples", "out") if given[name]]
+        table = [f"--{name}" for name in OF_THE_TABLE if given[name]]
         if table:
             raise InputError(f"--ask puts one question to one model, without {', '.join(table)}")
         return ask(given)

@@ -63,7 +63,7 @@ def claim(folder: Path, ours: Terms) -> None:
 
 
 def read_contract(folder: Path) -> Terms:
-    """The contract of an evaluation's folder. InputError if there is none."""
+    """The contract of an evaluation's folder. InputError if it holds no readable one."""
     file = folder / "contract.json"
     terms = read_json(file, REMEDY)
     if not isinstance(terms, dict):

@@ -3,16 +3,13 @@ changed.
 """
 
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from common.config import Config
 from common.errors import InputError
 from common.hub import model_folder
-from data import PromptEncoder, Question, load_vocabulary
+from data import PromptEncoder, Question, load_image, load_vocabulary
 from data.choice import load_questions, prompt_encoder
 from model import read_config
 from rewards import read_letter, score, think_text
@@ -86,36 +83,23 @@ def examine(name: str, folder: Path, records: Records, config: Config, samples: 
         raise InputError(
             f"{name}: not comparable, the chat template in {folder} is not that of the base model"
         )
-    ask, questions = partial(record_answers, name, examinee, records), records.questions
-    ask(PLAIN, _prediction, questions)
-    ask("blank image", _letter, questions, load=blank_image)
-    ask("noise image", _letter, questions, load=noise_image)
-    ask("other image", _letter, with_other_images(questions))
-    ask(ROTATED, _rotated_letter, list(map(with_rotated_options, questions)))
+    questions = records.questions
+    rotated = list(map(with_rotated_options, questions))
+    # Name, what is recorded of the answers, what is asked, how many samples, how images are read.
+    plan = [
+        (PLAIN, _prediction, questions, 0, load_image),
+        ("blank image", _letter, questions, 0, blank_image),
+        ("noise image", _letter, questions, 0, noise_image),
+        ("other image", _letter, with_other_images(questions), 0, load_image),
+        (ROTATED, _rotated_letter, rotated, 0, load_image),
+    ]
     if samples:
-        ask(probes[-1], _letters, questions, samples=samples)
+        plan.append((probes[-1], _letters, questions, samples, load_image))
+    for probe, row_of, changed, count, load in plan:
+        missing = records.missing(name, probe)
+        for place, answers in examinee.answers(changed, f"{name}: {probe}", missing, count, load):
+            records.add(name, probe, place, row_of(questions[place], answers))
     record_forced_letters(name, examinee, records)
-
-
-def record_answers(
-    name: str,
-    examinee: Examinee,
-    records: Records,
-    probe: str,
-    row_of: Callable[[Question, list[Answer]], Row],
-    questions: Sequence[Question],
-    **how: Any,
-) -> None:
-    """Answer each question that has no row for this probe yet.
-
-    Args:
-        row_of: what is recorded of the answers to a question.
-        questions: those of the records, in their order, as the probe puts them.
-        how: further arguments of `Examinee.answers`.
-    """
-    label, missing = f"{name}: {probe}", records.missing(name, probe)
-    for place, answers in examinee.answers(questions, label, missing, **how):
-        records.add(name, probe, place, row_of(records.questions[place], answers))
 
 
 def record_forced_letters(name: str, examinee: Examinee, records: Records) -> None:
@@ -137,18 +121,18 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
     size = examinee.config.eval_batch_prompts
     for places in in_batches(reasoned, size, f"{name}: {REASONING}"):
         questions = [records.questions[place] for place in places]
-        prompts = [examinee.encoder.encode(question) for question in questions]
-        forced = {}
+        prompts = list(map(examinee.encoder.encode, questions))
+        letters: list[dict[str, str]] = [{} for _ in places]
         # One forward for each share, of the whole batch: openings of like length, little padding.
         for label in (*KEPT, SWAPPED):
             texts, kept = (swapped, 1.0) if label == SWAPPED else (reasonings, KEPT[label])
             openings = [opening(truncated(texts[place], kept)) for place in places]
             logprobs = letter_logprobs(examinee.model, examinee.vocabulary, prompts, openings)
-            forced[label] = [max(by_letter, key=by_letter.__getitem__) for by_letter in logprobs]
-        for at, place in enumerate(places):
-            letters = {label: chosen[at] for label, chosen in forced.items()}
-            concluded = conclusion(swapped[place], questions[at].options)
-            records.add(name, REASONING, place, {"letters": letters, "swapped": concluded})
+            for own, by_letter in zip(letters, logprobs, strict=True):
+                own[label] = max(by_letter, key=by_letter.__getitem__)
+        for place, question, own in zip(places, questions, letters, strict=True):
+            concluded = conclusion(swapped[place], question.options)
+            records.add(name, REASONING, place, {"letters": own, "swapped": concluded})
 
 
 def _prediction(question: Question, answers: list[Answer]) -> Row:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from statistics import fmean, multimode
 
-from common.config import Config
 from data import Question
 
 from .accuracy import tally
@@ -125,10 +124,11 @@ def pair_rows(rows_of: dict[str, Rows]) -> Rows:
     """
     table = []
     for second, first in combinations(rows_of, 2):
-        right, other = rights(rows_of[first]), rights(rows_of[second])
-        for modality, places in places_by(row["modality"] for row in rows_of[first]).items():
-            only_first = sum(right[place] > other[place] for place in places)
-            only_second = sum(right[place] < other[place] for place in places)
+        modalities = (row["modality"] for row in rows_of[first])
+        both_right = zip(rights(rows_of[first]), rights(rows_of[second]), strict=True)
+        for modality, outcomes in grouped(modalities, both_right).items():
+            only_first = outcomes.count((True, False))
+            only_second = outcomes.count((False, True))
             table.append({
                 "first": first, "second": second, "modality": modality,
                 "only_first": only_first, "only_second": only_second,
@@ -182,16 +182,6 @@ def early_answering(rows: Rows) -> Rows:
         right = fmean(row["letters"][label] == row["ground_truth"] for row in reasoned)
         table.append({"kept": kept, "changed": changed, "right": right})
     return table
-
-
-def sampled(rows_of: dict[str, Rows], probe: str, k: int, config: Config) -> Row:
-    """How k answers were sampled and, as `sample_rows` counts them, how good they are; `probe` is
-    what they are called.
-    """
-    table = []
-    for model, rows in rows_of.items():
-        table += sample_rows(model, rows, probe)
-    return {"k": k, "temperature": config.temperature, "seed": config.seed, "table": table}
 
 
 def sample_rows(model: str, rows: Rows, probe: str) -> Rows:

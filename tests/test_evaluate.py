@@ -537,6 +537,7 @@ def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(
             ["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--samples", "3"],
             "without --samples",
         ),
+        (["--ask", "What?", "--config", "CONFIG", "--options", "a", "b"], "without --config"),
         (["--ask", "What?", "--model", "BASE", "--options", "one"], "--options makes 1"),
         (["--ask", "What?", "--options", "a", "b"], "--ask needs a model"),
         (["--ask", " ", "--model", "BASE", "--options", "a", "b"], "must not be empty"),
@@ -554,12 +555,8 @@ def test_wrong_flags_are_one_line(trained, monkeypatch, capsys, flags, named):
     assert errors.count("\n") == 1 and named in errors
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_one_question_gets_reasoning_answer_letters_and_a_notice(
-    trained, monkeypatch, capsys, terminal
-):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    flags = ("--config", trained / "config.toml", "--image", trained / "questions" / "9.png")
+def test_one_question_gets_reasoning_answer_letters_and_a_notice(trained, monkeypatch, capsys):
+    flags = ("--max_new_tokens", "10", "--image", trained / "questions" / "9.png")
     options = ("Mass", "Normal\x1b[31m")
     flags += ("--model", trained / "run_sft" / "model", "--options", *options)
     assert run(monkeypatch, evaluate, "--ask", "What is seen?", *flags) == 0

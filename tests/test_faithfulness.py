@@ -53,9 +53,9 @@ def test_every_check_counts_the_completions_made_for_it():
     assert found["largest template"] == (1, 7)
 
 
-def test_rows_are_per_model_with_intervals_and_without_checks_of_nothing():
-    written_by = (("The knee.", "x"), ("", "y"), ("Hm", "y"))
-    rows = audit([completion(think, "A", model=model) for think, model in written_by])
+def test_rows_name_their_model_with_intervals_and_without_checks_of_nothing():
+    rows = audit([completion("The knee.", "A", model="x")])
+    rows += audit([completion(think, "A", model="y") for think in ("", "Hm")])
     assert list(dict.fromkeys(row["model"] for row in rows)) == ["x", "y"]
     assert all(
         list(row) == ["model", "check", "count", "of", "rate", "low", "high", "meaning"]
@@ -69,7 +69,6 @@ def test_rows_are_per_model_with_intervals_and_without_checks_of_nothing():
         row["check"] for row in rows if row["model"] == "x"
     ]
     assert "shares a template" not in counts([completion("", "A")])
-    assert audit([]) == []
 
 
 def test_a_template_filled_with_each_option_is_one_and_varied_reasonings_are_many():
@@ -90,8 +89,7 @@ def test_two_samples_of_one_question_and_two_models_do_not_share_a_template():
     text = "The body part is the knee."
     assert counts([completion(text, "A"), completion(text, "A")])["shares a template"] == (0, 2)
     two = [completion(text, "A", name="1", model="x"), completion(text, "A", name="2", model="y")]
-    shares = [row["count"] for row in audit(two) if row["check"] == "shares a template"]
-    assert shares == [0, 0]
+    assert " ".join(table(two).split()).count("shares a template 0.0 % of 1 ") == 2
 
 
 def trigrams(words):

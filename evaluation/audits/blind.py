@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from common.program import run_program
 from data import Question, read_questions
@@ -111,9 +110,10 @@ def main() -> int:
 
 def _print_baselines() -> None:
     parser = argparse.ArgumentParser("blind", description=__doc__.partition("\n")[0])
-    files: dict[str, Any] = {"type": Path, "nargs": "+", "required": True, "metavar": "FILE"}
-    parser.add_argument("--train", help="question files to fit on", **files)
-    parser.add_argument("--test", help="question files to answer", **files)
+    for flag, purpose in (("--train", "fit on"), ("--test", "answer")):
+        parser.add_argument(
+            flag, type=Path, nargs="+", required=True, help=f"question files to {purpose}"
+        )
     given = parser.parse_args()
     train, test = _read(given.train), _read(given.test)
     print(json.dumps(by_modality(test, blind_credits(train, test)), indent=2))

@@ -137,19 +137,19 @@ def _pattern(options: tuple[str, ...]) -> tuple[re.Pattern[str], list[str]]:
     letters: dict[str, str] = {}
     for names in zip(*map(_names, options), strict=True):
         for letter, name in zip(LETTERS, names, strict=False):
-            # A name of two options tells neither; a whole text tells more than its abbreviation.
+            # A name that two options share names neither. Whole texts come before abbreviations.
             letters.setdefault(name, letter if names.count(name) == 1 else "")
-    telling = [name for name in letters if name and letters[name]]
-    telling.sort(key=len, reverse=True)  # a longer name may hold a shorter one
-    patterns = [rf"(?i:(?<![^\W_])({name})(?![^\W_]))" for name in telling]
+    naming = [name for name in letters if name and letters[name]]
+    naming.sort(key=len, reverse=True)  # a longer name may hold a shorter one
+    patterns = [rf"(?i:(?<![^\W_])({name})(?![^\W_]))" for name in naming]
     # Groups count from 1, and _LETTER has two.
-    letter_of_group = ["", "", "", *(letters[name] for name in telling)]
+    letter_of_group = ["", "", "", *(letters[name] for name in naming)]
     return re.compile("|".join([_LETTER, *patterns])), letter_of_group
 
 
 def _names(option: str) -> tuple[str, str, str]:
-    """The patterns that name an option: its whole text, that without lead and remarks, a remark of
-    one word; "" where there is none.
+    """The patterns of an option's three names: its whole text, its text without lead and remarks,
+    and a remark of one word. A name that the option lacks is "".
     """
     text = re.split(r"(?<=\w\w[.!?])\s", option.strip().lower())[0]
     bare = _LEAD.sub("", _REMARK.sub(" ", text))

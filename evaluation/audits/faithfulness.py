@@ -83,23 +83,24 @@ def read(completion: Completion) -> Reading:
     think, answer = think_text(completion.completion), read_letter(completion.completion)
     if think is None or not visible(think):
         think = ""  # which names, concludes and masks nothing
-    checks = {"has reasoning" if think else "no reasoning"}
-    if named_options(think, completion.options):
-        checks.add("names an option")
-    else:
-        if think:
-            checks.add("names no option")
-        if answer == completion.ground_truth:
-            checks.add("right without naming an option")
+    named = bool(named_options(think, completion.options))
     concluded = conclusion(think, completion.options)
-    if concluded is None or answer is None:
-        checks.add("no conclusion")
-    else:
-        checks.add("conclusion agrees" if concluded == answer else "conclusion conflicts")
+    compared = concluded is not None and answer is not None
+    checks = {
+        "has reasoning": think != "",
+        "no reasoning": think == "",
+        "names an option": named,
+        "names no option": think != "" and not named,
+        "right without naming an option": answer == completion.ground_truth and not named,
+        "conclusion agrees": compared and concluded == answer,
+        "conclusion conflicts": compared and concluded != answer,
+        "no conclusion": not compared,
+    }
     # Spaces, lest the mask grow into a neighbouring word. And before lower(): only a capital can be
     # an option's letter.
     masked = mask_options(think, completion.options, f" {MASK} ")
-    return Reading(completion.id, tuple(_TOKEN.findall(masked.lower())), checks)
+    words = tuple(_TOKEN.findall(masked.lower()))
+    return Reading(completion.id, words, {check for check, holds in checks.items() if holds})
 
 
 def read_all(completions: Sequence[Completion]) -> tuple[list[Reading], list[list[Reading]]]:
@@ -155,18 +156,13 @@ def _alike(one: Trigrams, other: Trigrams) -> bool:
 
 
 def audit(completions: Sequence[Completion]) -> list[Row]:
-    """The checks of every model, in the order in which the models first occur.
+    """The checks of one model's completions, at least one.
 
     Returns:
         Rows {"model", "check", "count", "of", "rate", "low", "high", "meaning"}: `count` of `of`
         completions, the rate with Wilson's 95 % interval, one sentence. A check with nothing to
         count from (`of` 0) has no row.
     """
-    by_model = grouped((completion.model for completion in completions), completions)
-    return list(chain.from_iterable(map(_audit, by_model.values())))
-
-
-def _audit(completions: Sequence[Completion]) -> list[Row]:
     readings, groups = read_all(completions)
     counts = Counter(chain.from_iterable(reading.checks for reading in readings))
     largest = max(groups, key=len, default=[])
@@ -211,23 +207,23 @@ def _block(completions: Sequence[Completion]) -> str:
     # A single modality would repeat the whole.
     if not 1 < len(columns) <= _MOST_COLUMNS:
         columns = {}
-    audits = [{row["check"]: row for row in _audit(own)} for own in columns.values()]
+    rates = [{row["check"]: _rate(row) for row in audit(own)} for own in columns.values()]
     heads = [printable(name)[:14] for name in columns]
     line = "{:32}{:>31}" + "{:>15}" * len(columns)
     lines = [printable(completions[0].model)[:119], line.format("", "all, 95 % interval", *heads)]
     explanations = []
-    for row in _audit(completions):
+    for row in audit(completions):
+        check = row["check"]
         interval = f"({percent(row['low'])} to {percent(row['high'])})"
-        cells = [f"{_rate(row):<16}{interval:>15}"]
-        cells += [_rate(of_modality.get(row["check"])) for of_modality in audits]
-        lines.append(line.format(row["check"], *cells))
-        if "template" in row["check"]:  # the other meanings are the same for every file
+        cells = [of_modality.get(check, "-") for of_modality in rates]
+        lines.append(line.format(check, f"{_rate(row):<16}{interval:>15}", *cells))
+        if "template" in check:  # the other meanings are the same for every file
             explanations.append(textwrap.fill(row["meaning"], 120))
     return "\n".join(lines + explanations)
 
 
-def _rate(row: Row | None) -> str:
-    return f"{percent(row['rate']):>5} % of {row['of']}" if row else "-"
+def _rate(row: Row) -> str:
+    return f"{percent(row['rate']):>5} % of {row['of']}"
 
 
 def main() -> int:

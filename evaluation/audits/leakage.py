@@ -23,6 +23,7 @@ found. An image without contrast resembles none.
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from collections import Counter
@@ -31,7 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from common.errors import printable
@@ -54,8 +58,9 @@ LABELS = {
 }
 
 Pair = dict[str, Any]
-"""{"kind", "train", "train_image", "test", "test_image", "distance"}: `train` and `test` name rows;
-images and distance are None in a pair of equal questions.
+PAIR = ("kind", "train", "train_image", "test", "test_image", "distance")
+"""What a pair holds: `train` and `test` name rows; images and distance are None in a pair of equal
+questions.
 """
 Sources = dict[str, str]
 """By image the source of the first question that has it."""
@@ -127,10 +132,7 @@ def _image_pairs(train: Sources, test: Sources, compare: bool) -> list[Pair]:
         matches += _near_duplicates(list(train), others)
     pairs = []
     for kind, old, new, distance in matches:
-        pairs.append({
-            "kind": kind, "train": train[old], "train_image": old,
-            "test": test[new], "test_image": new, "distance": distance,
-        })  # fmt: skip
+        pairs.append(_pair(kind, train[old], old, test[new], new, distance))
     return pairs
 
 
@@ -139,10 +141,10 @@ def _near_duplicates(train: list[str], test: list[str]) -> list[tuple[str, str, 
         return []
     nearest, distances = nearest_images(_thumbnails(test), _thumbnails(train))
     matches = []
-    for at in distances.argsort(kind="stable"):  # stable: ties in the order of the test set
-        if distances[at] <= NEAR:
-            distance = round(float(distances[at]), 4)
-            matches.append(("near_duplicate", train[nearest[at]], test[at], distance))
+    for at in distances.argsort(stable=True).tolist():  # stable: ties in the order of the test set
+        distance = float(distances[at])
+        if distance <= NEAR:
+            matches.append(("near_duplicate", train[nearest[at]], test[at], round(distance, 4)))
     return matches
 
 
@@ -160,46 +162,43 @@ def _digest(image: str) -> bytes:
     return hashlib.sha256(Path(image).read_bytes()).digest()
 
 
-def _thumbnails(images: Sequence[str]) -> np.ndarray:
+def _thumbnails(images: Sequence[str]) -> Tensor:
     # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
     bar = tqdm(images, "images", unit="image", leave=False, disable=None)
-    return np.stack([thumbnail(image) for image in bar])
+    return torch.stack([thumbnail(image) for image in bar])
 
 
-def thumbnail(image: Path | str) -> np.ndarray:
+def thumbnail(image: Path | str) -> Tensor:
     """Upright, grey, uint8 (24, 24), whatever the image's shape. Raises InputError."""
     grey = load_image(image).convert("L")
-    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    small = grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small))
 
 
-def nearest_images(test_TSS: np.ndarray, train_NSS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_images(test_TSS: Tensor, train_NSS: Tensor) -> tuple[Tensor, Tensor]:
     """Of each test thumbnail the index of a nearest one of training, and its distance (0 to 2).
 
     Takes T x N time, and memory for T x 2,048 distances.
     """
     slopes_TD = _slopes(test_TSS)
-    nearest_T = np.zeros(len(test_TSS), np.int64)
-    likeness_T = np.full(len(test_TSS), -np.inf, np.float32)
+    nearest_T = torch.zeros(len(test_TSS), dtype=torch.int64)
+    likeness_T = torch.full((len(test_TSS),), -math.inf)
     for start in range(0, len(train_NSS), BLOCK):
-        likeness_TB = slopes_TD @ _slopes(train_NSS[start : start + BLOCK]).T
-        closest_T = likeness_TB.max(1)
-        nearest_T = np.where(closest_T > likeness_T, start + likeness_TB.argmax(1), nearest_T)
-        likeness_T = np.maximum(likeness_T, closest_T)
-    return nearest_T, np.maximum(0, 1 - likeness_T)  # rounding may take a correlation above 1
+        closest_T, place_T = (slopes_TD @ _slopes(train_NSS[start : start + BLOCK]).T).max(1)
+        nearest_T = torch.where(closest_T > likeness_T, start + place_T, nearest_T)
+        likeness_T = torch.maximum(likeness_T, closest_T)
+    return nearest_T, (1 - likeness_T).clamp(min=0)  # rounding may take a correlation above 1
 
 
-def _slopes(thumbnails_NSS: np.ndarray) -> np.ndarray:
+def _slopes(thumbnails_NSS: Tensor) -> Tensor:
     """Differences of neighbours, across and down, less their mean and scaled to length 1, so that
     dot products correlate: (N, 2 x 24 x 23).
     """
-    pixels_NSS = thumbnails_NSS.astype(np.float32)
-    across, down = np.diff(pixels_NSS, axis=2), np.diff(pixels_NSS, axis=1)
-    slopes_NSS = np.concatenate([across, down.transpose(0, 2, 1)], axis=1)
-    slopes_ND = slopes_NSS.reshape(len(pixels_NSS), -1)
-    slopes_ND -= slopes_ND.mean(1, keepdims=True)
-    length_N1 = np.linalg.norm(slopes_ND, axis=1, keepdims=True)
+    pixels_NSS = thumbnails_NSS.float()
+    across, down = pixels_NSS.diff(dim=2), pixels_NSS.diff(dim=1)
+    slopes_ND = torch.cat([across.flatten(1), down.flatten(1)], dim=1)
     # Without contrast all slopes are 0, and stay so: like those of no other image.
-    return slopes_ND / np.where(length_N1 > 0, length_N1, 1)
+    return normalize(slopes_ND - slopes_ND.mean(1, keepdim=True))
 
 
 def _same_questions(train: Sequence[Question], test: Sequence[Question]) -> list[Pair]:
@@ -209,11 +208,12 @@ def _same_questions(train: Sequence[Question], test: Sequence[Question]) -> list
     for question in test:
         same = sources.get(_text(question))
         if same:
-            pairs.append({
-                "kind": "same_question", "train": same, "train_image": None,
-                "test": question.source, "test_image": None, "distance": None,
-            })  # fmt: skip
+            pairs.append(_pair("same_question", same, None, question.source, None, None))
     return pairs
+
+
+def _pair(*values: Any) -> Pair:
+    return dict(zip(PAIR, values, strict=True))
 
 
 def _text(question: Question) -> tuple[str, ...]:
@@ -240,12 +240,11 @@ def summary(result: dict[str, Any]) -> str:
         line = pair["kind"].replace("_", " ")
         if pair["distance"]:  # 0 for the same file, None for questions
             line += ", distance {distance:.3f}".format(**pair)
-        if pair["distance"] is None:
-            line += ": {test} - {train}".format(**pair)
-        else:
-            names = Path(pair["test_image"]).name, Path(pair["train_image"]).name
-            line += ": {test} ({}) - {train} ({})".format(*names, **pair)
-        lines.append(line)
+        rows = []
+        for side in ("test", "train"):
+            image = pair[f"{side}_image"]
+            rows.append(f"{pair[side]} ({Path(image).name})" if image else pair[side])
+        lines.append(f"{line}: {' - '.join(rows)}")
     if result["pairs_total"] > PRINTED:
         lines.append(f"and {result['pairs_total'] - PRINTED:,} more")
     return "\n".join(map(printable, lines))  # paths and modalities come from files

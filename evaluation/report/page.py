@@ -145,25 +145,19 @@ def _sections(results: Row) -> Row:
     """What the template looks up: rows by model and modality, ..."""
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     modalities = {row["modality"]: row["n"] for row in whole}
-    types = dict.fromkeys(row["question_type"] for row in results["accuracy"])
-    blind, samples, faithful = blind_rows(results), results["samples"], results["faithfulness"]
+    blind, samples = blind_rows(results), results["samples"]
     best_blind = {}
     for modality in modalities:
         best_blind[modality] = max((rates.get(modality, 0.0) for *_, rates in blind), default=0.0)
-    meanings = defaultdict(set)
-    for row in faithful:
-        meanings[row["check"]].add(row["meaning"])
     return {
         "modalities": modalities,
         "verdict": verdict(results, whole),
         "accuracy": _by(results["accuracy"], "question_type", "model", "modality"),
-        "types": [kind for kind in types if kind is not None],  # None: the whole modality
         "pairs": pair_rows(results),
         "sampled": _by(samples["table"] if samples else [], "model", "modality"),
         "blind": blind,
         "best_blind": best_blind,
-        "faithful": _by(faithful, "check", "model"),
-        "meanings": meanings,  # by check; several where they differ from model to model
+        "faithful": _by(results["faithfulness"], "check", "model"),
     }
 
 
@@ -220,8 +214,7 @@ def blind_rows(results: Row) -> list[BlindRow]:
     for name, rates in results["blind"].items():
         rows.append((None, BLIND_NAMES[name], rates))
     for model, probes in results["ablated"].items():
-        for probe, rates in probes.items():
-            rows.append((model, probe, rates))
+        rows += [(model, probe, rates) for probe, rates in probes.items()]
     return rows
 
 

@@ -2,8 +2,9 @@
 
 from ..accuracy import NO_EVIDENCE
 from ..records import Row
-from ..statistics import percent, percent_with_interval
+from ..statistics import grouped, percent, percent_with_interval
 
+PAIR = "{modality} {only_first}:{only_second} p = {p:.2g}"
 # Wide enough for base, sft and grpo; a longer name moves its own line only.
 LINE = "{:8}{:10}{:>5}   {:<23}{:>7}{:>8}{:>8}{:>8}   {:>5} {}"
 
@@ -17,16 +18,13 @@ def results_table(results: Row) -> str:
     lines = [LINE.format("", "", *heads), *map(_line, whole)]
     if not all(row["sees"] for row in whole):
         lines.append(NO_EVIDENCE.format("the best guess without the image"))
-    pairs: dict[str, str] = {}
-    for row in results["pairs"]:
-        versus = f"{row['first']} against {row['second']}"
-        before = pairs.get(versus, f"{versus:22}")
-        pairs[versus] = before + "{modality} {only_first}:{only_second} p = {p:.2g}   ".format(
-            **row
-        )
+    versus = (f"{row['first']} against {row['second']}" for row in results["pairs"])
+    pairs = grouped(versus, map(PAIR.format_map, results["pairs"]))
     if pairs:
         heading = "Questions that only one of two models answered right (McNemar's exact test):"
-        lines += ["", heading, *map(str.rstrip, pairs.values())]
+        lines += ["", heading]
+    for models, cells in pairs.items():
+        lines.append(f"{models:22}{'   '.join(cells)}")
     shared = results["leakage"]
     near = shared["near_duplicates"] or 0  # None where images are missing
     known = shared["same_path"] + (shared["same_bytes"] or 0)
