@@ -119,13 +119,13 @@ def letter_logprobs(
     """Force an answer: log pi of each option's letter, and the tag that closes it, after the prompt
     and the opening.
     """
-    letters, continued, endings = [], [], []
+    continued, endings = [], []
     for prompt, text in zip(prompts, openings, strict=True):
-        letters.append(LETTERS[: len(prompt.question.options)])
         # Each letter is tokenised together with the opening, because a tokenizer may join what is
         # on either side. What all have in common becomes part of the prompt; what differs is a
         # group of completions.
-        ids = [vocabulary.encode(f"{text}{letter}</answer>") for letter in letters[-1]]
+        letters = LETTERS[: len(prompt.question.options)]
+        ids = [vocabulary.encode(f"{text}{letter}</answer>") for letter in letters]
         common = commonprefix(ids)  # made for paths, but takes lists of anything
         continued.append(prompt.continued(common))
         endings.append([row[len(common) :] for row in ids])
@@ -133,6 +133,8 @@ def letter_logprobs(
     tokens_NGT, mask_NGT = padded(endings, vocabulary.end_ids[0], device)
     batch = MicroBatch(slice(None), collate(continued, device), tokens_NGT, mask_NGT)
     logp_NGT, _ = completion_logprobs(model, batch, vocabulary.allowed_V, temperature=1.0)
-    # Rows are as long as the longest of the batch, and end where their own letters do.
-    rows = zip(letters, logp_NGT.sum(-1).tolist(), strict=True)
-    return [dict(zip(names, logp_G, strict=False)) for names, logp_G in rows]
+    logprobs = []
+    for group, logp_G in zip(endings, logp_NGT.sum(-1).tolist(), strict=True):
+        # The batch is as wide as its largest group; each group ends where its own letters do.
+        logprobs.append(dict(zip(LETTERS, logp_G[: len(group)], strict=False)))
+    return logprobs

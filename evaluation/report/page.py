@@ -37,17 +37,6 @@ _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff]"
 )
-BLIND_NAMES = {
-    "chance": "chance: any of the options",
-    "most_frequent_letter": "the most frequent letter of training",
-    "text_prior": "the option text most often right in training",
-    "punctuation": "the option that alone has, or lacks, a full stop",
-    "length": "the longest or the shortest option",
-}
-
-
-BlindRow = tuple[str | None, str, dict[str, float]]
-"""Whose guess it is (None: the text's alone), its name, its rate by modality."""
 PairRows = dict[tuple[str, str], dict[str, Row]]
 """First and second model -> modality -> row."""
 
@@ -145,17 +134,18 @@ def _sections(results: Row) -> Row:
     """What the template looks up: rows by model and modality, ..."""
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     modalities = {row["modality"]: row["n"] for row in whole}
-    blind, samples = blind_rows(results), results["samples"]
-    best_blind = {}
-    for modality in modalities:
-        best_blind[modality] = max((rates.get(modality, 0.0) for *_, rates in blind), default=0.0)
+    samples = results["samples"]
+    guesses = [results["blind"], *results["ablated"].values()]
+    best_blind = dict.fromkeys(modalities, 0.0)
+    for rates in chain.from_iterable(guess.values() for guess in guesses):
+        for modality, rate in rates.items():
+            best_blind[modality] = max(rate, best_blind.get(modality, 0.0))
     return {
         "modalities": modalities,
         "verdict": verdict(results, whole),
         "accuracy": _by(results["accuracy"], "question_type", "model", "modality"),
         "pairs": pair_rows(results),
         "sampled": _by(samples["table"] if samples else [], "model", "modality"),
-        "blind": blind,
         "best_blind": best_blind,
         "faithful": _by(results["faithfulness"], "check", "model"),
     }
@@ -206,16 +196,6 @@ def _listed(texts: Sequence[str], word: str = "and") -> str:
     """a, b and c."""
     *first, last = texts
     return f"{', '.join(first)} {word} {last}" if first else last
-
-
-def blind_rows(results: Row) -> list[BlindRow]:
-    """The baselines that see text only, then each model without its image."""
-    rows: list[BlindRow] = []
-    for name, rates in results["blind"].items():
-        rows.append((None, BLIND_NAMES[name], rates))
-    for model, probes in results["ablated"].items():
-        rows += [(model, probe, rates) for probe, rates in probes.items()]
-    return rows
 
 
 def pair_rows(results: Row) -> PairRows:
