@@ -1,6 +1,6 @@
 """A model's answers to questions, batch by batch: greedy, or sampled as in training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,12 +80,11 @@ def load_examinee(folder: Path, config: Config) -> Examinee:
     return Examinee(model, vocabulary, prompt_encoder(vocabulary, model.config, config), config)
 
 
-def in_batches(places: Sequence[int], size: int, label: str) -> Iterator[Sequence[int]]:
+def in_batches(places: Sequence[int], size: int, label: str) -> Iterable[Sequence[int]]:
     """The places, `size` (at least one) at a time, with a progress bar."""
     size = max(1, size)
     batches = [places[start : start + size] for start in range(0, len(places), size)]
-    bar = tqdm(batches, label, unit="batch", leave=False, disable=not places)
-    return iter(bar)
+    return tqdm(batches, label, unit="batch", leave=False, disable=not places)
 
 
 def answer_greedily(

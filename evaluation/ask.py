@@ -12,15 +12,13 @@ from common.config import Config
 from common.device import use_device
 from common.errors import InputError, printable
 from common.hub import model_folder
-from data import Prompt, Question
+from data import Question
 from data.pixel_limits import read_pixel_limits
-from grpo.sampler import sample_groups
 
 from .answers import Examinee, load_examinee
 from .probes import letter_logprobs, opening_of
 
 LIMITS = ("device", "dtype", "max_new_tokens", "min_pixels", "max_pixels")
-NOTICE = "For research and teaching, not for diagnosis."
 
 
 def ask(given: dict[str, Any]) -> None:
@@ -38,11 +36,14 @@ def ask(given: dict[str, Any]) -> None:
     config = Config(run_dir="none", model=given["model"], train_questions="none", **limits)
     use_device(config)
     examinee = load_examinee(folder, config)
-    prompt = examinee.encoder.encode(question)
     if not question.images:
         print("no --image: the question is put without one", file=sys.stderr)
-    print_letters(examinee, prompt, print_answer(examinee, prompt))
-    print(f"\n{NOTICE}")
+    [(_, [answer])] = examinee.answers([question], "answer", [0])
+    print(printable_lines(answer.text))
+    if not answer.ended:
+        print(f"(truncated after {answer.tokens} tokens)")
+    print_letters(examinee, question, answer.text)
+    print("\nFor research and teaching, not for diagnosis.")
 
 
 def asked_question(text: str, images: list[Path], options: list[str]) -> Question:
@@ -56,26 +57,16 @@ def asked_question(text: str, images: list[Path], options: list[str]) -> Questio
     return Question(tuple(images), text, tuple(options), "A", "unknown", "", "--ask")
 
 
-def print_answer(examinee: Examinee, prompt: Prompt) -> str:
-    """Write the greedy completion, and return it."""
-    model, vocabulary, limit = examinee.model, examinee.vocabulary, examinee.config.max_new_tokens
-    rollout = sample_groups(model, vocabulary, [prompt], None, max_new_tokens=limit)
-    text = rollout.texts[0][0]
-    print(printable_lines(text))
-    if not rollout.ended_NG[0, 0]:
-        print(f"(truncated after {limit} tokens)")
-    return text
-
-
-def print_letters(examinee: Examinee, prompt: Prompt, text: str) -> None:
+def print_letters(examinee: Examinee, question: Question, text: str) -> None:
     """Write the log-probability of each option's letter after the reasoning of `text`."""
-    model, vocabulary = examinee.model, examinee.vocabulary
-    (logprobs,) = letter_logprobs(model, vocabulary, [prompt], [opening_of(text)])
+    prompts = [examinee.encoder.encode(question)]
+    openings = [opening_of(text)]
+    (logprobs,) = letter_logprobs(examinee.model, examinee.vocabulary, prompts, openings)
     # Among the letters alone: what else might stand there has its share of the probability too.
     shares = torch.tensor(list(logprobs.values())).softmax(0).tolist()
     when = "after that reasoning" if "<answer>" in text else "if asked for at once"
     print(f"\nlog-probability of each letter {when} (and its share):")
-    rows = zip(logprobs.items(), shares, prompt.question.options, strict=True)
+    rows = zip(logprobs.items(), shares, question.options, strict=True)
     for (letter, logprob), share, option in rows:
         print(f"  {letter}  {logprob:8.3f}  {share:6.1%}  {printable(option)}")
 
