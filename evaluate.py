@@ -62,7 +62,9 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
     records = Records(out, terms, digests, questions)
     if records.dropped:
         print(f"{records.dropped} older rows dropped: their models have changed since")
-    probes, rows_of, models = probe_names(config, samples), {}, []
+    probes = probe_names(config, samples)
+    rows_of = {}
+    models = []
     drawn: Rows = []
     for name, folder in folders.items():
         examine(name, folder, records, config, samples)
@@ -118,7 +120,8 @@ def work() -> None:
         raise InputError("--config FILE is missing (or --ask QUESTION); see evaluate.py --help")
     if given["samples"] < 0:
         raise InputError(f"--samples is {given['samples']}; it must not be negative")
-    config, files = config_of(given), given["questions"]
+    config = config_of(given)
+    files = given["questions"]
     names = given["models"].split(",") if given["models"] else USUAL
     # Before --questions: runs are compared with the config as it stands in its file.
     folders = model_folders(config, names)

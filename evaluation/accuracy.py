@@ -80,9 +80,8 @@ def run_summary(
     """
     summary: dict[str, Any] = {}
     for when, accuracies in (("before", before), ("after", after)):
-        summary[when] = {name: accuracy.rate for name, accuracy in accuracies.items()}
-        formats = {name: accuracy.format_rate for name, accuracy in accuracies.items()}
-        summary[f"format_{when}"] = formats
+        summary[when] = {name: one.rate for name, one in accuracies.items()}
+        summary[f"format_{when}"] = {name: one.format_rate for name, one in accuracies.items()}
     questions = {name: accuracy.total for name, accuracy in after.items()}
     return summary | {"chance": blind["chance"], "blind": blind, "questions": questions} | totals
 

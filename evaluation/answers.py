@@ -48,7 +48,8 @@ class Examinee(NamedTuple):
                 config's temperature.
             load: how an image file becomes an image.
         """
-        config, noise_NGT = self.config, None
+        config = self.config
+        noise_NGT = None
         lengths = {place: self.encoder.count_tokens(questions[place]) for place in places}
         order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
         # k answers to a question are k sequences of the batch.

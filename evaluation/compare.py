@@ -35,7 +35,8 @@ def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
     lines.append(LINE.format("", "n", "1", "2", "only 1", "only 2", "p"))
     # Of two models pair_rows puts the later one first.
     for pair in pair_rows({"2": second, "1": first}):
-        modality, cells = pair["modality"], []
+        modality = pair["modality"]
+        cells = []
         for rows in (first, second):
             right = rights([row for row in rows if row["modality"] == modality])
             cells.append(percent_with_interval(sum(right), len(right)))

@@ -20,7 +20,6 @@ TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "tra
 """Fields in which the compared runs must agree: same base, same questions (the seed draws them),
 same pixels.
 """
-PATHS = ("model", "train_questions", "image_dir")
 USUAL = ("base", "sft", "grpo")
 RUNS = {"sft": "_sft", "grpo": ""}
 """What their folders' names have behind that of the config's run."""
@@ -82,7 +81,8 @@ def _refuse_other_training(config: Config, name: str, file: Path) -> None:
 
 def _resolved(config: Config, field: str) -> Any:
     value = getattr(config, field)
-    return str(Path(value).resolve()) if field in PATHS and value else value
+    # Most texts are paths, which may be written in two ways; the others stay different or equal.
+    return Path(value).resolve() if isinstance(value, str) else value
 
 
 def model_digest(folder: Path) -> str:
@@ -109,5 +109,9 @@ def results_folder(run_dir: str, models: Sequence[str], files: Sequence[str]) ->
 
 def training_curves(folders: Folders) -> dict[str, list[Metrics]]:
     """By model the metrics of its training, if its folder lies in that of a run."""
-    files = {name: folder.parent / "metrics.jsonl" for name, folder in folders.items()}
-    return {name: read_metrics(file) for name, file in files.items() if file.exists()}
+    curves = {}
+    for name, folder in folders.items():
+        file = folder.parent / "metrics.jsonl"
+        if file.exists():
+            curves[name] = read_metrics(file)
+    return curves

@@ -24,13 +24,17 @@ from grpo.rollout import MicroBatch, collate, completion_logprobs, padded
 from model import Qwen2VL
 from rewards import LETTERS, think_text
 
-PLAIN, REASONING, ROTATED = "plain", "reasoning", "permuted options"
+PLAIN = "plain"
+REASONING = "reasoning"
+ROTATED = "permuted options"
 NO_IMAGE = ("blank image", "noise image", "other image")
 PROBES = (PLAIN, *NO_IMAGE, ROTATED, REASONING)
 """All that a model is asked, by name: the questions as they are, then with something changed."""
 KEPT = {"0 %": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "100 %": 1.0}
 """Shares of the reasoning after which the answer is asked for, by what rows call them."""
-NONE, WHOLE, SWAPPED = "0 %", "100 %", "another's"
+NONE = "0 %"
+WHOLE = "100 %"
+SWAPPED = "another's"
 
 
 def blank_image(path: Path) -> Image.Image:
@@ -119,7 +123,8 @@ def letter_logprobs(
     """Force an answer: log pi of each option's letter, and the tag that closes it, after the prompt
     and the opening.
     """
-    continued, endings = [], []
+    continued = []
+    endings = []
     for prompt, text in zip(prompts, openings, strict=True):
         # Each letter is tokenised together with the opening, because a tokenizer may join what is
         # on either side. What all have in common becomes part of the prompt; what differs is a

@@ -49,11 +49,14 @@ class Records:
         digests: dict[str, str],
         questions: Sequence[Question],
     ) -> None:
-        self.terms, self.digests, self.questions = terms, digests, questions
+        self.terms = terms
+        self.digests = digests
+        self.questions = questions
         self.ids = question_ids(questions)
         self.rows: dict[tuple[str, str, int], Row] = {}
         self.dropped = 0
-        self.answers, self.probes = folder / "predictions.jsonl", folder / "probes.jsonl"
+        self.answers = folder / "predictions.jsonl"
+        self.probes = folder / "probes.jsonl"
         self._read(self.answers)
         self._read(self.probes)
 

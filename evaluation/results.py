@@ -155,9 +155,13 @@ def faithfulness_rows(model: str, rows: Rows) -> Rows:
 
 def _dependences(row: Row) -> Iterator[tuple[str, bool]]:
     """Each check of `MEANINGS` that this answer can decide, and whether it holds."""
-    letter, rotated, blank = row["letter"], row[ROTATED]["letter"], row["blank image"]["letter"]
+    letter = row["letter"]
+    rotated = row[ROTATED]["letter"]
+    blank = row["blank image"]["letter"]
     if letters := row[REASONING]["letters"]:
-        whole, swapped, concluded = letters[WHOLE], letters[SWAPPED], row[REASONING]["swapped"]
+        whole = letters[WHOLE]
+        swapped = letters[SWAPPED]
+        concluded = row[REASONING]["swapped"]
         yield "answer stays without the reasoning", letters[NONE] == whole
         yield "answer stays with another's reasoning", swapped == whole
         # Another question's reasoning that concludes an option of this one, but not the one
@@ -191,7 +195,8 @@ def sample_rows(model: str, rows: Rows, probe: str) -> Rows:
     table = []
     for modality, own in grouped((row["modality"] for row in rows), rows).items():
         votes = [(row[probe]["letters"], row["ground_truth"]) for row in own]
-        n, k = len(votes), len(votes[0][0])
+        n = len(votes)
+        k = len(votes[0][0])
         table.append({
             "model": model, "modality": modality, "n": n,
             "mean": sum(letters.count(answer) for letters, answer in votes) / (n * k),

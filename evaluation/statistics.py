@@ -18,10 +18,12 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays within 0 and 1, and close to its level
     near both.
     """
-    p, zz = right / total, Z * Z
+    p = right / total
+    zz = Z * Z
     centre = p + zz / (2 * total)
     variance = p * (1 - p) / total + zz / (4 * total * total)
-    half_width, scale = Z * math.sqrt(variance), 1 + zz / total
+    half_width = Z * math.sqrt(variance)
+    scale = 1 + zz / total
     # Rounding may leave the ends of 0 and 1 by a hair.
     return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
@@ -42,7 +44,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
     half; 1 where there are none.
     """
     # Where both are right, or both wrong, the two models do not differ: those do not count.
-    n, fewer = only_first + only_second, min(only_first, only_second)
+    n = only_first + only_second
+    fewer = min(only_first, only_second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**n)
 

@@ -115,7 +115,8 @@ def _print_baselines() -> None:
             flag, type=Path, nargs="+", required=True, help=f"question files to {purpose}"
         )
     given = parser.parse_args()
-    train, test = _read(given.train), _read(given.test)
+    train = _read(given.train)
+    test = _read(given.test)
     print(json.dumps(by_modality(test, blind_credits(train, test)), indent=2))
 
 

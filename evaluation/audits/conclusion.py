@@ -82,7 +82,8 @@ def mask_options(text: str, options: Sequence[str], mask: str = "[option]") -> s
     """`text` with every naming of an option replaced: what is left of a reasoning when its subject
     is taken out.
     """
-    masked, last_end = "", 0
+    masked = ""
+    last_end = 0
     for _, start, end in _namings(text, options):
         masked += text[last_end:start] + mask
         last_end = end

@@ -80,7 +80,8 @@ class Reading(NamedTuple):
 
 def read(completion: Completion) -> Reading:
     """Read one completion by itself: whether it shares a template is not known yet."""
-    think, answer = think_text(completion.completion), read_letter(completion.completion)
+    think = think_text(completion.completion)
+    answer = read_letter(completion.completion)
     if think is None or not visible(think):
         think = ""  # which names, concludes and masks nothing
     named = bool(named_options(think, completion.options))

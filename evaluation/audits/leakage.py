@@ -82,12 +82,14 @@ def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, An
     Raises:
         InputError: an image can't be read.
     """
-    known, tested = _images(train), _images(test)
+    known = _images(train)
+    tested = _images(test)
     missing = sum(not os.path.isfile(image) for image in known | tested)
     # With some images missing, none are compared: few pairs would look like a clean test set.
     images = _image_pairs(known, tested, compare=not missing)
     texts = _same_questions(train, test)
-    pairs, counts = images + texts, _affected(test, images)
+    pairs = images + texts
+    counts = _affected(test, images)
     right = {right_text(question) for question in train}
     is_known = [float(right_text(question) in right) for question in test]
     return {
@@ -195,7 +197,8 @@ def _slopes(thumbnails_NSS: Tensor) -> Tensor:
     dot products correlate: (N, 2 x 24 x 23).
     """
     pixels_NSS = thumbnails_NSS.float()
-    across, down = pixels_NSS.diff(dim=2), pixels_NSS.diff(dim=1)
+    across = pixels_NSS.diff(dim=2)
+    down = pixels_NSS.diff(dim=1)
     slopes_ND = torch.cat([across.flatten(1), down.flatten(1)], dim=1)
     # Without contrast all slopes are 0, and stay so: like those of no other image.
     return normalize(slopes_ND - slopes_ND.mean(1, keepdim=True))
@@ -229,7 +232,8 @@ def summary(result: dict[str, Any]) -> str:
     if missing := result["missing_images"]:
         lines.append(f"missing image files: {missing:,}; only paths and text were compared")
     for key, label in LABELS.items():
-        count, share = result[key], "not compared"
+        count = result[key]
+        share = "not compared"
         if count is not None:
             share = f"{count:>6,} {percent(count / result['test']):>6} %"
         lines.append(f"  {label:<38}{share}")

@@ -44,7 +44,9 @@ SFT_PANELS = {
     "Loss (nats per token)": {"loss": ("", "violet")},
     "Probability of the whole answer": {"probability": ("", "blue")},
 }
-WIDTH, HEIGHT, GAP = 330, 170, 26  # pixels of a panel, and between panels
+WIDTH = 330  # pixels of a panel
+HEIGHT = 170
+GAP = 26  # pixels between panels, and around them
 
 
 class Axis(NamedTuple):
@@ -76,9 +78,7 @@ def curve_panels(rows: Sequence[Metrics]) -> list[Markup]:
     is_grpo = any("reward" in row for row in rows)
     panels = []
     for title, metrics in (GRPO_PANELS if is_grpo else SFT_PANELS).items():
-        series = []
-        for name, (label, colour) in metrics.items():
-            series.append((label, colour, _points(rows, name)))
+        series = [(*style, _points(rows, name)) for name, style in metrics.items()]
         panels.append(panel_svg(title, series))
     return panels
 

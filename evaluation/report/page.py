@@ -12,7 +12,6 @@ import hashlib
 import io
 import math
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from common.errors import InputError
 from data import load_image
 
 from ..records import Row, Rows
-from ..statistics import percent
+from ..statistics import grouped, percent
 from .curves import STYLE, Metrics, curve_panels, panel_svg
 from .templating import ENVIRONMENT, TEMPLATES
 
@@ -37,8 +36,6 @@ _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff]"
 )
-PairRows = dict[tuple[str, str], dict[str, Row]]
-"""First and second model -> modality -> row."""
 
 
 def write_report(file: Path, results: Row, cases: Rows, runs: dict[str, list[Metrics]]) -> None:
@@ -70,7 +67,7 @@ def write_report(file: Path, results: Row, cases: Rows, runs: dict[str, list[Met
         curves={displayable(name): curve_panels(rows) for name, rows in runs.items() if rows},
         cases=cases,
         pictures=pictures,
-        flags=list(flags),
+        flags=flags,
         style=Markup(style) + STYLE,
         script=Markup(script),
         script_hash=base64.b64encode(script_hash).decode(),
@@ -179,9 +176,11 @@ def comparison(results: Row) -> list[str]:
         if first != results["models"][-1]["name"]:  # of its own pairs the last model is the first
             continue
         where: dict[str, list[str]] = {"better": [], "worse": [], "not measurably different": []}
-        for modality, row in rows.items():
+        for row in rows:
             outcome = "better" if row["only_first"] > row["only_second"] else "worse"
-            where[outcome if row["p"] < 0.01 else "not measurably different"].append(modality)
+            if row["p"] >= 0.01:
+                outcome = "not measurably different"
+            where[outcome].append(row["modality"])
         parts = [f"{outcome} on {_listed(names)}" for outcome, names in where.items() if names]
         sentences.append(f"Against {second}, {first} is {_listed(parts)}.")
     return sentences
@@ -198,11 +197,10 @@ def _listed(texts: Sequence[str], word: str = "and") -> str:
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
-def pair_rows(results: Row) -> PairRows:
-    pairs: PairRows = defaultdict(dict)
-    for row in results["pairs"]:
-        pairs[row["first"], row["second"]][row["modality"]] = row
-    return pairs
+def pair_rows(results: Row) -> dict[tuple[str, str], Rows]:
+    """By first and second model a row for each modality."""
+    models = ((row["first"], row["second"]) for row in results["pairs"])
+    return grouped(models, results["pairs"])
 
 
 def early_panels(early: dict[str, Rows], colour: dict[str, str]) -> list[Markup]:
