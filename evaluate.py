@@ -64,19 +64,20 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
         print(f"{records.dropped} older rows dropped: their models have changed since")
     probes = probe_names(config, samples)
     rows_of = {}
-    models = []
     drawn: Rows = []
     for name, folder in folders.items():
         examine(name, folder, records, config, samples)
         rows_of[name] = records.of(name, probes)
         if samples:
             drawn += sample_rows(name, rows_of[name], probes[-1])
-        models.append({"name": name, "folder": str(folder), "digest": digests[name]})
     sampling = {"k": samples, "temperature": config.temperature, "seed": config.seed}
     results = {
         "name": Path(config.run_dir).name,
         "contract": terms,
-        "models": models,
+        "models": [
+            {"name": name, "folder": str(folder), "digest": digests[name]}
+            for name, folder in folders.items()
+        ],
         "files": list(config.test_questions),
         "train_questions": config.train_questions,
         "train_modality": config.train_modality,
@@ -96,8 +97,13 @@ def arguments() -> ArgumentParser:
     usual = "base (the config's model), sft (of the run folder with _sft behind its name), grpo"
     own = "eval/ in the run's folder; with --models or --questions eval-MODELS-FILES/"
     add("--models", metavar="NAMES", help=f"{usual}, or NAME=FOLDER (default: base,sft,grpo)")
-    files = "question files instead of the config's"
-    add("--questions", nargs="+", default=[], metavar="FILE", help=files)
+    add(
+        "--questions",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="question files instead of the config's",
+    )
     add("--samples", type=int, default=0, metavar="K", help="draw K answers too, for pass@K")
     add("--out", type=Path, metavar="FOLDER", help=f"where results go (default: {own})")
     add("--ask", metavar="QUESTION", help="put this one question to --model, with --options")

@@ -61,9 +61,13 @@ def _answers(folder: Path, model: str, total: int | None) -> Rows:
 def main() -> int:
     parser = argparse.ArgumentParser("compare", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="of an evaluation")
-    whose = "whose answers, first and second (default: grpo)"
-    default = ("grpo", "grpo")
-    parser.add_argument("--models", nargs=2, default=default, metavar="NAME", help=whose)
+    parser.add_argument(
+        "--models",
+        nargs=2,
+        default=("grpo", "grpo"),
+        metavar="NAME",
+        help="whose answers, first and second (default: grpo)",
+    )
     given = parser.parse_args()
     return run_program("compare", lambda: print(compare(given.folders, given.models)))
 

@@ -56,8 +56,7 @@ def claim(folder: Path, ours: Terms) -> None:
     """
     file = folder / "contract.json"
     if file.exists():
-        where = f"{folder} (delete it, or choose another --out)"
-        refuse_unlike(ours, read_contract(folder), where)
+        refuse_unlike(ours, read_contract(folder), f"{folder} (delete it, or choose another --out)")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 

@@ -233,12 +233,15 @@ def main() -> int:
 
 def _print_table() -> None:
     parser = argparse.ArgumentParser("faithfulness", description=__doc__.split("\n")[0])
-    fields = "JSON lines with id, model, question, options, ..."
-    parser.add_argument("completions", type=Path, help=fields)
+    parser.add_argument(
+        "completions", type=Path, help="JSON lines with id, model, question, options, ..."
+    )
     completions, skipped = read_completions(parser.parse_args().completions)
     print(table(completions))
-    reason = "no options, or a ground truth that is no letter"
-    print(f"\n{len(completions)} completions read, {skipped} skipped ({reason})")
+    print(
+        f"\n{len(completions)} completions read, {skipped} skipped "
+        "(no options, or a ground truth that is no letter)"
+    )
 
 
 if __name__ == "__main__":

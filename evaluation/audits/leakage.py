@@ -262,8 +262,11 @@ def _print_leakage() -> None:
     parser = argparse.ArgumentParser("leakage", description=__doc__.partition("\n")[0])
     parser.add_argument("train", type=Path, help="question file of the training set")
     parser.add_argument("test", type=Path, help="question file of the test set")
-    help_ = "folder of both files' images; default: each file's own folder"
-    parser.add_argument("--image_dir", type=Path, help=help_)
+    parser.add_argument(
+        "--image_dir",
+        type=Path,
+        help="folder of both files' images; default: each file's own folder",
+    )
     given = parser.parse_args()
     # Missing images are counted, not refused: paths and text can be compared without them.
     train = read_questions(given.train, given.image_dir, check_images=False)

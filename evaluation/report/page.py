@@ -101,8 +101,9 @@ def with_pictures(cases: Rows) -> tuple[Rows, Rows]:
     places: dict[str, int] = {}
     placed = []
     for case in cases:
-        images = [places.setdefault(path, len(places)) for path in case["images"]]
-        placed.append(case | {"images": images})
+        placed.append(
+            case | {"images": [places.setdefault(path, len(places)) for path in case["images"]]}
+        )
     # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
     bar = tqdm(places, "thumbnails", unit="image", leave=False, disable=None)
     return [picture(path) for path in bar], placed
