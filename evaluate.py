@@ -64,20 +64,19 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
         print(f"{records.dropped} older rows dropped: their models have changed since")
     probes = probe_names(config, samples)
     rows_of = {}
+    models: Rows = []
     drawn: Rows = []
     for name, folder in folders.items():
         examine(name, folder, records, config, samples)
         rows_of[name] = records.of(name, probes)
         if samples:
             drawn += sample_rows(name, rows_of[name], probes[-1])
+        models.append({"name": name, "folder": str(folder), "digest": digests[name]})
     sampling = {"k": samples, "temperature": config.temperature, "seed": config.seed}
     results = {
         "name": Path(config.run_dir).name,
         "contract": terms,
-        "models": [
-            {"name": name, "folder": str(folder), "digest": digests[name]}
-            for name, folder in folders.items()
-        ],
+        "models": models,
         "files": list(config.test_questions),
         "train_questions": config.train_questions,
         "train_modality": config.train_modality,
