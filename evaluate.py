@@ -51,14 +51,12 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
     """Answer, measure, audit and report; prints the table. `folders` are the models' by name."""
     use_device(config)
     train, questions, encoder = chosen_questions(config)
-
     # All that can be wrong with files shows here, before the models work for hours.
     curves = training_curves(folders)
     shared = leakage(train, questions)
     terms = contract(config, encoder, questions)
     claim(out, terms)
     digests = {name: model_digest(folder) for name, folder in folders.items()}
-
     records = Records(out, terms, digests, questions)
     if records.dropped:
         print(f"{records.dropped} older rows dropped: their models have changed since")
