@@ -1,6 +1,4 @@
-"""How a program ends: one ladder from what went wrong to a line on the terminal and an exit
-code.
-"""
+"""How a program ends: one ladder from an exception to a line on the terminal and an exit code."""
 
 import os
 import sys
@@ -9,9 +7,6 @@ from collections.abc import Callable
 import torch
 
 from .errors import InputError, printable
-
-OUTSIDE = (InputError, OSError, MemoryError, RuntimeError)
-"""What comes from outside; of RuntimeErrors only those that are `out_of_memory`."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -23,39 +18,36 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Stopped(BaseException):
-    """A program ends because a signal asked it to. Not an Exception: nobody handles it by
-    accident.
-    """
+    """A program ends because a signal asked it to. Not an Exception: no library swallows it."""
 
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
 
 
-def run_program(name: str, work: Callable[[], object], when_stopped: str = "stopped") -> int:
+def run_program(name: str, work: Callable[[], object]) -> int:
     """Do a program's work; what is wrong is one line on stderr that names the thing and the remedy.
 
     Returns the exit code: 0 done; 2 something must be mended; 130 stopped by Ctrl-C, and what
-    shells report for other signals (128 + number). `when_stopped` is said at Ctrl-C.
+    shells report for other signals (128 + number).
     """
     try:
         work()
         sys.stdout.flush()  # here, so that a pipe without a reader is noticed within the ladder
     except BrokenPipeError:  # who reads a pipe may leave early, as `head` does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes once more
+        # The interpreter flushes once more when it ends, and would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OUTSIDE as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
+    except Exception as error:
+        if not (isinstance(error, InputError | OSError) or out_of_memory(error)):
+            raise  # a bug of ours: its traceback is worth more than a line
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print(f"{name}: {when_stopped}", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
     return 0
 

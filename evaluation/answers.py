@@ -1,9 +1,10 @@
 """A model's answers to questions, batch by batch: greedy, or sampled as in training."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
 from tqdm import tqdm
 
 from common.config import Config
@@ -24,12 +25,16 @@ class Answer(NamedTuple):
 
 
 class Examinee(NamedTuple):
-    """A model under examination: how it reads questions, and within which limits it answers."""
+    """A model under examination: how it reads questions, and within which limits it answers.
+
+    `watch` is called with each token of a batch, and may raise to break off.
+    """
 
     model: Qwen2VL
     vocabulary: Vocabulary
     encoder: PromptEncoder
     config: Config
+    watch: Callable[[Tensor], None] | None = None
 
     def answers(
         self,
@@ -66,11 +71,19 @@ class Examinee(NamedTuple):
                 noise_NGT,
                 temperature=config.temperature if samples else 1.0,
                 max_new_tokens=config.max_new_tokens,
+                watch=self.watch,
             )
             lengths_NG = rollout.mask_NGT.sum(-1).tolist()
             groups = zip(batch, rollout.texts, lengths_NG, rollout.ended_NG.tolist(), strict=True)
             for place, texts, lengths_G, ended_G in groups:
                 yield place, list(map(Answer, texts, lengths_G, ended_G))
+
+    def greedy_texts(self, questions: Sequence[Question], label: str) -> list[str]:
+        """The model's most likely completion of each question, in the order of the questions."""
+        texts = [""] * len(questions)
+        for place, (answer,) in self.answers(questions, label, range(len(questions))):
+            texts[place] = answer.text
+        return texts
 
 
 def load_examinee(folder: Path, config: Config) -> Examinee:
@@ -86,20 +99,3 @@ def in_batches(places: Sequence[int], size: int, label: str) -> Iterable[Sequenc
     size = max(1, size)
     batches = [places[start : start + size] for start in range(0, len(places), size)]
     return tqdm(batches, label, unit="batch", leave=False, disable=not places)
-
-
-def answer_greedily(
-    model: Qwen2VL,
-    vocabulary: Vocabulary,
-    encoder: PromptEncoder,
-    questions: Sequence[Question],
-    *,
-    config: Config,
-    label: str,
-) -> list[str]:
-    """The model's most likely completion of each question, in the order of the questions."""
-    texts = [""] * len(questions)
-    examinee = Examinee(model, vocabulary, encoder, config)
-    for place, (answer,) in examinee.answers(questions, label, range(len(questions))):
-        texts[place] = answer.text
-    return texts

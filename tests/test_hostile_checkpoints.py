@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -329,7 +330,8 @@ def test_metrics_of_nonsense_are_one_line(tmp_path, line):
 def test_progress_of_nonsense_is_one_line(tmp_path, progress):
     config, model = load_config(write_run(tmp_path)), tiny_model()
     optimizer = MasterAdamW(model, config)
-    with Checkpoints(config) as saving:
+    with ThreadPoolExecutor(1) as thread:
+        saving = Checkpoints(config, thread)
         checkpoint = saving.save(model, optimizer, Progress(step=2, seconds=1.0, tokens=5))
     assert load_progress(checkpoint, optimizer).step == 2 and damage_of(checkpoint) == ""
     (checkpoint / "progress.json").write_text(progress)

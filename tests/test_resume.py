@@ -15,7 +15,6 @@ from test_train import ROOT, rows, run, vowel_score
 from tiny_run import write_run
 
 import train
-import training.run
 from common.errors import InputError
 from training.checkpoint import checkpoints, damage_of
 from training.incidents import MOST
@@ -46,21 +45,27 @@ def same_records(a: Path, b: Path) -> bool:
     )
 
 
-def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(
+    tmp_path, monkeypatch, presses
+):
+    """The first signal is obeyed at the answers' next token, a second one at once."""
     fields = dict(validation_fraction=0.25, validate_every=2, save_every=100)
     whole, broken = two_runs(tmp_path, monkeypatch, **fields)
     with monkeypatch.context() as patch:
-        greedy, asked = training.run.answer_greedily, []
+        greedy, finished = Run.answers, []
 
-        def twice(*args, label, **kwargs):
+        def pressed(run, questions, label):
             if label == "validation":
-                asked.append(1)
-                if len(asked) == 1:
-                    signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
-            return greedy(*args, label=label, **kwargs)
+                for _ in range(presses):
+                    signal.raise_signal(signal.SIGTERM)
+            texts = greedy(run, questions, label)
+            finished.append(label)
+            return texts
 
-        patch.setattr("training.run.answer_greedily", twice)
+        patch.setattr(Run, "answers", pressed)
         assert run(patch, broken / "config.toml") == 143
+        assert finished == ["accuracy before"]
     assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
     assert run(monkeypatch, broken / "config.toml") == 0
     assert same_weights(whole, broken) and same_records(whole, broken)
@@ -166,11 +171,11 @@ def test_a_copy_of_a_checkpoint_by_another_name_is_not_gone_on_from(tmp_path, mo
     assert run(monkeypatch, config) == 143
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "step-000002", folder / "step-best")
-    (folder / "x.partial").write_text("a file that somebody left")
+    (folder / "x.partial").write_text("a file that somebody left is in nobody's way")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002", "step-000003"]
     (folder / "step-000003.partial").mkdir()  # as a kill leaves it
     assert run(monkeypatch, config) == 0 and (folder / "step-best").is_dir()
-    assert not list(folder.glob("*.partial"))
+    assert not (folder / "step-000003.partial").exists()
 
 
 def test_numbers_of_steps_beyond_six_digits_are_in_order(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -332,10 +333,10 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
         f"<answer>{letter}</answer>" for letter in "ABBA"
     )  # the first of two that are equally good is kept
 
-    def greedy(policy, vocabulary, encoder, questions, *, config, label):
+    def greedy(run, questions, label):
         return [next(answers)] * len(questions) if label == "validation" else [""] * len(questions)
 
-    monkeypatch.setattr("training.run.answer_greedily", greedy)
+    monkeypatch.setattr(Run, "answers", greedy)
     config = write_run(
         tmp_path, validation_fraction=0.25, validate_every=1, keep_checkpoints=1, save_every=100
     )
@@ -407,7 +408,8 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(
 ):
     config = load_config(write_run(tmp_path))
     model = load_model(config.model)
-    saving, optimizer = Checkpoints(config), MasterAdamW(model, config)
+    saving = Checkpoints(config, ThreadPoolExecutor(1))
+    optimizer = MasterAdamW(model, config)
     before = saving.save(model, optimizer, Progress(step=1))
     saving.finish()
 

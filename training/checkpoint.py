@@ -11,7 +11,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -78,8 +80,27 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def commit(partial: Path, final: Path) -> None:
-    """Give a written folder its manifest and its name; by then all of it is on the disk."""
+@contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """Yields a folder to write into, which becomes `final` when the context is left.
+
+    By then all of it is on the disk, with a manifest. OSError, and no trace, if it can't be
+    written.
+    """
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a kill may have left one
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _commit(partial, final)
+    except OSError:
+        # On a full disk, half a checkpoint would take the room that the next one needs.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _commit(partial: Path, final: Path) -> None:
+    """Give a written folder its manifest and its name."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {}
     for file in files:
@@ -105,10 +126,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def progress_json(progress: Progress) -> str:
-    return json.dumps(asdict(progress))
 
 
 def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> Progress:

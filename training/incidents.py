@@ -9,7 +9,6 @@ log-probabilities (batch.safetensors), questions and texts to read (batch.json),
 
 import argparse
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from grpo.rollout import MicroBatch, Rollout, completion_logprobs
 from model import Qwen2VL, load_model, save_model
 from model.saving import write_tensors
 
-from .checkpoint import commit, damage_of
+from .checkpoint import damage_of, written_whole
 from .step import Step
 
 MOST = 3
@@ -36,51 +35,34 @@ MOST = 3
 
 _OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
 _OF_ROLLOUT = ("tokens_NGT", "mask_NGT", "logp_NGT", "ended_NG")
-_SETTINGS = ("method", "clip_low", "clip_high", "beta", "temperature", "dtype")
 _REMEDY = "name a folder runs/NAME/incidents/step-..."
 
 
-def room_for_incident(config: Config) -> bool:
-    """Whether one more may be written down."""
-    return len(list((Path(config.run_dir) / "incidents").glob("step-*"))) < MOST
-
-
-def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path:
-    """Write `incidents/step-NNNNNN` in the run's folder and return it."""
+def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path | None:
+    """Write `incidents/step-NNNNNN` in the run's folder and return it; None if `MOST` are there."""
     folder = Path(config.run_dir) / "incidents" / f"step-{step.number:06d}"
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_model(policy, partial / "model")
-        write_tensors(_tensors(step), partial / "batch.safetensors")
-        # default=str: a question's images are paths.
-        text = json.dumps(_description(config, step), indent=1, ensure_ascii=False, default=str)
-        (partial / "batch.json").write_text(text, encoding="utf-8")
-        commit(partial, folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
-
-
-def _tensors(step: Step) -> dict[str, Tensor]:
-    assert step.rollout is not None
+    if len(list(folder.parent.glob("step-*"))) >= MOST:
+        return None
+    assert step.rollout is not None  # a step without prompts has no loss that could go wrong
     tensors = {name: getattr(step.rollout, name) for name in _OF_ROLLOUT} | step.tensors
     for n, prompt in enumerate(step.rollout.prompts):
         for name in _OF_PROMPT:
             tensors[f"prompt.{n}.{name}"] = getattr(prompt, name)
-    return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-
-
-def _description(config: Config, step: Step) -> dict[str, Any]:
-    assert step.rollout is not None
-    return {
+    description = {
         "step": step.number,
-        "config": {name: getattr(config, name) for name in _SETTINGS},
+        "config": asdict(config),
         "questions": [asdict(prompt.question) for prompt in step.rollout.prompts],
         "texts": step.rollout.texts,
     }
+    # default=str: a question's images are paths.
+    text = json.dumps(description, indent=1, ensure_ascii=False, default=str)
+    with written_whole(folder) as partial:
+        save_model(policy, partial / "model")
+        # Safetensors writes no views: a prompt's positions, say, may be cut from a larger tensor.
+        plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        write_tensors(plain, partial / "batch.safetensors")
+        (partial / "batch.json").write_text(text, encoding="utf-8")
+    return folder
 
 
 def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from model import save_model
 from .prepare import prepared
 from .run import Run, saving_at_the_end
 from .sft import fine_tune
-from .stop import goes_on, stop_at_once
+from .stop import SIGNALS, stop_at_once
 
 Method = Callable[[Run, Config], None]
 
@@ -29,10 +29,11 @@ def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) ->
     0 done; 2 something must be mended, as the one line says; 130, 143 or 129 stopped by Ctrl-C,
     SIGTERM or SIGHUP, with a checkpoint of the last whole step.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, stop_at_once)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        signal.signal(signal.SIGHUP, stop_at_once)
+    for number in SIGNALS:
+        # nohup ignores SIGHUP, so that the run outlives its terminal. A shell ignores SIGINT for
+        # what it starts in the background, but whoever sends that to a run means it.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop_at_once)
 
     def work() -> None:
         config, plan_only = parse_arguments(description)
@@ -43,7 +44,7 @@ def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) ->
                 measured(run, {"grpo": grpo, "sft": fine_tune}[config.method])
 
     with patient_output():
-        return run_program("train.py", work, when_stopped=f"stopped at once; {goes_on()}")
+        return run_program("train.py", work)
 
 
 def measured(run: Run, method: Method) -> None:

@@ -5,8 +5,8 @@ import math
 import os
 import threading
 from collections import Counter
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +16,7 @@ from common.config import Config
 from common.errors import InputError, printable
 from common.files import read_json_lines
 from data import load_image
+from grpo.rollout import Rollout
 from rewards import LETTERS
 
 from .step import Step
@@ -35,52 +36,49 @@ _BAR = {
 class RunLog:
     """Writes a run's records, from `first_step` on.
 
-    A resumed run's records lose what came after its checkpoint. Of each step: its numbers to
-    `metrics.jsonl`, every completion with its rewards and why to `completions.jsonl`. Of the run:
-    `incidents.jsonl` and `validation.jsonl`.
+    A step's numbers go to `metrics.jsonl`, and each completion, with its rewards and the rules'
+    reasons, to `completions.jsonl`; the run has `incidents.jsonl` and `validation.jsonl` besides.
+    When a run is resumed, its records lose what came after the checkpoint.
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
-        # Here, because it loads for a second: a mistake in the config is told at once.
+        # Imported here, because that takes a second: a mistake in the config is reported before.
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(config.run_dir)
         self._rows = recent(self._kept("metrics", first_step))
         self.incidents = Counter(str(row["kind"]) for row in self._kept("incidents", first_step))
-        self._kept("completions", first_step), self._kept("validation", first_step)
-        self._alarms = alarms(self._rows)
-        # The writer's thread hands a full disk's error to us too; what it prints is a traceback.
+        self._kept("completions", first_step)
+        self._kept("validation", first_step)
+        self._alarms = alarms(self._rows)  # those that were reported before the run was resumed
+        # When the disk is full, the writer's thread prints a traceback and raises the error again
+        # in ours, where it becomes a line.
         self._hook, threading.excepthook = threading.excepthook, _silent_on_os_errors
+        # purge_step: curves, like the files, lose what came after the checkpoint.
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
-        self.bar: tqdm[Any] | None = None
 
-    def begin(self, config: Config, first_step: int) -> None:
-        """Show the progress bar, whose clock starts now."""
-        self.bar = tqdm(
-            total=config.steps,
-            initial=first_step,
-            desc=config.method.upper(),
-            unit="step",
-            dynamic_ncols=True,
-        )
+    def step(self, step: Step) -> dict[str, str]:
+        """Record a step, and report what the watchdog finds in it that it did not find before.
 
-    def end(self) -> None:
-        """Close the progress bar: what is printed next comes below it."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self, step: Step) -> None:
-        """Record a step, and say what the watchdog finds in it that it did not find before."""
-        self._metrics(step)
-        if step.rollout is not None and step.verdicts_NG:
-            self._completions(step)
+        Returns what the progress bar shows of it.
+        """
+        metrics = step_metrics(step)
+        row = _json_numbers(metrics)
+        self._write("metrics", {"step": step.number, **row})
+        for name, value in metrics.items():
+            tag = name if "/" in name else f"train/{name}"  # TensorBoard groups by what precedes /
+            self.board.add_scalar(tag, value, step.number)
+        if step.rollout and step.verdicts_NG:
+            self._completions(step, step.rollout)
+        self._rows = recent([*self._rows, row])  # as a resumed run will read it
         before, self._alarms = self._alarms, alarms(self._rows)
         for name, line in self._alarms.items():
             if name not in before:
                 self.incident(step.number, "watchdog", f"{name}: {line}")
+        return {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
 
     def incident(self, step: int, kind: str, line: str) -> None:
-        """What whoever slept through it should know: on the terminal and in the file, at once."""
+        """Report what somebody who was not watching should know: on the terminal and in a file."""
         self.incidents[kind] += 1
         tqdm.write(printable(f"step {step}: {line}"))
         self._write("incidents", {"step": step, "kind": kind, "says": line})
@@ -93,10 +91,9 @@ class RunLog:
         self.board.add_scalar("validation/accuracy", rate, step)
         tqdm.write(f"after {step + 1} steps: validation accuracy {rate:.1%} of {total}")
 
-    def sample(self, step: Step) -> None:
-        """One group for the eye: its image, its question, all of its completions and rewards."""
-        assert step.rollout is not None
-        question, texts = step.rollout.prompts[0].question, step.rollout.texts[0]
+    def sample(self, step: Step, rollout: Rollout) -> None:
+        """Show one group in TensorBoard: its image, question, completions and rewards."""
+        question, texts = rollout.prompts[0].question, rollout.texts[0]
         lines = [question.question]
         for letter, option in zip(LETTERS, question.options, strict=False):
             lines.append(f"{letter}) {option}")
@@ -116,44 +113,21 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
+    def __exit__(self, kind: type | None, *_: object) -> None:
         threading.excepthook = self._hook
         try:
             self.board.close()
         except OSError as full:
-            if error is None:  # else what could not be written before can't be now
-                raise OSError(full.errno, full.strerror, str(self.folder)) from None
+            full.filename = str(self.folder)
+            if kind is None:  # else the first error counts: what it kept from the disk fails again
+                raise
 
-    def _metrics(self, step: Step) -> None:
-        seconds = sum(step.seconds.values())
-        metrics = {name: float(value) for name, value in step.stats.items()}
-        if step.verdicts_NG:
-            metrics |= rollout_metrics(step)
-            metrics["tokens_per_second"] = metrics.pop("completion_tokens") / seconds
-        metrics["seconds"] = seconds
-        metrics |= {f"seconds/{phase}": spent for phase, spent in step.seconds.items()}
-
-        row = _json_numbers(metrics)
-        self._write("metrics", {"step": step.number, **row})
-        for name, value in metrics.items():
-            tag = name if "/" in name else f"train/{name}"
-            self.board.add_scalar(tag, value, step.number)
-        postfix = {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
-        if self.bar is not None:
-            self.bar.set_postfix(postfix, refresh=False)
-            self.bar.update()
-        self._rows = recent([*self._rows, row])  # as a resumed run will read it
-
-    def _completions(self, step: Step) -> None:
-        """In the form that `evaluation.audits` read, and with what the loss made of each."""
-        assert step.rollout is not None
+    def _completions(self, step: Step, rollout: Rollout) -> None:
+        """In the form that `evaluation.audits` read, with the rules' reasons and the advantage."""
         advantages_NG, rows = step.tensors["advantages_NG"].tolist(), []
-        for n, prompt in enumerate(step.rollout.prompts):
+        for n, prompt in enumerate(rollout.prompts):
             question = prompt.question
-            for g, text in enumerate(step.rollout.texts[n]):
+            for g, text in enumerate(rollout.texts[n]):
                 rewards = {}
                 for verdict in step.verdicts_NG[n][g]:
                     rewards[verdict.rule] = {"score": verdict.score, "why": verdict.why}
@@ -182,7 +156,7 @@ class RunLog:
     def _kept(self, name: str, first_step: int) -> list[dict[str, Any]]:
         """Drop a file's rows from `first_step` on, and what a crash has left of a row.
 
-        Returns the rows that stay; not those of completions, which may be too many to hold.
+        Returns the rows that stay, except completions: those may be too many to hold.
         """
         file, partial, kept = self.folder / f"{name}.jsonl", self.folder / f"{name}.partial", []
         with partial.open("w", encoding="utf-8") as out:
@@ -195,29 +169,32 @@ class RunLog:
         return kept
 
 
-def rollout_metrics(step: Step) -> dict[str, float]:
-    """What a step's rewards and lengths say: means over its completions, or over its groups.
+def step_metrics(step: Step) -> dict[str, float]:
+    """The numbers of a step: statistics of its update, of its rewards and lengths, and its seconds.
 
-    Names are TRL's where they mean the same.
+    Rewards and lengths are means over completions, or over groups. Names are TRL's where they mean
+    the same.
     """
-    assert step.rollout is not None
-    rewards_NG = step.tensors["rewards_NG"]
-    lengths_NG = step.rollout.mask_NGT.sum(-1)
-    equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
-    metrics = {
-        "reward": rewards_NG.mean().item(),
-        "reward_std": rewards_NG.std(-1).mean().item(),
-        "frac_reward_zero_std": equal_N.float().mean().item(),
-        "completions/mean_length": lengths_NG.float().mean().item(),
-        "completions/clipped_ratio": 1 - step.rollout.ended_NG.float().mean().item(),
-        "completion_tokens": lengths_NG.sum().item(),
-    }
-    scores: dict[str, list[float]] = {}
-    for group in step.verdicts_NG:
-        for verdicts in group:
-            for verdict in verdicts:
-                scores.setdefault(f"rewards/{verdict.rule}", []).append(verdict.score)
-    return metrics | {name: sum(values) / len(values) for name, values in scores.items()}
+    metrics = {name: float(value) for name, value in step.stats.items()}
+    seconds = sum(step.seconds.values())
+    if step.rollout and step.verdicts_NG:
+        rewards_NG = step.tensors["rewards_NG"]
+        lengths_NG = step.rollout.mask_NGT.sum(-1)
+        equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
+        metrics |= {
+            "reward": rewards_NG.mean().item(),
+            "reward_std": rewards_NG.std(-1).mean().item(),
+            "frac_reward_zero_std": equal_N.float().mean().item(),
+            "completions/mean_length": lengths_NG.float().mean().item(),
+            "completions/clipped_ratio": 1 - step.rollout.ended_NG.float().mean().item(),
+            "tokens_per_second": lengths_NG.sum().item() / seconds,
+        }
+        # Every completion has one verdict of each rule, in the same order.
+        for verdicts in zip(*chain.from_iterable(step.verdicts_NG), strict=True):
+            total = sum(verdict.score for verdict in verdicts)
+            metrics[f"rewards/{verdicts[0].rule}"] = total / len(verdicts)
+    metrics["seconds"] = seconds
+    return metrics | {f"seconds/{phase}": spent for phase, spent in step.seconds.items()}
 
 
 def _silent_on_os_errors(args: threading.ExceptHookArgs) -> None:

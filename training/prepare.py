@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def prepared(config: Config) -> Iterator[Run]:
         _warn_of_a_full_disk(config, policy, optimizer)
         if checkpoint:
             print(f"going on from {checkpoint}")
-        with Checkpoints(config) as checkpoints, RunLog(config, progress.step) as log:
+        with ThreadPoolExecutor(1, "checkpoint") as saver, RunLog(config, progress.step) as log:
             yield Run(
                 config=config,
                 questions=questions,
@@ -71,7 +72,7 @@ def prepared(config: Config) -> Iterator[Run]:
                 encoder=encoder,
                 optimizer=optimizer,
                 progress=progress,
-                checkpoints=checkpoints,
+                checkpoints=Checkpoints(config, saver),
                 log=log,
                 micro_batch_tokens=config.micro_batch_tokens,
                 saved_step=progress.step,

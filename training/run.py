@@ -5,39 +5,37 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.config import Config
 from common.errors import InputError
-from common.program import OUTSIDE, Stopped, out_of_memory
+from common.program import Stopped
 from data import PromptEncoder, Question, Vocabulary, prompts_of_steps
 from data.choice import Questions
 from evaluation.accuracy import tally
-from evaluation.answers import answer_greedily
+from evaluation.answers import Examinee
 from grpo.optimizer import MasterAdamW, scheduled_rate
 from grpo.rollout import MicroBatch, Rollout, completion_logprobs, with_image_features
 from model import Qwen2VL
 
 from .checkpoint import Progress
-from .incidents import room_for_incident, write_incident
+from .incidents import write_incident
 from .log import RunLog
 from .saving import Checkpoints
 from .step import Step
-from .stop import StopRequest, goes_on
+from .stop import StopRequest
 
-Arguments = ParamSpec("Arguments")
+Rest = TypeVarTuple("Rest")
 Result = TypeVar("Result")
 
 
 @dataclass
 class Run:
-    """`reference` is None where none is needed.
-
-    `micro_batch_tokens` becomes smaller than the config's where a GPU's memory does not suffice.
-    """
+    """What a run consists of. `reference` is None where the loss needs none."""
 
     config: Config
     questions: Questions
@@ -49,9 +47,9 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     log: RunLog
-    micro_batch_tokens: int
+    micro_batch_tokens: int  # the config's, or fewer where a GPU's memory does not suffice
     stop: StopRequest = field(default_factory=StopRequest)
-    saved_step: int = 0
+    saved_step: int = 0  # finished steps in the newest checkpoint
 
     def steps(self) -> Iterator[Step]:
         """The steps that are left; each is recorded, and saved where that is due, after its body.
@@ -73,17 +71,27 @@ class Run:
         )
         if self._validate_if_due():  # a stop came before it could
             self._save()
-        self.log.begin(config, self.progress.step)
-        for number in numbers:
-            step = Step(number, (), config.device)
-            with step.phase("prompts"):
-                step.prompts = next(prompts_of)
-            if config.freeze_vision:  # all models and passes of the step share what it computes
-                with step.phase("vision"):
-                    step.prompts = with_image_features(self.policy, step.prompts)
-            if step.prompts:
-                yield step
-            self._end(step)
+        bar = tqdm(
+            total=config.steps,
+            initial=self.progress.step,  # of a resumed run: speed is that of its own steps
+            desc=config.method.upper(),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        # Closed however the loop is left: what is printed next then stands below the bar.
+        with bar:
+            for number in numbers:
+                step = Step(number, (), config.device)
+                with step.phase("prompts"):
+                    step.prompts = next(prompts_of)
+                if config.freeze_vision:  # all models and passes of the step share what it computes
+                    with step.phase("vision"):
+                        step.prompts = with_image_features(self.policy, step.prompts)
+                if step.prompts:  # of images that can't be read none may be left
+                    yield step
+                bar.set_postfix(self.log.step(step), refresh=False)
+                bar.update()
+                self._end(step)
 
     def _leave_out(self, error: InputError) -> None:
         self.log.incident(self.progress.step, "image", f"question left out: {error}")
@@ -95,7 +103,7 @@ class Run:
             yield batch
 
     def watch(self, tokens: Tensor) -> None:
-        """Between two tokens of the rollout a request to stop is obeyed."""
+        """Between two tokens of a rollout, or of an answer, a request to stop is obeyed."""
         self.stop.check()
 
     def apply_gradient(self, step: Step, stats: dict[str, Tensor]) -> bool:
@@ -117,21 +125,19 @@ class Run:
 
     def answers(self, questions: Sequence[Question], label: str) -> list[str]:
         """The policy's greedy answers as it stands; `label` is the progress bar's."""
-        return answer_greedily(
-            self.policy, self.vocabulary, self.encoder, questions, config=self.config, label=label
-        )
+        examinee = Examinee(self.policy, self.vocabulary, self.encoder, self.config, self.watch)
+        return examinee.greedy_texts(questions, label)
 
     def _end(self, step: Step) -> None:
-        """Record and count a step, validate and save where that is due, or stop."""
+        """Count a recorded step, validate and save where that is due, or stop."""
         config, progress, number = self.config, self.progress, step.number
-        self.log.step(step)
         if step.finite:
             progress.bad_steps = 0
         else:
             progress.bad_steps += 1
             self._record_incident(step)
         if config.method == "grpo" and step.rollout and number % config.log_samples_every == 0:
-            self.log.sample(step)
+            self.log.sample(step, step.rollout)
         progress.step = number + 1
         progress.seconds += sum(step.seconds.values())
         if step.rollout is not None:
@@ -153,8 +159,8 @@ class Run:
 
     def _record_incident(self, step: Step) -> None:
         line = "loss or gradient is not finite: this update was left out"
-        if room_for_incident(self.config):
-            folder = write_incident(self.config, step, self.policy)
+        folder = write_incident(self.config, step, self.policy)
+        if folder:
             line += f"; all of it is in {folder}"
         self.log.incident(step.number, "not finite", line)
 
@@ -191,22 +197,20 @@ class Run:
 
 
 def smaller_if_memory_is_full(
-    work: Callable[Concatenate[Run, Rollout, Arguments], Result],
-) -> Callable[Concatenate[Run, Rollout, Arguments], Result]:
-    """`work(run, rollout, ...)`, which goes through micro-batches: anew with smaller ones if a
-    GPU's memory does not suffice.
+    work: Callable[[Run, Rollout, *Rest], Result],
+) -> Callable[[Run, Rollout, *Rest], Result]:
+    """Let `work(run, rollout, ...)` begin anew with smaller micro-batches when a GPU's memory is
+    full.
 
     That changes no gradient: the divisor of the loss does not depend on micro-batches. InputError
     if not even one group fits.
     """
 
     @wraps(work)
-    def fitted(
-        run: Run, rollout: Rollout, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
+    def fitted(run: Run, rollout: Rollout, *rest: *Rest) -> Result:
         while True:
             try:
-                return work(run, rollout, *args, **kwargs)
+                return work(run, rollout, *rest)
             except torch.OutOfMemoryError:
                 pass  # left before going on: the error holds the tensors of what failed
             run.optimizer.forget_gradients()
@@ -236,27 +240,19 @@ def rollout_logprobs(run: Run, rollout: Rollout, model: Qwen2VL) -> Tensor:
 def saving_at_the_end(run: Run) -> Iterator[None]:
     """Within, the run is trained, and signals ask it to stop.
 
-    Whatever comes from outside (bad files, a full disk, a signal) leaves a checkpoint of the last
-    whole step behind, if one can be written, before it goes on to the caller.
+    Whatever ends it (bad files, a full disk, a signal) leaves a checkpoint of the last whole step
+    behind, if one can be written, before it goes on to the caller.
     """
     with run.stop.listening():
         try:
             yield
-            run.log.end()
             run.checkpoints.finish()
-        except Stopped as stopped:
-            run.save_last_whole_step(stopped)
-            raise Stopped(stopped.signal, _goes_on_from(run)) from None
-        except OUTSIDE as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
-                raise
+            run.stop.check()  # a signal may have come while the last checkpoint was written
+        except (Exception, Stopped) as error:
             run.save_last_whole_step(error)
             if isinstance(error, OSError):  # it says why, but not always where
                 error.filename = error.filename or run.config.run_dir
+            if isinstance(error, Stopped):  # only now is it known which checkpoint is the newest
+                newest = run.checkpoints.newest()
+                error.args = (f"stopped; the same command goes on from {newest}",)
             raise
-    if run.stop.signal:  # it came while the last checkpoint was written
-        raise Stopped(run.stop.signal, _goes_on_from(run))
-
-
-def _goes_on_from(run: Run) -> str:
-    return f"stopped; {goes_on(run.checkpoints.newest())}"

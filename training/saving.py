@@ -1,11 +1,11 @@
 """Saving checkpoints while training goes on."""
 
+import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,26 +17,26 @@ from grpo.optimizer import MasterAdamW
 from model import Qwen2VL, save_model
 from model.saving import published_tensors, write_tensors
 
-from .checkpoint import Progress, checkpoints, commit, progress_json
+from .checkpoint import Progress, checkpoints, written_whole
 
 
 class Checkpoints:
     """Saves a run's checkpoints, in a thread of its own where memory allows a copy of them.
 
-    Kept are the newest `config.keep_checkpoints`, and the best on validation. Leaving the context
-    ends the thread, after what it is saving.
+    Kept are the newest `config.keep_checkpoints`, and the best on validation. `thread` has one
+    worker.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, thread: ThreadPoolExecutor) -> None:
         self.folder = Path(config.run_dir) / "checkpoints"
         self.kept = config.keep_checkpoints
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = thread
         self._saving: Future[None] | None = None
 
     def save(self, model: Qwen2VL, optimizer: MasterAdamW, progress: Progress) -> Path:
-        """Write `step-NNNNNN`.
+        """Write `step-NNNNNN`, and return its path.
 
-        It may still be on its way when this returns: `finish` waits for it, and so does the next.
+        It may still be written when this returns: `finish` waits for it, and so does the next.
 
         Raises:
             InputError: this one, or the one before, can't be written.
@@ -44,16 +44,16 @@ class Checkpoints:
         self.finish()
         self._refuse_diverged(model)
         final = self.folder / f"step-{progress.step:06d}"
-        text = progress_json(progress)  # as it is now
-        best = progress.best.get("step", 0)
-        state = optimizer.state()
+        weights, state = None, optimizer.state()
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *state.values()))
-        if available_memory() < 2 * size:  # the copy, and as much again for the run
-            self._write(final, model, None, state, text, best)
-        else:
+        room = available_memory() >= 2 * size  # the copy, and as much again for the run
+        if room:
             weights = published_tensors(model)
-            copies = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-            self._saving = self._pool.submit(self._write, final, model, weights, copies, text, best)
+            state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        now = replace(progress)  # a copy too: the run goes on counting
+        self._saving = self._thread.submit(self._write, final, model, weights, state, now)
+        if not room:
+            self.finish()
         return final
 
     def finish(self) -> None:
@@ -66,14 +66,6 @@ class Checkpoints:
         """Where a run that ended now would go on from, in words."""
         saved = checkpoints(self.folder.parent)
         return str(saved[-1]) if saved else "the beginning"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
 
     def _refuse_diverged(self, model: Qwen2VL) -> None:
         finite = torch.stack([param.isfinite().all() for param in model.parameters()]).all()
@@ -90,20 +82,18 @@ class Checkpoints:
         model: Qwen2VL,
         weights: dict[str, Tensor] | None,
         state: dict[str, Tensor],
-        progress: str,
-        best: int,
+        progress: Progress,
     ) -> None:
-        partial = final.with_suffix(".partial")
         try:
-            for leftover in self.folder.glob("*.partial"):  # of a kill
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            save_model(model, partial, weights)
-            write_tensors(state, partial / "optimizer.safetensors")
-            (partial / "progress.json").write_text(progress, encoding="utf-8")
-            commit(partial, final)
-            self._delete_old(best)
+            for leftover in self.folder.glob("*.partial"):  # a kill left it, and it takes room
+                shutil.rmtree(leftover, ignore_errors=True)
+            with written_whole(final) as folder:
+                save_model(model, folder, weights)
+                write_tensors(state, folder / "optimizer.safetensors")
+                text = json.dumps(asdict(progress))
+                (folder / "progress.json").write_text(text, encoding="utf-8")
+            self._delete_old(progress.best.get("step", 0))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
                 f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older "
                 "checkpoints and incidents/*/model may go) or mend the disk, and the same command "

@@ -12,6 +12,9 @@ from data import Prompt
 from grpo.rollout import Rollout
 from rewards import Verdict
 
+TENSORS = ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")
+"""What the loss takes beside the rollout."""
+
 
 @dataclass
 class Step:
@@ -22,7 +25,7 @@ class Step:
         stats: the update's numbers, scalars by their name in the metrics.
         finite: whether every update could be made; False if a loss or gradient was not finite.
         rollout, verdicts_NG: what was sampled (or, in SFT, given), and the rules' verdicts on it.
-        tensors: what the loss took beside the rollout, (N, G) or (N, G, T), by name.
+        tensors: those of `TENSORS` that the step needed, by name.
     """
 
     number: int
@@ -48,17 +51,9 @@ class Step:
         self,
         rollout: Rollout,
         verdicts_NG: Sequence[Sequence[tuple[Verdict, ...]]] = (),
-        rewards_NG: Tensor | None = None,
-        advantages_NG: Tensor | None = None,
-        old_NGT: Tensor | None = None,
-        ref_NGT: Tensor | None = None,
+        *tensors: Tensor | None,
     ) -> None:
-        """Leave what the records are made from; what the step did not need is None."""
+        """Keep what the records are made from; the `tensors` are those of `TENSORS`, in order."""
         self.rollout, self.verdicts_NG = rollout, verdicts_NG
-        tensors = {
-            "rewards_NG": rewards_NG,
-            "advantages_NG": advantages_NG,
-            "old_NGT": old_NGT,
-            "ref_NGT": ref_NGT,
-        }
-        self.tensors = {name: x for name, x in tensors.items() if x is not None}
+        named = zip(TENSORS, tensors, strict=False)  # supervised steps have none of them
+        self.tensors = {name: x for name, x in named if x is not None}
