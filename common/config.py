@@ -18,8 +18,11 @@ from .errors import InputError
 from .files import read_bytes
 
 
-def text(default: Any = MISSING, *, may_change: bool = False) -> Any:
-    """A text, or several; without a default it must be given. `may_change`: also on resuming."""
+def plain(default: Any = MISSING, *, may_change: bool = False) -> Any:
+    """A text, several, or a switch; without a default it must be given.
+
+    `may_change`, here and below: also when a run is resumed.
+    """
     return field(default=default, metadata={"may_change": may_change})
 
 
@@ -30,19 +33,16 @@ def choice(*values: str, may_change: bool = False) -> Any:
 
 def number(default: float, *, may_change: bool = False, **bounds: float) -> Any:
     """A number within bounds: `least` and `most` are allowed, `above` and `below` are not."""
+    # A float must be finite, and TOML promises no whole numbers of more than 63 bits.
+    bounds = {"below": math.inf if isinstance(default, float) else 2**63} | bounds
     return field(default=default, metadata={"bounds": bounds, "may_change": may_change})
-
-
-def switch(*, may_change: bool = False) -> Any:
-    """Off unless it is set."""
-    return field(default=False, metadata={"may_change": may_change})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """the run itself"""
 
-    run_dir: str = text(may_change=True)
+    run_dir: str = plain(may_change=True)
     """folder that receives metrics, completions, checkpoints and the trained model"""
     method: str = choice("grpo", "sft")
     """"grpo" learns from rewarded samples, "sft" from the right letters (supervised fine-tuning)"""
@@ -66,10 +66,10 @@ class Run:
 class Model:
     """the model, and how images reach it"""
 
-    model: str = text(may_change=True)
+    model: str = plain(may_change=True)
     """base model (Qwen2-VL): a folder in Hugging Face layout, or a hub id such as
     Qwen/Qwen2-VL-2B-Instruct"""
-    freeze_vision: bool = switch()
+    freeze_vision: bool = plain(False)
     """leave the vision tower as it is, so that each image is encoded once per step (the paper's run
     trains it)"""
     min_pixels: int = number(3136, least=1)
@@ -82,11 +82,11 @@ class Model:
 class Questions:
     """what is trained on"""
 
-    train_questions: str = text(may_change=True)
+    train_questions: str = plain(may_change=True)
     """question file to train on (JSON or JSON lines; see data/readers.py for the dialects)"""
-    image_dir: str = text("", may_change=True)
+    image_dir: str = plain("", may_change=True)
     """folder that image paths are relative to; empty means each question file's own folder"""
-    train_modality: str = text("")
+    train_modality: str = plain("")
     """train on this modality only, such as MRI; empty takes all"""
     train_count: int = number(0, least=0)
     """train on so many questions, drawn with the seed; 0 takes all"""
@@ -104,13 +104,13 @@ class Questions:
 class Measurement:
     """what accuracy is measured on"""
 
-    test_questions: tuple[str, ...] = text((), may_change=True)
+    test_questions: tuple[str, ...] = plain((), may_change=True)
     """question files whose accuracy per modality is measured before and after; none skips that"""
     test_count: int = number(0, least=0)
     """test on so many questions of each modality, drawn with the seed; 0 takes all"""
     test_fraction: float = number(0.0, least=0, below=1)
     """hold out this share of train_questions, whole images at a time, and test on it too"""
-    validation_questions: tuple[str, ...] = text((), may_change=True)
+    validation_questions: tuple[str, ...] = plain((), may_change=True)
     """question files to validate on while the run goes on: neither their questions nor their images
     may be trained on"""
     validation_fraction: float = number(0.0, least=0, below=1)
@@ -195,16 +195,16 @@ class Optimizer:
 class Machine:
     """memory and speed"""
 
-    device: str = text("cpu", may_change=True)
+    device: str = plain("cpu", may_change=True)
     """cpu, or cuda"""
     dtype: str = choice("float32", "bfloat16")
     """what the model computes in; the optimiser's weights are float32 in any case"""
     micro_batch_tokens: int = number(4096, least=1, may_change=True)
     """tokens in one forward and backward, whole groups at a time; changes memory and speed, never
     the gradient"""
-    activation_checkpointing: bool = switch(may_change=True)
+    activation_checkpointing: bool = plain(False, may_change=True)
     """keep no activations within a block, make them anew in backward: less memory, more time"""
-    offload_optimizer: bool = switch(may_change=True)
+    offload_optimizer: bool = plain(False, may_change=True)
     """keep fp32 weights, their gradients and AdamW's moments in the host's memory and update there,
     not on the GPU"""
 
@@ -221,19 +221,19 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            self._require(one.name, *_problem(one, getattr(self, one.name)))
-        rewarded = any(getattr(self, one.name) for one in fields(Rewards))
-        device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
-        warm = self.warmup_steps <= self.steps
-        self._require("warmup_steps", warm, f"must not exceed steps ({self.steps})")
-        self._require("accuracy_weight", rewarded, "must not be 0 like all other weights")
-        pixels = self.max_pixels >= self.min_pixels
-        self._require("max_pixels", pixels, "must not be below min_pixels")
-        self._require("device", device, "must be cpu or cuda")
+            self._require(one.name, *_within_bounds(one, getattr(self, one.name)))
+        self._require(
+            "warmup_steps", self.warmup_steps <= self.steps, f"at most steps ({self.steps})"
+        )
+        self._require("max_pixels", self.max_pixels >= self.min_pixels, "at least min_pixels")
+        rewarded = self.format_weight or self.accuracy_weight
+        self._require("accuracy_weight", rewarded, "above 0, as the other is not")
+        device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
+        self._require("device", device, "cpu or cuda")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
+    def _require(self, name: str, holds: object, rule: str) -> None:
         if not holds:
-            raise InputError(f"config: {name} is {getattr(self, name)!r}; it {rule}")
+            raise InputError(f"config: {name} is {getattr(self, name)!r}; it must be {rule}")
 
 
 _BOUNDS = {
@@ -244,19 +244,15 @@ _BOUNDS = {
 }
 
 
-def _problem(field: Field[Any], value: Any) -> tuple[bool, str]:
-    """Whether a field's value is within its own bounds, and the rule that it must keep."""
+def _within_bounds(field: Field[Any], value: Any) -> tuple[bool, str]:
+    """Whether a field's value is within its own bounds, and what it must be."""
     if "choices" in field.metadata:
         choices = field.metadata["choices"]
-        return value in choices, f"must be one of {', '.join(choices)}"
+        return value in choices, f"one of {', '.join(choices)}"
     for bound, limit in field.metadata.get("bounds", {}).items():
         holds, words = _BOUNDS[bound]
         if not holds(value, limit):  # NaN is outside of every bound
-            return False, f"must be {words} {limit:,}"
-    if isinstance(value, float):
-        return math.isfinite(value), "must be finite"
-    if isinstance(value, int):  # TOML promises no more
-        return abs(value) < 2**63, "must be a number of at most 63 bits"
+            return False, f"{words} {limit:,}"
     if isinstance(value, str | tuple):
         required = field.default is MISSING and not value
         # A shell may pass any byte; what can't be printed could not be written to config.toml.

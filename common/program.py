@@ -25,11 +25,11 @@ class Stopped(BaseException):
         self.signal = signal
 
 
-def run_program(name: str, work: Callable[[], object]) -> int:
+def run_program(name: str, work: Callable[[], object], when_stopped: str = "stopped") -> int:
     """Do a program's work; what is wrong is one line on stderr that names the thing and the remedy.
 
     Returns the exit code: 0 done; 2 something must be mended; 130 stopped by Ctrl-C, and what
-    shells report for other signals (128 + number).
+    shells report for other signals (128 + number). `when_stopped` is what Ctrl-C prints.
     """
     try:
         work()
@@ -47,7 +47,7 @@ def run_program(name: str, work: Callable[[], object]) -> int:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        print(f"{name}: {when_stopped}", file=sys.stderr)
         return 130
     return 0
 

@@ -6,6 +6,8 @@ owns fp32 copies, adds to those, and rounds them into the model. Where the model
 parameters are the masters and nothing is copied.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,14 @@ from common.config import Config
 
 SAMPLED = 1024
 """Weights of each tensor that `bf16_lost` looks at, evenly spread over it."""
+
+
+class Weight(NamedTuple):
+    """A tensor of the model, and the fp32 one that the optimiser updates."""
+
+    name: str
+    param: Tensor
+    master: Tensor
 
 
 class MasterAdamW:
@@ -24,14 +34,11 @@ class MasterAdamW:
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.names: list[str] = []
-        self.params: list[Tensor] = []
-        self.masters: list[Tensor] = []
+        self.weights: list[Weight] = []
         for name, param in model.named_parameters():
             if param.requires_grad:
-                self.names.append(name)
-                self.params.append(param)
-                self.masters.append(_master(param, config.offload_optimizer))
+                self.weights.append(Weight(name, param, _master(param, config.offload_optimizer)))
+        self.masters = [weight.master for weight in self.weights]
         self.max_grad_norm = config.max_grad_norm
         self.adamw = torch.optim.AdamW(
             self.masters,
@@ -44,16 +51,17 @@ class MasterAdamW:
         """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose
         bits.
         """
-        for param, master in zip(self.params, self.masters, strict=True):
+        for _, param, master in self.weights:
             if master is not param and param.grad is not None:
+                # Moved as it is and made fp32 there: half the bytes cross to the host.
                 grad = param.grad.to(master.device)
                 master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
     def forget_gradients(self) -> None:
         """Drop what was accumulated since the last update, and what a broken backward has left."""
-        for tensor in (*self.params, *self.masters):
-            tensor.grad = None
+        for _, param, master in self.weights:
+            param.grad = master.grad = None
 
     def step(self, learning_rate: float) -> dict[str, Tensor]:
         """Clip, update, round into the model, forget the gradients.
@@ -68,13 +76,12 @@ class MasterAdamW:
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         stats = {"grad_norm": norm}
         if torch.isfinite(norm):
-            for group in self.adamw.param_groups:
-                group["lr"] = learning_rate
-            before = self._sample()
+            self.adamw.param_groups[0]["lr"] = learning_rate
+            before = self._sample()  # a copy: AdamW works in place
             self.adamw.step()
             stats["bf16_lost"] = self._lost_in_bf16(before)
             with torch.no_grad():
-                for param, master in zip(self.params, self.masters, strict=True):
+                for _, param, master in self.weights:
                     if master is not param:
                         param.copy_(master)
         self.forget_gradients()
@@ -100,12 +107,16 @@ class MasterAdamW:
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, by parameter name: moments, step count, separate masters."""
         tensors = {}
-        for name, param, master in zip(self.names, self.params, self.masters, strict=True):
+        for name, param, master in self.weights:
             for key, value in self.adamw.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value.detach()
             if master is not param:
                 tensors[f"master.{name}"] = master.detach()
         return tensors
+
+    def state_bytes(self) -> int:
+        """The size of `state` once an update was made: two moments, and separate masters."""
+        return sum(master.nbytes * (2 + (master is not param)) for _, param, master in self.weights)
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -114,20 +125,20 @@ class MasterAdamW:
         fp32 weights are their own masters where it gave none: with `offload_optimizer` off, a state
         of the one loads in the other.
         """
-        for name, param, master in zip(self.names, self.params, self.masters, strict=True):
+        for name, param, master in self.weights:
             if f"step.{name}" in tensors:
-                moments = {
-                    key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-                for key, value in moments.items():
+                moments = {}
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = tensors[f"{key}.{name}"]
+                    # Checked here: AdamW would broadcast, and learn from another weight's moments.
                     if value.shape != (() if key == "step" else master.shape):
                         raise ValueError(f"the moments of {name} have another shape")
                     moments[key] = value.to(master.device).float()
                 self.adamw.state[master] = moments
             own_master = param.dtype == torch.float32 and f"master.{name}" not in tensors
             if master is not param and not own_master:
+                # The model, loaded from the same checkpoint, is this rounded already.
                 master.copy_(tensors[f"master.{name}"])
-                param.copy_(master)
 
 
 def _master(param: Tensor, offload: bool) -> Tensor:

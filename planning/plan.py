@@ -8,7 +8,6 @@ tensors.
 """
 
 import resource
-import shutil
 from collections import Counter
 from math import ceil
 from pathlib import Path
@@ -23,6 +22,7 @@ from data import load_vocabulary
 from data.choice import prompt_encoder
 from model import keep_freed_memory, read_config
 from training.folder import resumable
+from training.saving import checkpoints_at_once, disk_warning
 
 from .footprint import SAVED, Rehearsal
 from .meter import MEASURED, Phase
@@ -144,15 +144,13 @@ def _print_time(config: Config, load: Workload, phases: dict[str, Phase]) -> Non
 
 
 def _print_disk(config: Config, rehearsal: Rehearsal) -> None:
-    # Those that are kept, one that is being written, and the best on validation.
-    best = bool(config.validation_questions or config.validation_fraction)
-    most = config.keep_checkpoints + 1 + best
+    most = checkpoints_at_once(config)
     needed = most * rehearsal.saved + rehearsal.weights
     print(f"disk       a checkpoint {_size(rehearsal.saved)}, at most {most} at once")
     print(f"           with the model {_size(needed)}")
-    run_dir = Path(config.run_dir).absolute()
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    _warn(f"disk in {folder}", needed, shutil.disk_usage(folder).free)
+    warning = disk_warning(config, rehearsal.saved, rehearsal.weights)
+    if warning:
+        print(warning)
 
 
 def _warn(what: str, needed: int, free: int) -> None:

@@ -8,6 +8,7 @@ from common.errors import InputError
 from data import PromptEncoder, Question, Vocabulary
 from data.choice import load_questions, refuse_overlap
 from grpo.rollout import micro_batch_slices
+from training.prepare import fitting_questions
 from training.sft import target
 
 
@@ -32,12 +33,8 @@ class Workload:
     def __init__(self, config: Config, encoder: PromptEncoder, vocabulary: Vocabulary) -> None:
         questions = load_questions(config)
         refuse_overlap(questions)
-        train, too_long, _ = encoder.select(
-            questions.train, keep_unreadable=config.bad_images == "skip"
-        )
-        validation, too_long_to_validate, _ = encoder.select(questions.validation)
-        test, too_long_to_test, _ = encoder.select(questions.test)
-        self.left_out = too_long + too_long_to_validate + too_long_to_test
+        (train, validation, test), too_long, _ = fitting_questions(encoder, config, questions)
+        self.left_out = sum(too_long)
         self.questions = {"train": train, "validate": validation, "test": test}
         self.prompts: dict[Question, int] = {}
         for question in (*train, *validation, *test):

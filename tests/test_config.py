@@ -62,9 +62,10 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("loss_average = 'mean'", "sequence, token, constant"),
         ("max_pixels = 100", "min_pixels"),
         ("device = 'tpu'", "cpu or cuda"),
-        ("learning_rate = inf", "finite"),
+        ("learning_rate = inf", "must be below inf"),
+        ("seed = 0xFFFFFFFFFFFFFFFFFFFF", "at most 63 bits"),
         ("format_weight = 0\naccuracy_weight = 0", "accuracy_weight"),
-        ("warmup_steps = 400", "must not exceed steps"),
+        ("warmup_steps = 400", "must be at most steps (300)"),
         ("group_size = 1", "group_size"),
         ("freeze_vision = 1", "freeze_vision must be bool"),
         ("micro_batch_tokens = 0", "micro_batch_tokens"),
@@ -89,6 +90,7 @@ def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
         (["--stepz", "3"], "stepz"),
         (["--steps", "three"], "steps"),
         (["--step", "3"], "step"),
+        (["--seed", "9" * 30], "must be below 9,223"),
         (["--freeze_vision", "yes"], "freeze_vision"),
     ):
         with pytest.raises(InputError, match=named):

@@ -57,7 +57,7 @@ def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs
 
     def observed_update(optimizer, *args, **kwargs):
         grads = [master.grad for master in optimizer.masters]
-        named = zip(optimizer.names, grads, strict=True)
+        named = zip([weight.name for weight in optimizer.weights], grads, strict=True)
         gradients = {name: grad.clone() for name, grad in named if grad is not None}
         ours.gradients.append(published_views(gradients, shape))
         return update(optimizer, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,15 +80,11 @@ def measured(run: Run, method: Method) -> None:
 def _best_validation(run: Run, folder: Path) -> str:
     """The best on validation, beside the best guess that sees no image, and where it was saved."""
     questions, best = run.questions.validation, run.progress.best
-    counts = Counter(question.modality for question in questions)
-    guesses = by_modality(questions, blind_credits(run.questions.train, questions))
-    rates = []
-    for rate_of in guesses.values():
-        credit = sum(rate_of[modality] * count for modality, count in counts.items())
-        rates.append(credit / len(questions))
+    credits = blind_credits(run.questions.train, questions)
+    blind_rate = max(map(sum, credits.values())) / len(questions)
     accuracy = percent_with_interval(best["right"], best["total"])
     checkpoint = folder / "checkpoints" / f"step-{best['step']:06d}"
     return (
         f"validation: best {accuracy} % of {best['total']} (the best guess without the image "
-        f"{percent(max(rates))} %) after {best['step']} steps: {checkpoint}"
+        f"{percent(blind_rate)} %) after {best['step']} steps: {checkpoint}"
     )

@@ -1,6 +1,5 @@
 """A run made ready: questions, models, tokens, optimiser, and how far it has come."""
 
-import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.device import use_device
+from common.errors import InputError
 from common.hub import model_folder
 from data import PromptEncoder, load_vocabulary
 from data.choice import Questions, load_questions, prompt_encoder, refuse_overlap
@@ -27,7 +27,7 @@ from .folder import (
 )
 from .log import RunLog
 from .run import Run
-from .saving import Checkpoints
+from .saving import Checkpoints, disk_warning
 
 
 @contextmanager
@@ -46,7 +46,15 @@ def prepared(config: Config) -> Iterator[Run]:
         policy, reference = _models(config, folder, checkpoint)
         vocabulary = load_vocabulary(folder, policy.config, config.device)
         encoder = prompt_encoder(vocabulary, policy.config, config)
-        questions = _fitting(encoder, config, questions)
+        questions, too_long, unreadable = fitting_questions(encoder, config, questions)
+        train, validation, test = map(len, questions)
+        print(f"{train} questions to train on, {validation} to validate on, {test} to test")
+        if any(too_long):
+            counts = "{} of training, {} of validation, {} of test".format(*too_long)
+            print(f"left out as longer than {config.max_prompt_tokens} tokens: {counts}")
+        if unreadable:
+            count = f"{len(unreadable)}, first {unreadable[0]}"
+            print(f"left out when their turn comes, as their images can't be read: {count}")
 
         optimizer = MasterAdamW(policy, config)
         progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
@@ -59,7 +67,10 @@ def prepared(config: Config) -> Iterator[Run]:
         refuse_other_contents(config, progress.contents or contents, contents)
         progress.contents = contents
         write_config(config)
-        _warn_of_a_full_disk(config, policy, optimizer)
+        weights = sum(param.nbytes for param in policy.parameters())
+        warning = disk_warning(config, weights + optimizer.state_bytes(), weights)
+        if warning:  # before the night, and not in it
+            print(warning, file=sys.stderr)
         if checkpoint:
             print(f"going on from {checkpoint}")
         with ThreadPoolExecutor(1, "checkpoint") as saver, RunLog(config, progress.step) as log:
@@ -100,38 +111,16 @@ def _models(
     return policy, reference
 
 
-def _fitting(encoder: PromptEncoder, config: Config, questions: Questions) -> Questions:
-    """Of the questions those whose prompts fit; says how many, and what is left out."""
-    train, skipped, unreadable = encoder.select(
-        questions.train, keep_unreadable=config.bad_images == "skip"
-    )
-    validation, skipped_validation, _ = encoder.select(questions.validation)
-    test, skipped_tests, _ = encoder.select(questions.test)
-    validating = f"{len(validation)} to validate on, " if validation else ""
-    print(f"{len(train)} questions to train on, {validating}{len(test)} to test")
-    if skipped or skipped_validation or skipped_tests:
-        counts = (
-            f"{skipped} of training, {skipped_validation} of validation, {skipped_tests} of test"
-        )
-        print(f"left out as longer than {config.max_prompt_tokens} tokens: {counts}")
-    if unreadable:
-        count = f"{len(unreadable)}, first {unreadable[0]}"
-        print(f"left out when their turn comes, as their images can't be read: {count}")
-    return Questions(train, validation, test)
+def fitting_questions(
+    encoder: PromptEncoder, config: Config, questions: Questions
+) -> tuple[Questions, list[int], list[InputError]]:
+    """Of the questions those whose prompts fit, and what is said of the others.
 
-
-def _warn_of_a_full_disk(config: Config, policy: Qwen2VL, optimizer: MasterAdamW) -> None:
-    """Before the night and not in it: checkpoints that are kept, the best, one being written."""
-    masters = sum(4 * param.numel() for param in optimizer.params)
-    weights = sum(param.nbytes for param in policy.parameters())
-    separate = any(m is not p for m, p in zip(optimizer.masters, optimizer.params, strict=True))
-    copies = 2 + separate  # both moments, and masters if they are not the weights
-    best = bool(config.validation_questions or config.validation_fraction)
-    needed = (weights + copies * masters) * (config.keep_checkpoints + 1 + best)
-    run_dir = Path(config.run_dir)
-    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-*/*"))
-    free = shutil.disk_usage(run_dir).free + held
-    if needed > free:
-        line = f"checkpoints may take {needed / 1e9:.1f} GB here, but only {free / 1e9:.1f} GB are"
-        remedy = "lower keep_checkpoints or make room"
-        print(f"! {line} free for them in {run_dir}: {remedy}", file=sys.stderr)
+    Returns also how many prompts of each of the three sets are too long, and the errors of training
+    images that can't be read but may be skipped.
+    """
+    train = encoder.select(questions.train, keep_unreadable=config.bad_images == "skip")
+    # Runs are compared by the other two sets: no image may be missing there.
+    validation, test = encoder.select(questions.validation), encoder.select(questions.test)
+    fitting = Questions(train.questions, validation.questions, test.questions)
+    return fitting, [train.too_long, validation.too_long, test.too_long], train.unreadable

@@ -107,3 +107,26 @@ class Checkpoints:
                 going = old.with_suffix(".partial")
                 os.replace(old, going)
                 shutil.rmtree(going)
+
+
+def checkpoints_at_once(config: Config) -> int:
+    """How many checkpoints of a run are on the disk at most."""
+    best = bool(config.validation_questions or config.validation_fraction)
+    # The one that is being written comes before an old one is deleted.
+    return config.keep_checkpoints + 1 + best
+
+
+def disk_warning(config: Config, checkpoint: int, model: int) -> str:
+    """A line if the disk lacks room for a run's checkpoints and model, or "". Sizes in bytes."""
+    needed = checkpoints_at_once(config) * checkpoint + model
+    run_dir = Path(config.run_dir).absolute()
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    # A resumed run writes its new checkpoints in the place of old ones.
+    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-*/*"))
+    free = shutil.disk_usage(folder).free + held
+    if needed <= free:
+        return ""
+    sizes = f"{needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free for them"
+    return (
+        f"! checkpoints and model may take {sizes} in {folder}: lower keep_checkpoints or make room"
+    )
