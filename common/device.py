@@ -10,16 +10,13 @@ from .errors import InputError
 
 def use_device(config: Config) -> None:
     """Make the config's device the current one. InputError if it is a GPU that is not there."""
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {config.device!r}, but torch finds no CUDA GPU; give --device cpu"
-        )
-    if ":" in config.device:  # graphs are captured, and waited for, on the current device
-        if int(config.device.split(":")[1]) >= torch.cuda.device_count():
-            raise InputError(
-                f"device is {config.device!r}, but there are {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(config.device)
+    kind, _, index = config.device.partition(":")
+    if kind == "cuda":
+        if int(index or 0) >= torch.cuda.device_count():
+            reason = "torch finds no CUDA GPU of this number"
+            raise InputError(f"device is {config.device!r}, but {reason}; give --device cpu")
+        if index:  # graphs are captured, and waited for, on the current device
+            torch.cuda.set_device(config.device)
 
 
 def available_memory() -> int:

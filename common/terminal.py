@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 
@@ -28,9 +28,5 @@ class _Patient:
 @contextmanager
 def patient_output() -> Iterator[None]:
     """Within, stdout and stderr never raise."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)  # type: ignore[assignment]
-    try:
+    with redirect_stdout(_Patient(sys.stdout)), redirect_stderr(_Patient(sys.stderr)):
         yield
-    finally:
-        sys.stdout, sys.stderr = before

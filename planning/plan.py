@@ -22,7 +22,7 @@ from data import load_vocabulary
 from data.choice import prompt_encoder
 from model import keep_freed_memory, read_config
 from training.folder import resumable
-from training.saving import checkpoints_at_once, disk_warning
+from training.saving import checkpoints_at_once, warn_of_a_small_disk
 
 from .footprint import SAVED, Rehearsal
 from .meter import MEASURED, Phase
@@ -148,9 +148,7 @@ def _print_disk(config: Config, rehearsal: Rehearsal) -> None:
     needed = most * rehearsal.saved + rehearsal.weights
     print(f"disk       a checkpoint {_size(rehearsal.saved)}, at most {most} at once")
     print(f"           with the model {_size(needed)}")
-    warning = disk_warning(config, rehearsal.saved, rehearsal.weights)
-    if warning:
-        print(warning)
+    warn_of_a_small_disk(config, rehearsal.saved, rehearsal.weights)
 
 
 def _warn(what: str, needed: int, free: int) -> None:

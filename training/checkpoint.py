@@ -62,17 +62,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def damage_of(checkpoint: Path) -> str:
     """What differs between a checkpoint's files and its manifest, in a few words, or ""."""
     try:
-        manifest = dict(read_json(checkpoint / MANIFEST, "restore it"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (ValueError, KeyError, TypeError):
-        return f"no readable {MANIFEST}"
-    for name, (size, digest) in expected.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or of another size"
-        if sha256_of(file) != digest:
-            return f"{name} has other contents"
-    return "" if expected else f"no readable {MANIFEST}"
+        manifest = read_json(checkpoint / MANIFEST, "restore it")
+        for name, entry in manifest.items():
+            file = checkpoint / name
+            # Sizes first: a torn file is then known without reading gigabytes.
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                return f"{name} is missing or of another size"
+            if sha256_of(file) != entry["sha256"]:
+                return f"{name} has other contents"
+    except (ValueError, KeyError, TypeError, AttributeError):  # not ours, or nonsense
+        manifest = {}
+    return "" if manifest else f"no readable {MANIFEST}"
 
 
 def sha256_of(file: Path) -> str:
@@ -104,8 +104,8 @@ def _commit(partial: Path, final: Path) -> None:
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {}
     for file in files:
-        entry = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        manifest[str(file.relative_to(partial))] = entry
+        name = str(file.relative_to(partial))
+        manifest[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
         _flush(path)

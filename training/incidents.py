@@ -83,18 +83,18 @@ def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tens
 def replay(folder: Path) -> list[str]:
     """Loss and gradient of each group of an incident, computed again on the CPU, in lines."""
     description, rollout, tensors = read_incident(folder)
-    settings, weights = description["config"], folder / "model"
-    policy = load_model(weights, "cpu", settings["dtype"])
-    allowed_V = load_vocabulary(weights, policy.config).allowed_V
+    config = Config(**description["config"])
+    policy = load_model(folder / "model", "cpu", config.dtype)
+    allowed_V = load_vocabulary(folder / "model", policy.config).allowed_V
     size = f"{len(rollout.prompts)} groups of {rollout.mask_NGT.shape[1]}"
-    lines = [f"step {description['step']}: {size}, {settings['dtype']}"]
+    lines = [f"step {description['step']}: {size}, {config.dtype}"]
     for name, x in tensors.items():
         if x.is_floating_point() and not x.isfinite().all():
             lines.append(f"{name} holds {int((~x.isfinite()).sum())} numbers that are not finite")
     for batch in rollout.micro_batches(1):  # one group each
-        temperature = settings["temperature"] if settings["method"] == "grpo" else 1.0
+        temperature = config.temperature if config.method == "grpo" else 1.0
         logp, _ = completion_logprobs(policy, batch, allowed_V, temperature)
-        loss = _loss(logp, batch, tensors, settings)
+        loss = _loss(logp, batch, tensors, config)
         loss.backward()
         bad = []
         for name, param in policy.named_parameters():
@@ -108,17 +108,21 @@ def replay(folder: Path) -> list[str]:
     return lines
 
 
-def _loss(
-    logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], settings: dict[str, Any]
-) -> Tensor:
+def _loss(logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], config: Config) -> Tensor:
     """Of one group by itself, per sequence: enough to find the one that is not finite."""
-    if settings["method"] == "sft":
+    if config.method == "sft":
         return -logp.sum()
-    ref = batch.cut(tensors["ref_NGT"]) if "ref_NGT" in tensors else None
-    old = batch.cut(tensors["old_NGT"]) if "old_NGT" in tensors else logp.detach()
-    knobs = {name: settings[name] for name in ("clip_low", "clip_high", "beta")}
-    advantages = tensors["advantages_NG"][batch.groups]
-    return grpo_loss(logp, old, ref, advantages, batch.mask_NGT, **knobs)[0]
+    loss, _ = grpo_loss(
+        logp,
+        old=batch.cut(tensors["old_NGT"]) if "old_NGT" in tensors else logp.detach(),
+        ref=batch.cut(tensors["ref_NGT"]) if "ref_NGT" in tensors else None,
+        advantages=tensors["advantages_NG"][batch.groups],
+        mask=batch.mask_NGT,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        beta=config.beta,
+    )
+    return loss
 
 
 def main() -> int:

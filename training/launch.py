@@ -58,8 +58,14 @@ def measured(run: Run, method: Method) -> None:
     before = accuracy_by_modality(questions, progress.answers_before)
     after = accuracy_by_modality(questions, run.answers(questions, "accuracy after"))
     blind = by_modality(questions, blind_credits(run.questions.train, questions))
-    totals = {"steps": progress.step, "seconds": progress.seconds, "tokens": progress.tokens}
-    summary = run_summary(before, after, blind, **totals)
+    summary = run_summary(
+        before,
+        after,
+        blind,
+        steps=progress.step,
+        seconds=progress.seconds,
+        tokens=progress.tokens,
+    )
     if progress.best:
         summary["validation"] = progress.best
     text = json.dumps(summary, indent=2) + "\n"

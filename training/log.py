@@ -47,7 +47,7 @@ class RunLog:
 
         self.folder = Path(config.run_dir)
         self._rows = recent(self._kept("metrics", first_step))
-        self.incidents = Counter(str(row["kind"]) for row in self._kept("incidents", first_step))
+        self.incidents = Counter(row["kind"] for row in self._kept("incidents", first_step))
         self._kept("completions", first_step)
         self._kept("validation", first_step)
         self._alarms = alarms(self._rows)  # those that were reported before the run was resumed
@@ -63,7 +63,8 @@ class RunLog:
         Returns what the progress bar shows of it.
         """
         metrics = step_metrics(step)
-        row = _json_numbers(metrics)
+        # JSON knows no NaN: what is not finite becomes null.
+        row = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         self._write("metrics", {"step": step.number, **row})
         for name, value in metrics.items():
             tag = name if "/" in name else f"train/{name}"  # TensorBoard groups by what precedes /
@@ -71,6 +72,7 @@ class RunLog:
         if step.rollout and step.verdicts_NG:
             self._completions(step, step.rollout)
         self._rows = recent([*self._rows, row])  # as a resumed run will read it
+        # A failure that goes on is one alarm, not one a step.
         before, self._alarms = self._alarms, alarms(self._rows)
         for name, line in self._alarms.items():
             if name not in before:
@@ -156,13 +158,14 @@ class RunLog:
     def _kept(self, name: str, first_step: int) -> list[dict[str, Any]]:
         """Drop a file's rows from `first_step` on, and what a crash has left of a row.
 
-        Returns the rows that stay, except completions: those may be too many to hold.
+        Returns the rows that stay, except completions.
         """
         file, partial, kept = self.folder / f"{name}.jsonl", self.folder / f"{name}.partial", []
         with partial.open("w", encoding="utf-8") as out:
             for _, row in read_json_lines(file, f"move {file} away") if file.exists() else ():
                 if row["step"] < first_step:
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    # Nobody here reads completions again, and all of them may fill the memory.
                     if name != "completions":
                         kept.append(row)
         os.replace(partial, file)
@@ -200,8 +203,3 @@ def step_metrics(step: Step) -> dict[str, float]:
 def _silent_on_os_errors(args: threading.ExceptHookArgs) -> None:
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
-
-
-def _json_numbers(numbers: dict[str, float]) -> dict[str, float | None]:
-    """What is not finite becomes null, since JSON knows no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

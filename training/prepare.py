@@ -1,6 +1,5 @@
 """A run made ready: questions, models, tokens, optimiser, and how far it has come."""
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from .folder import (
 )
 from .log import RunLog
 from .run import Run
-from .saving import Checkpoints, disk_warning
+from .saving import Checkpoints, warn_of_a_small_disk
 
 
 @contextmanager
@@ -68,9 +67,8 @@ def prepared(config: Config) -> Iterator[Run]:
         progress.contents = contents
         write_config(config)
         weights = sum(param.nbytes for param in policy.parameters())
-        warning = disk_warning(config, weights + optimizer.state_bytes(), weights)
-        if warning:  # before the night, and not in it
-            print(warning, file=sys.stderr)
+        # Before the night, and not in it.
+        warn_of_a_small_disk(config, weights + optimizer.state_bytes(), weights)
         if checkpoint:
             print(f"going on from {checkpoint}")
         with ThreadPoolExecutor(1, "checkpoint") as saver, RunLog(config, progress.step) as log:

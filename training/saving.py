@@ -116,17 +116,15 @@ def checkpoints_at_once(config: Config) -> int:
     return config.keep_checkpoints + 1 + best
 
 
-def disk_warning(config: Config, checkpoint: int, model: int) -> str:
-    """A line if the disk lacks room for a run's checkpoints and model, or "". Sizes in bytes."""
+def warn_of_a_small_disk(config: Config, checkpoint: int, model: int) -> None:
+    """Print a line if the disk lacks room for a run's checkpoints and model (bytes of one)."""
     needed = checkpoints_at_once(config) * checkpoint + model
     run_dir = Path(config.run_dir).absolute()
     folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     # A resumed run writes its new checkpoints in the place of old ones.
     held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-*/*"))
     free = shutil.disk_usage(folder).free + held
-    if needed <= free:
-        return ""
-    sizes = f"{needed / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free for them"
-    return (
-        f"! checkpoints and model may take {sizes} in {folder}: lower keep_checkpoints or make room"
-    )
+    if needed > free:
+        line = f"checkpoints and model may take {needed / 1e9:.1f} GB in {folder}"
+        remedy = "lower keep_checkpoints or make room"
+        print(f"! {line}, but only {free / 1e9:.1f} GB are free for them: {remedy}")

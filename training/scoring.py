@@ -5,19 +5,22 @@ from torch import Tensor
 
 from common.config import Config
 from grpo.rollout import Rollout
-from rewards import Verdict, score
+from rewards import score
+
+from .step import Verdicts
 
 
-def score_rollout(rollout: Rollout) -> list[list[tuple[Verdict, ...]]]:
-    """Every rule's verdict on every completion: N groups of G tuples."""
+def score_rollout(rollout: Rollout) -> Verdicts:
+    """Every rule's verdict on every completion."""
     verdicts_NG = []
     for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
         verdicts_NG.append([score(text, prompt.question.answer) for text in texts])
     return verdicts_NG
 
 
-def weighted_sum(verdicts_NG: list[list[tuple[Verdict, ...]]], config: Config) -> Tensor:
+def weighted_sum(verdicts_NG: Verdicts, config: Config) -> Tensor:
     """Rewards (N, G): each rule's score times its weight, which is `config.<rule>_weight`."""
+    # Rules read text and run on the host; one copy to the device at the end.
     rewards_NG = torch.zeros(len(verdicts_NG), len(verdicts_NG[0]))
     for n, group in enumerate(verdicts_NG):
         for g, verdicts in enumerate(group):

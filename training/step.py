@@ -12,6 +12,8 @@ from data import Prompt
 from grpo.rollout import Rollout
 from rewards import Verdict
 
+Verdicts = Sequence[Sequence[tuple[Verdict, ...]]]
+"""Of N groups of G completions each one's verdicts, in the order of the rules."""
 TENSORS = ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")
 """What the loss takes beside the rollout."""
 
@@ -35,7 +37,7 @@ class Step:
     stats: dict[str, Tensor | float] = field(default_factory=dict)
     finite: bool = True
     rollout: Rollout | None = None
-    verdicts_NG: Sequence[Sequence[tuple[Verdict, ...]]] = ()
+    verdicts_NG: Verdicts = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -47,12 +49,7 @@ class Step:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def keep(
-        self,
-        rollout: Rollout,
-        verdicts_NG: Sequence[Sequence[tuple[Verdict, ...]]] = (),
-        *tensors: Tensor | None,
-    ) -> None:
+    def keep(self, rollout: Rollout, verdicts_NG: Verdicts = (), *tensors: Tensor | None) -> None:
         """Keep what the records are made from; the `tensors` are those of `TENSORS`, in order."""
         self.rollout, self.verdicts_NG = rollout, verdicts_NG
         named = zip(TENSORS, tensors, strict=False)  # supervised steps have none of them
