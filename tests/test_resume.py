@@ -72,6 +72,32 @@ def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(
     assert len(rows(broken / "run" / "validation.jsonl")) == 2
 
 
+def test_a_bug_keeps_its_traceback_and_loses_no_finished_step(tmp_path, monkeypatch):
+    config = write_run(tmp_path, test_questions=[], save_every=100)
+    sample, calls = train.sample_groups, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("a bug of ours")
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(train, "sample_groups", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        run(monkeypatch, config)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002"]
+
+
+def test_a_disk_too_small_for_the_run_is_named_before_it_begins(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, test_questions=[], steps=1)
+    small = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: small)
+    for flags in (["--dry-run"], []):
+        assert run(monkeypatch, config, *flags) == 0
+        shown = capsys.readouterr().out
+        assert "only 0.0 GB are free for them: lower keep_checkpoints" in shown
+
+
 def test_a_disk_that_failed_once_does_not_cost_the_next_checkpoint(tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path, test_questions=[], save_every=2)
     write, failed = Checkpoints._write, []
