@@ -90,6 +90,9 @@ class Questions:
     """train on this modality only, such as MRI; empty takes all"""
     train_count: int = number(0, least=0)
     """train on so many questions, drawn with the seed; 0 takes all"""
+    images: str = choice("own", "blank", "noise", "other")
+    """what training shows: each question's "own" images, or in their place grey ones ("blank"),
+    "noise", or an "other" question's; a model trained so tells how much of a gain needs no sight"""
     bad_images: str = choice("error", "skip", may_change=True)
     """what a training image that can't be read does: "error" ends the run, "skip" leaves its
     question out and counts it"""

@@ -12,6 +12,7 @@ from .encode import PromptEncoder
 from .question import Question
 from .readers import read_questions
 from .subset import choose_questions, split_by_image
+from .unseeing import with_other_images
 from .vocabulary import Vocabulary
 
 
@@ -44,8 +45,11 @@ def load_questions(config: Config) -> Questions:
         train, held_out = split_by_image(train, config.validation_fraction, config.seed)
         # Of other modalities nothing is trained on, so that there is nothing to validate.
         validation += choose_questions(held_out, config.train_modality)
+    train = choose_questions(train, config.train_modality, config.train_count, config.seed)
+    if config.images == "other":
+        train = with_other_images(train)
     return Questions(
-        choose_questions(train, config.train_modality, config.train_count, config.seed),
+        train,
         _of_each_modality(validation, config.validation_count, config.seed),
         _of_each_modality(test, config.test_count, config.seed),
     )

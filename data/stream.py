@@ -9,7 +9,8 @@ from functools import lru_cache
 
 from common.errors import InputError
 
-from .encode import Patches, Prompt, PromptEncoder
+from .encode import LoadImage, Patches, Prompt, PromptEncoder
+from .images import load_image
 from .question import Question
 
 _DECODERS = 4  # threads; Pillow and NumPy release the interpreter while they work
@@ -52,18 +53,20 @@ def prompts_of_steps(
     prompts_per_step: int,
     seed: int,
     unreadable: Callable[[InputError], None] | None = None,
+    load: LoadImage = load_image,
 ) -> Iterator[list[Prompt]]:
     """The prompts of each of the `steps` in turn; threads decode the next step's images while a
     step is worked on.
 
-    A question whose image can't be used is left out of its step if `unreadable` takes the error.
+    A question whose image can't be used is left out of its step if `unreadable` takes the error;
+    `load` reads an image file.
 
     Raises:
         InputError: an image of the step can't be used and `unreadable` is None.
     """
     pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
     chosen = (questions_of_step(questions, step, prompts_per_step, seed) for step in steps)
-    begun = (_begin(pool, encoder, batch) for batch in chosen)  # each when it is asked for
+    begun = (_begin(pool, encoder, batch, load) for batch in chosen)  # each when it is asked for
     try:
         coming = next(begun, None)
         while coming is not None:
@@ -84,6 +87,6 @@ def prompts_of_steps(
 
 
 def _begin(
-    pool: ThreadPoolExecutor, encoder: PromptEncoder, questions: list[Question]
+    pool: ThreadPoolExecutor, encoder: PromptEncoder, questions: list[Question], load: LoadImage
 ) -> list[tuple[Question, Future[Patches]]]:
-    return [(question, pool.submit(encoder.patchify, question)) for question in questions]
+    return [(question, pool.submit(encoder.patchify, question, load)) for question in questions]

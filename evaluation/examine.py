@@ -11,6 +11,7 @@ from common.errors import InputError
 from common.hub import model_folder
 from data import PromptEncoder, Question, load_image, load_vocabulary
 from data.choice import load_questions, prompt_encoder
+from data.unseeing import blank_image, noise_image, with_other_images
 from model import read_config
 from rewards import read_letter, score, think_text
 
@@ -24,14 +25,11 @@ from .probes import (
     REASONING,
     ROTATED,
     SWAPPED,
-    blank_image,
     letter_logprobs,
-    noise_image,
     opening,
     original_letter,
     swapped_reasonings,
     truncated,
-    with_other_images,
     with_rotated_options,
 )
 from .records import Records, Row

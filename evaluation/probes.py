@@ -13,13 +13,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from os.path import commonprefix
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from data import Prompt, Question, Vocabulary, load_image
+from data import Prompt, Question, Vocabulary
 from grpo.rollout import MicroBatch, collate, completion_logprobs, padded
 from model import Qwen2VL
 from rewards import LETTERS, think_text
@@ -35,31 +32,6 @@ KEPT = {"0 %": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "100 %": 1.0}
 NONE = "0 %"
 WHOLE = "100 %"
 SWAPPED = "another's"
-
-
-def blank_image(path: Path) -> Image.Image:
-    """A grey image of the same size: the prompt stays as long as it was."""
-    return Image.new("RGB", load_image(path).size, (128, 128, 128))
-
-
-def noise_image(path: Path) -> Image.Image:
-    """Uniform noise of the same size, the same each time for a file of that name."""
-    width, height = load_image(path).size
-    # Seeded with the name and not in a row: noise must not depend on what was asked before.
-    generator = np.random.default_rng(list(path.name.encode()))
-    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def with_other_images(questions: Sequence[Question]) -> list[Question]:
-    """Every question with the images of another one of the list, of whatever modality.
-
-    All images are still used, and nobody keeps its own, unless all questions show the same.
-    """
-    # Distinct: with an image twice in the cycle, a question could be given its own.
-    images = list(dict.fromkeys(question.images for question in questions))
-    random.Random("other image").shuffle(images)
-    other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle through them all
-    return [replace(question, images=other[question.images]) for question in questions]
 
 
 def with_rotated_options(question: Question) -> Question:

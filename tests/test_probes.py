@@ -2,25 +2,20 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_run import write_run
 
 from common.config import load_config
-from data import Question, load_image, load_vocabulary
+from data import Question, load_vocabulary
 from data.choice import prompt_encoder
 from evaluation.probes import (
-    blank_image,
     letter_logprobs,
-    noise_image,
     opening,
     opening_of,
     original_letter,
     swapped_reasonings,
     truncated,
-    with_other_images,
     with_rotated_options,
 )
 from model import load_model
@@ -30,37 +25,6 @@ def question(images: tuple[str, ...] = (), options: int = 3, answer: str = "A") 
     return Question(
         tuple(map(Path, images)), "What?", tuple("wxyz"[:options]), answer, "MRI", "", "row"
     )
-
-
-def test_blank_and_noise_images_keep_the_size_and_nothing_else(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("a.png", "b.png"):
-        Image.fromarray(rng.integers(0, 256, (30, 44, 3), dtype=np.uint8)).save(tmp_path / name)
-    original, blank, noise = (
-        np.asarray(f(tmp_path / "a.png")) for f in (load_image, blank_image, noise_image)
-    )
-    assert original.shape == blank.shape == noise.shape == (30, 44, 3)
-    assert len(np.unique(blank)) == 1 and noise.std() > 60
-    assert abs(np.corrcoef(original.ravel(), noise.ravel())[0, 1]) < 0.1
-    assert (noise == np.asarray(noise_image(tmp_path / "a.png"))).all()
-    assert (noise != np.asarray(noise_image(tmp_path / "b.png"))).any()
-
-
-@pytest.mark.parametrize("count", [2, 3, 50])
-def test_other_images_are_all_the_images_and_nobodys_own(count):
-    questions = [question((f"{i}.png",)) for i in range(count)]
-    changed = with_other_images(questions)
-    assert all(new.images != old.images for new, old in zip(changed, questions, strict=True))
-    assert sorted(q.images for q in changed) == sorted(q.images for q in questions)
-
-
-def test_questions_that_share_an_image_all_get_another():
-    questions = [question((name,)) for name in ("a", "a", "b", "a", "b", "c")]
-    changed = with_other_images(questions)
-    assert all(new.images != old.images for new, old in zip(changed, questions, strict=True))
-    assert {q.images for q in changed} == {q.images for q in questions}
-    alone = [question(("a",))] * 3
-    assert with_other_images(alone) == alone
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.program import Stopped
 from data import PromptEncoder, Question, Vocabulary, prompts_of_steps
 from data.choice import Questions
+from data.unseeing import LOADERS
 from evaluation.accuracy import tally
 from evaluation.answers import Examinee
 from grpo.optimizer import MasterAdamW, scheduled_rate
@@ -68,6 +69,7 @@ class Run:
             config.prompts_per_step,
             config.seed,
             self._leave_out if config.bad_images == "skip" else None,
+            LOADERS[config.images],
         )
         if self._validate_if_due():  # a stop came before it could
             self._save()
