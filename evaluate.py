@@ -28,12 +28,12 @@ from evaluation.audits.leakage import leakage
 from evaluation.contract import claim, contract
 from evaluation.examine import chosen_questions, examine, probe_names
 from evaluation.models import (
-    USUAL,
     Folders,
     model_digest,
     model_folders,
     results_folder,
     training_curves,
+    usual_models,
 )
 from evaluation.records import Records, Rows
 from evaluation.report.page import write_report
@@ -91,9 +91,10 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
 def arguments() -> ArgumentParser:
     parser = config_parser(__doc__, FIELDS)
     add = parser.add_argument
-    usual = "base (the config's model), sft (of the run folder with _sft behind its name), grpo"
+    usual = "base (the config's model), sft and blind (of the run folders with _sft, _blind), grpo"
     own = "eval/ in the run's folder; with --models or --questions eval-MODELS-FILES/"
-    add("--models", metavar="NAMES", help=f"{usual}, or NAME=FOLDER (default: base,sft,grpo)")
+    trained = "default: those that were trained"
+    add("--models", metavar="NAMES", help=f"{usual}, or NAME=FOLDER ({trained})")
     add(
         "--questions",
         nargs="+",
@@ -125,7 +126,7 @@ def work() -> None:
         raise InputError(f"--samples is {given['samples']}; it must not be negative")
     config = config_of(given)
     files = given["questions"]
-    names = given["models"].split(",") if given["models"] else USUAL
+    names = given["models"].split(",") if given["models"] else usual_models(config.run_dir)
     # Before --questions: runs are compared with the config as it stands in its file.
     folders = model_folders(config, names)
     out = given["out"] or results_folder(config.run_dir, list(folders), files)

@@ -20,8 +20,7 @@ TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "tra
 """Fields in which the compared runs must agree: same base, same questions (the seed draws them),
 same pixels.
 """
-USUAL = ("base", "sft", "grpo")
-RUNS = {"sft": "_sft", "grpo": ""}
+RUNS = {"sft": "_sft", "blind": "_blind", "grpo": ""}
 """What their folders' names have behind that of the config's run."""
 
 Folders = dict[str, Path]
@@ -29,7 +28,8 @@ Folders = dict[str, Path]
 
 def model_folders(config: Config, names: Sequence[str]) -> Folders:
     """Name -> checkpoint folder: "base" is the config's model, "grpo" the run's result, "sft" that
-    of the run whose folder is called so with "_sft" behind; "name=folder" is any other.
+    of the run whose folder is called so with "_sft" behind, "blind" that of a GRPO run with
+    "_blind" behind, which was trained without its images; "name=folder" is any other.
 
     Raises:
         InputError: a folder is missing, a name is odd or given twice, or a run was trained on
@@ -50,7 +50,9 @@ def model_folders(config: Config, names: Sequence[str]) -> Folders:
         elif name in RUNS:
             folder = Path(config.run_dir.rstrip("/") + RUNS[name]) / "model"  # runs/x/ is runs/x
         else:
-            raise InputError(f"--models: {name!r} is unknown; give base, grpo, sft or NAME=FOLDER")
+            raise InputError(
+                f"--models: {name!r} is unknown; give base, sft, blind, grpo or NAME=FOLDER"
+            )
         if not folder.is_dir():
             raise InputError(
                 f"{name}: there is no model in {folder}; train it (`make train`, `make sft`), "
@@ -63,6 +65,14 @@ def model_folders(config: Config, names: Sequence[str]) -> Folders:
     return folders
 
 
+def usual_models(run_dir: str) -> list[str]:
+    """What is compared unless --models says otherwise: base, SFT and GRPO, and before the last the
+    run that was trained blind, where there is one.
+    """
+    has_blind = Path(run_dir.rstrip("/") + RUNS["blind"], "model").is_dir()
+    return ["base", "sft", *["blind"] * has_blind, "grpo"]
+
+
 def _refuse_other_training(config: Config, name: str, file: Path) -> None:
     trained = load_config(file)
     for field in TRAINED_ALIKE:
@@ -72,10 +82,11 @@ def _refuse_other_training(config: Config, name: str, file: Path) -> None:
                 f"({file}), not {getattr(config, field)!r}; train it anew, or give the same "
                 f"--{field}"
             )
-    if trained.method != name:
+    sees, method = trained.images == "own", "sft" if name == "sft" else "grpo"
+    if trained.method != method or sees == (name == "blind"):
         raise InputError(
-            f"{name}: {file} is of a run by {trained.method}; name it yourself with "
-            "--models NAME=FOLDER"
+            f"{name}: {file} is of a run by {trained.method} with images = {trained.images!r}; "
+            "name it yourself with --models NAME=FOLDER"
         )
 
 
@@ -103,7 +114,7 @@ def results_folder(run_dir: str, models: Sequence[str], files: Sequence[str]) ->
     config's questions. Any other has a folder of its own, named after its models and question
     files, so that it does not replace the whole one's results.
     """
-    names = () if tuple(models) == USUAL else models
+    names = () if list(models) == usual_models(run_dir) else models
     return Path(run_dir) / "-".join(["eval", *names, *[Path(file).stem for file in files]])
 
 

@@ -12,7 +12,7 @@ from common.errors import InputError
 from data import Question, load_vocabulary, read_questions
 from data.choice import prompt_encoder
 from evaluation.contract import contract, refuse_unlike
-from evaluation.models import model_digest, model_folders, results_folder
+from evaluation.models import model_digest, model_folders, results_folder, usual_models
 from evaluation.records import Records
 from model import read_config, save_model
 
@@ -177,22 +177,29 @@ def test_only_the_whole_evaluation_is_in_eval():
 def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
     config = load_config(write_run(tmp_path))
     trained = {}
-    for name in ("run", "run_sft"):
+    run_dir = str(tmp_path / "run")
+    assert usual_models(run_dir) == ["base", "sft", "grpo"]
+    text = (tmp_path / "config.toml").read_text()
+    own = {"run": "", "run_sft": 'method = "sft"\n', "run_blind": 'images = "noise"\n'}
+    for name, line in own.items():
         (tmp_path / name / "model").mkdir(parents=True)
         trained[name] = tmp_path / name / "config.toml"
-        method = 'method = "sft"\n' if name == "run_sft" else ""
-        trained[name].write_text((tmp_path / "config.toml").read_text() + method)
-    folders = model_folders(config, ["base", "sft", "grpo", "mine=" + str(tmp_path)])
+        trained[name].write_text(text + line)
+    assert usual_models(run_dir + "/") == ["base", "sft", "blind", "grpo"]
+    folders = model_folders(config, ["base", "sft", "blind", "grpo", "mine=" + str(tmp_path)])
     assert folders == {
         "base": tmp_path / "base",
         "sft": tmp_path / "run_sft" / "model",
+        "blind": tmp_path / "run_blind" / "model",
         "grpo": tmp_path / "run" / "model",
         "mine": tmp_path,
     }
     trained["run_sft"].write_text(trained["run_sft"].read_text() + "max_pixels = 5000\n")
     trained["run"].write_text(trained["run"].read_text() + 'method = "sft"\n')
+    trained["run_blind"].write_text(text)
     for names, named in (
         (["grpo"], "grpo: .*config.toml is of a run by sft"),
+        (["blind"], "blind: .*is of a run by grpo with images = 'own'"),
         (["\x1b[31m=" + str(tmp_path)], "is no name of its own"),
         (["=" + str(tmp_path)], "is no name of its own"),
         (["sft"], "sft: not comparable, trained with max_pixels 5000"),
