@@ -180,9 +180,12 @@ def step_metrics(step: Step) -> dict[str, float]:
     """
     metrics = {name: float(value) for name, value in step.stats.items()}
     seconds = sum(step.seconds.values())
+    if step.rollout:
+        lengths_NG = step.rollout.mask_NGT.sum(-1)
+        metrics["tokens"] = lengths_NG.sum().item()
+        metrics["tokens_per_second"] = metrics["tokens"] / seconds
     if step.rollout and step.verdicts_NG:
         rewards_NG = step.tensors["rewards_NG"]
-        lengths_NG = step.rollout.mask_NGT.sum(-1)
         equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
         metrics |= {
             "reward": rewards_NG.mean().item(),
@@ -190,7 +193,6 @@ def step_metrics(step: Step) -> dict[str, float]:
             "frac_reward_zero_std": equal_N.float().mean().item(),
             "completions/mean_length": lengths_NG.float().mean().item(),
             "completions/clipped_ratio": 1 - step.rollout.ended_NG.float().mean().item(),
-            "tokens_per_second": lengths_NG.sum().item() / seconds,
         }
         # Every completion has one verdict of each rule, in the same order.
         for verdicts in zip(*chain.from_iterable(step.verdicts_NG), strict=True):

@@ -66,8 +66,13 @@ def curves_svg(rows: Sequence[Metrics]) -> str:
     """Small multiples of the metrics over the steps; `rows` are those of metrics.jsonl, at least
     one.
     """
+    return picture_of(curve_panels(rows))
+
+
+def picture_of(panels: Sequence[Markup]) -> str:
+    """Panels as one picture, two in a row."""
     return ENVIRONMENT.get_template("curves.svg.jinja").render(
-        panels=curve_panels(rows), style=STYLE, panel_width=WIDTH, panel_height=HEIGHT, gap=GAP
+        panels=panels, style=STYLE, panel_width=WIDTH, panel_height=HEIGHT, gap=GAP
     )
 
 
@@ -84,7 +89,11 @@ def curve_panels(rows: Sequence[Metrics]) -> list[Markup]:
 
 
 def panel_svg(
-    title: str, series: Sequence[tuple[str, str, Points]], unit: str = "step", top: float = 0.0
+    title: str,
+    series: Sequence[tuple[str, str, Points]],
+    unit: str = "step",
+    top: float = 0.0,
+    labels: float = 14,
 ) -> Markup:
     """One panel as an <svg> element: lines over x, y from 0 to `top`, or to a round number above
     all if that is 0.
@@ -92,6 +101,7 @@ def panel_svg(
     Args:
         series: label ("" for none), colour (a class), points (x, y).
         unit: what x counts.
+        labels: the pixel of the first label's line; the others stand below it.
     """
     every_point = list(chain.from_iterable(points for _, _, points in series))
     steps, heights = zip(*every_point or [(0.0, 0.0)], strict=True)
@@ -99,6 +109,7 @@ def panel_svg(
         title=title,
         series=series,
         unit=unit,
+        labels=labels,
         width=WIDTH,
         height=HEIGHT,
         # Room for the labels: of y at the left, of the title above, of x below.
