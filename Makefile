@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
+BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
 
-.PHONY: help setup train sft eval bench test check questions base tensorboard clean
+.PHONY: help setup train sft blind eval study bench test check questions base tensorboard clean
 
 help:
 	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for another run)"
 	@echo "make sft          the baseline beside it: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
+	@echo "make blind        the control beside it: GRPO trained without its images (BLIND_CONFIG=...)"
 	@echo "make eval         the table, the audits and the report of base, SFT and GRPO (trains the SFT baseline if need be)"
+	@echo "make study        every arm on three bases with several seeds, about two hours; rewrites docs/study.md"
 	@echo "make bench        what a step costs here, beside transformers and (if installed) TRL; rewrites BENCHMARKS.md"
 	@echo "make test         all tests, on two cores"
 	@echo "make check        format, lint and types: ruff format, ruff check, mypy"
@@ -34,9 +37,15 @@ train: questions
 sft: questions
 	$(BIN)/python train.py --config $(SFT_CONFIG)
 
+blind: questions
+	$(BIN)/python train.py --config $(BLIND_CONFIG)
+
 # A run that is finished is not trained further: this only measures it again, in seconds.
 eval: sft
 	$(BIN)/python evaluate.py --config $(CONFIG)
+
+study: questions
+	$(BIN)/python -m miniature.study
 
 bench: setup
 	$(BIN)/python -m benchmarks
