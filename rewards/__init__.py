@@ -1,5 +1,5 @@
-"""The rewards: rules that score a completion, and say why. Pure Python; imports nothing of the
-other packages.
+"""Rewards: rules that score a completion and say why. Pure Python; imports none of the other
+packages.
 """
 
 from .letter import LETTERS, parse_letter

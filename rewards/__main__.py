@@ -1,6 +1,7 @@
-"""`python -m rewards "<completion>" --answer B`: each rule's score of one completion, and why.
+"""`python -m rewards "<completion>" --answer B`: print each rule's score of a completion, and why.
 
-The completion `-` is read from standard input. Exit code 2 and one line if the arguments are wrong.
+With `-`, the completion is read from standard input. Wrong arguments print one line and exit with
+code 2.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from .rules import score
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # Escaped, for it may quote the completion, and that may steer the terminal.
+        # Escaped, because it may quote a completion that contains control characters.
         self.exit(2, f"{self.prog}: {message.encode('unicode_escape').decode()}\n")
 
 
@@ -30,7 +31,7 @@ def main() -> None:
         parser.error(f"--answer: {error}")
     for verdict in verdicts:
         line = f"{verdict.rule:<10}{verdict.score:.1f}  {verdict.why}"
-        # Printable, but the terminal's encoding may lack a letter of the excerpt.
+        # The line is printable, but the terminal's encoding may lack a character of the excerpt.
         print(line.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
 
 

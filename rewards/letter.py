@@ -1,27 +1,27 @@
-r"""Reading the option letter out of an answer: one parser for the accuracy reward and evaluation.
+r"""Read the option letter of an answer: one parser for the accuracy reward and for evaluation.
 
-A letter (A to J, in either case) is chosen if it is
+A letter (A to J, in either case) is chosen if it
 
-- alone: "B", "b";
-- or opens the answer or a line, or follows the word "answer", and punctuation or a line end closes
-  it: "B.", "(b)", "**B**", "B) Heart", "B - Heart", "B, there is ...", "Option B", "Answer: B",
-  "The correct answer is B", "\boxed{B}".
+- stands alone: "B", "b";
+- or opens the answer or a line, or follows the word "answer", and is closed by punctuation or the
+  end of the line: "B.", "(b)", "**B**", "B) Heart", "B - Heart", "B, there is ...", "Option B",
+  "Answer: B", "The correct answer is B", "\boxed{B}".
 
 It is not chosen if it is
 
-- followed by a word: "A mass", "B cell lymphoma", and so "B Heart" too: "A Heart" may hold an
-  article, and a reward that took "B Heart" but not "A Heart" would teach a model to avoid A;
+- followed by a word: "A mass", "B cell lymphoma", and so "B Heart" too: in "A Heart" the A may be
+  an article, and a reward that accepted "B Heart" but not "A Heart" would teach a model to avoid A;
 - inside a word or a name: "CT", "B-cell", "A/P view", "hepatitis B";
 - denied: "not A", "(A) is wrong";
-- one of several different letters, in whatever role: "A or B", "A, B", "B, not A", "B) Vitamin D".
+- one of several different letters, in any role: "A or B", "A, B", "B, not A", "B) Vitamin D".
 
-In doubt, no letter: the prompt asks for the letter alone. So some answers that a person could read
-choose nothing: "B is correct", "I choose B", "Heart (B)", letters of other scripts or styles. One
-error to the other side is known: "C. difficile" chooses C.
+When in doubt, the parser reads no letter: the prompt asks for the letter alone. So some answers
+that a person could read choose nothing: "B is correct", "I choose B", "Heart (B)", letters of other
+scripts or styles. One error in the other direction is known: "C. difficile" chooses C.
 
-Departure from MedVLM-R1's published code, which upper-cases the answer and counts the characters
-A-J in it, so that each "b" or "e" of a word is a letter: there "B, there is no clear ..." and "B)
-Heart" score nothing, and a lone "mass" is an A.
+Departure from MedVLM-R1's published code: that code upper-cases the answer and counts the
+characters A-J in it, so that each "b" or "e" in a word is a letter. There, "B, there is no clear
+..." and "B) Heart" score 0, and "mass" alone is an A.
 """
 
 import re
@@ -29,15 +29,15 @@ import re
 LETTERS = "ABCDEFGHIJ"  # the published code's ten options
 LONGEST_ANSWER = 1000  # characters; the patterns below are at worst quadratic in them
 
-_ALONE = r"(?<!\w)(?<!\w[-'’.])"  # so, not the d of "I'd" or the g of "e.g."
+_ALONE = r"(?<!\w)(?<!\w[-'’.])"  # excludes the d of "I'd" and the g of "e.g."
 # A full stop may be followed by a word ("B.Heart"), but not by a single letter ("e.g.", "U.S.").
 _CLOSED = r"""(?=\s*(?:\Z|\n)|[])}<>*`",:;!?]|\s[-–]\s|[.'’](?!\w\b))"""
 _NOT_DENIED = r"(?!\W*(?:is|was) ?(?:not|n['’]t|wrong|incorrect|false)\b)"
 
-# A capital names an option even if a word follows it, lest "B, C are possible" choose B. A and I
-# don't, for they are words.
+# A capital names an option even before a word, so that "B, C are possible" does not choose B. A and
+# I are excluded, because they are words.
 _NAMED = re.compile(rf"{_ALONE}(?:[B-HJ](?![\w'’-])|[A-Ja-j]{_CLOSED})")
-# "*+" gives nothing back: a run of brackets without a letter costs its length only once.
+# "*+" never backtracks: a run of brackets without a letter is scanned only once.
 _CHOSEN = re.compile(
     r"(?:\A|\n|\b(?i:answer)\b)"
     r"(?:[\W_]|(?i:the|is|correct|right|best|option|choice|boxed)\b)*+"
@@ -46,9 +46,9 @@ _CHOSEN = re.compile(
 
 
 def parse_letter(text: str) -> str | None:
-    """The option letter, A to J, that `text`, the inside of an answer, chooses, or None.
+    """The option letter (A to J) that `text`, the content of an answer block, chooses, or None.
 
-    None too for a text of more than `LONGEST_ANSWER` characters, white space around it aside. Never
+    Also None for more than `LONGEST_ANSWER` characters, not counting surrounding white space. Never
     raises.
     """
     if len(text.strip()) > LONGEST_ANSWER:
@@ -59,14 +59,10 @@ def parse_letter(text: str) -> str | None:
 
 
 def visible(text: str) -> str:
-    """`text` without the white space around it and without characters that print nothing, such as
-    zero-width ones.
-    """
+    """`text` without surrounding white space and invisible characters, such as zero-width ones."""
     return "".join(c for c in text if c.isprintable() or c.isspace()).strip()
 
 
 def excerpt(text: str, longest: int = 40) -> str:
-    """The beginning of `text`, quoted, with every unprintable character escaped: safe to print on a
-    terminal.
-    """
+    """The beginning of `text`, quoted, with unprintable characters escaped: safe on a terminal."""
     return repr(text) if len(text) <= longest else repr(text[:longest]) + "..."

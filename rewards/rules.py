@@ -1,23 +1,23 @@
 """The two rules of MedVLM-R1's reward: is the completion in the requested format, and is its letter
 right?
 
-Another reward is another function `(completion, answer) -> (score, why)`, its entry in `RULES` at
-the end, and a field `<name>_weight` under Rewards in common/config.py.
+To add a reward, write a function `(completion, answer) -> (score, why)`, add it to `RULES` at the
+end, and add a field `<name>_weight` under Rewards in common/config.py.
 
 Source: MedVLM-R1 (arXiv 2502.19634), section on the reward design (a format reward of 1 for
 `<think>` then `<answer>` and nothing else; an accuracy reward of 1 for exactly the right letter,
 0.5 with extra text, 0 otherwise), and its published `grpo.py`. Departures from that code:
 
-- format: white space around the whole completion is allowed, an empty think or answer block is not,
-  and neither are tags inside a block or a second pair of blocks (its `.*?` runs across them);
-- accuracy: a letter is what a reader would take for one (see `rewards.letter`), not any of the
-  characters A-J;
-- accuracy: it takes the first `<answer>...</answer>`. Here the answer runs from the first
-  `<answer>` to the last `</answer>`, so that a completion that answers twice gets at most 0.5, and
-  nothing if it names two letters.
+- format: white space around the completion is allowed. An empty think or answer block is not, nor
+  are tags inside a block or a second pair of blocks (the original's `.*?` runs across them);
+- accuracy: a letter is read as a person would read it (see `rewards.letter`); the original accepts
+  any of the characters A-J;
+- accuracy: the answer runs from the first `<answer>` to the last `</answer>`, so that a completion
+  that answers twice gets at most 0.5, and 0 if it names two letters. The original takes the first
+  `<answer>...</answer>`.
 
-As there, a missing or truncated answer block scores 0, and accuracy (but not format) takes tags in
-any case. Each rule is deterministic and linear in the completion's length.
+As in the original, a missing or truncated answer block scores 0, and accuracy (but not format)
+accepts tags in any case. Each rule is deterministic and linear in the completion's length.
 """
 
 import re
@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from .letter import LETTERS, excerpt, parse_letter, visible
 
 _FORMAT = "<think> </think> <answer> </answer>"
-# Tags in any case, so that format refuses a second answer in capitals, which accuracy would read.
+# Tags in any case: format must refuse a second answer in capitals, because accuracy would read it.
 _FLAGS = re.IGNORECASE | re.ASCII | re.DOTALL
 _TAG = re.compile(r"</?(?:think|answer)>", _FLAGS)
-# "(?>...)" never goes on to a second opening tag: a thousand without an end would cost a thousand
-# readings.
+# "(?>...)" never retries from a later opening tag: a thousand unclosed tags would cost a thousand
+# scans.
 _ANSWER = re.compile(r"(?>.*?<answer>)(.*)</answer>", _FLAGS)
 _THINK = re.compile(r"(?>.*?<think>)(.*?)</think>", _FLAGS)
 _THINK_BEGIN = re.compile(r"<think>", _FLAGS)
@@ -40,8 +40,8 @@ _THINK_END = re.compile(r"</think>", _FLAGS)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one rule says of one completion: its name, its score in [0, 1], and one printable line
-    that says why.
+    """One rule's verdict on a completion: its name, a score in [0, 1], and a printable line that
+    says why.
     """
 
     rule: str
@@ -58,8 +58,8 @@ def format_reward(completion: str) -> float:
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
-    """1 if the answer block holds exactly the letter `answer`, 0.5 if that letter with something
-    added, otherwise 0.
+    """1 if the answer block holds exactly the letter `answer`, 0.5 if it adds something to that
+    letter, otherwise 0.
 
     Raises ValueError if `answer` is not one of the letters A-J (in either case).
     """
@@ -84,22 +84,22 @@ def think_text(completion: str) -> str | None:
 
 
 def read_letter(completion: str) -> str | None:
-    """The letter that a lenient reader takes a completion to choose, for evaluation.
+    """The letter that a completion chooses, read leniently, for evaluation.
 
-    It is the letter that the accuracy rule reads in the answer block; but where a completion has no
-    such block, what follows its `</think>` is read, or, if it has no think block either, all of it.
-    So a model that answers "B" without any tag is not taken for one that does not know.
+    This is the letter that the accuracy rule reads in the answer block. Without such a block, the
+    text after `</think>` is read; without a think block either, the whole completion. So a model
+    that answers "B" without any tags is not mistaken for one that does not know.
     """
     text = answer_text(completion)
     if text is None:
         *reasoning, text = _THINK_END.split(completion, maxsplit=1)
         if not reasoning and _THINK_BEGIN.search(completion):
-            return None  # truncated in its reasoning, where a letter is no answer
+            return None  # truncated within its reasoning, where a letter is no answer
     return parse_letter(text)
 
 
 def judge_format(completion: str, answer: str = "") -> tuple[float, str]:
-    """The format rule; see `format_reward`. The right letter does not matter."""
+    """The format rule; see `format_reward`. `answer` is ignored."""
     tags = " ".join(_TAG.findall(completion))
     if tags != _FORMAT:
         return 0.0, f"the tags are {excerpt(tags)}, not {_FORMAT}"
@@ -136,11 +136,11 @@ RULES: dict[str, Callable[[str, str], tuple[float, str]]] = {
     "format": judge_format,
     "accuracy": judge_accuracy,
 }
-"""Name -> rule(completion, right letter); the weight of rule "x" is the config's `x_weight`."""
+"""Name -> rule(completion, right letter). The weight of rule "x" is the config's `x_weight`."""
 
 
 def score(completion: str, answer: str) -> tuple[Verdict, ...]:
-    """The verdict of every rule, in the order of `RULES`. Raises ValueError if `answer` is not a
-    letter A-J.
+    """The verdicts of all rules, in the order of `RULES`. ValueError if `answer` is not a letter
+    A-J.
     """
     return tuple(Verdict(name, *rule(completion, answer)) for name, rule in RULES.items())

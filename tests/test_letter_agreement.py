@@ -1,4 +1,4 @@
-"""The letter parser against plain scoring, on completions that a published model really wrote."""
+"""The letter parser against plain scoring, on the completions of a published model."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def agreement(pairs):
     return scores, letters
 
 
-def test_the_tables_show_where_the_two_readers_differ():
+def test_agreement_counts_the_differences_between_the_two_readers():
     scores, letters = agreement(
         [("B", "<answer>B</answer>"), ("B", "<answer>B) mass</answer>"), ("A", "B"), ("A", "")]
     )

@@ -1,6 +1,4 @@
-"""The rewards: what a strict but fair grader would give, and that a completion can neither cheat
-nor stall them.
-"""
+"""The rewards score as a strict but fair grader would; no completion can cheat or stall them."""
 
 import json
 import os
@@ -119,7 +117,7 @@ def test_the_right_letter_alone_scores_one(answer: str) -> None:
     assert accuracy_reward(answered(answer), "A") == 0.0
 
 
-def test_only_what_is_written_counts_against_the_longest_answer() -> None:
+def test_surrounding_white_space_does_not_count_towards_the_longest_answer() -> None:
     assert parse_letter(" " * LONGEST_ANSWER + "B\n") == "B"
     assert parse_letter("B, " + "x" * (LONGEST_ANSWER - 3)) == "B"
     assert parse_letter("B, " + "x" * (LONGEST_ANSWER - 2)) is None
@@ -177,7 +175,7 @@ def test_an_excerpt_is_the_first_40_characters_and_says_so() -> None:
         "The best choice is: B) Lung",
         "Final answer: **B**",
         "Therefore, the answer is option B.",
-        # further words that name no further choice
+        # more words that name no other choice
         "B) A mass",
         "(B) A large mass in the lung",
         "B, a mass",
@@ -309,7 +307,7 @@ def test_a_wrong_missing_or_ambiguous_letter_scores_nothing(answer: str) -> None
         "İ",
     ],
 )
-def test_an_article_a_pronoun_or_a_look_alike_is_no_letter(answer: str) -> None:
+def test_an_article_a_pronoun_or_a_look_alike_is_not_a_letter(answer: str) -> None:
     assert parse_letter(answer) is None
 
 
@@ -328,17 +326,17 @@ def test_an_article_a_pronoun_or_a_look_alike_is_no_letter(answer: str) -> None:
         r"\boxed{A}",
     ],
 )
-def test_a_closed_a_is_a_letter_all_the_same(answer: str) -> None:
+def test_an_a_with_punctuation_after_it_is_a_letter(answer: str) -> None:
     assert parse_letter(answer) == "A"
 
 
 @pytest.mark.parametrize(
     "completion, expected",
     [
-        ("B", 0.0),  # no answer block: the letter does not count wherever it stands
+        ("B", 0.0),  # without an answer block, no letter counts
         ("<think>B</think>", 0.0),
         ("The answer is B. <think>t</think>", 0.0),
-        ("<think>t</think><answer>B", 0.0),  # cut off
+        ("<think>t</think><answer>B", 0.0),  # truncated
         ("</answer>B<answer>", 0.0),
         ("<answer>B</answer>", 1.0),  # the format has its own rule
         ("<Answer>B</ANSWER>", 1.0),
@@ -360,7 +358,7 @@ def test_only_an_answer_block_counts_and_answering_twice_never_pays(
 
 
 @pytest.mark.parametrize("answer", ["", "AB", "6", "K", "Ｂ", "[B]", "Heart"])
-def test_a_ground_truth_that_is_no_letter_is_refused(answer: str) -> None:
+def test_a_ground_truth_that_is_not_a_letter_is_refused(answer: str) -> None:
     with pytest.raises(ValueError, match="must be one letter, A to J"):
         accuracy_reward(answered("B"), answer)
 
@@ -393,7 +391,7 @@ def test_a_lenient_reader_finds_the_letter_without_tags_but_never_inside_the_rea
     assert read_letter(completion) == letter
 
 
-def test_score_gives_every_rule_in_the_order_of_the_table() -> None:
+def test_score_applies_every_rule_in_the_order_of_the_table() -> None:
     assert list(RULES) == ["format", "accuracy"]
     assert score("<think>It is the heart.</think><answer>B) Heart</answer>", "b") == (
         Verdict("format", 1.0, "one think block, then one answer block, and nothing else"),
@@ -401,7 +399,7 @@ def test_score_gives_every_rule_in_the_order_of_the_table() -> None:
     )
 
 
-def test_another_reward_is_one_more_entry_of_the_table(monkeypatch) -> None:
+def test_a_new_reward_is_a_new_entry_of_the_table(monkeypatch) -> None:
     def judge_brevity(completion: str, answer: str) -> tuple[float, str]:
         return 1.0 / len(completion), "shorter is better"
 
@@ -422,7 +420,7 @@ def test_another_reward_is_one_more_entry_of_the_table(monkeypatch) -> None:
         ("<answer>b</answer>", 1, "the answer is exactly B"),
     ],
 )
-def test_each_way_to_be_scored_has_its_own_reason(completion: str, rule: int, why: str) -> None:
+def test_each_verdict_has_its_own_reason(completion: str, rule: int, why: str) -> None:
     assert score(completion, "B")[rule].why == why
 
 
@@ -452,7 +450,7 @@ def test_a_megabyte_of_anything_is_scored_at_once(completion: str) -> None:
     score(completion, "B")
     assert (
         time.process_time() - started < 0.5
-    )  # some 10 ms when idle; a quadratic pattern takes minutes
+    )  # about 10 ms when idle; a quadratic pattern takes minutes
 
 
 @pytest.mark.parametrize(
@@ -485,7 +483,7 @@ def test_an_answer_of_more_than_a_thousand_characters_chooses_nothing() -> None:
     assert accuracy_reward(answered("B, because " + "x" * 1000), "B") == 0.0
 
 
-def test_the_reasons_are_printable_whatever_the_completion_holds() -> None:
+def test_the_reasons_are_printable_for_any_completion() -> None:
     for completion in [
         "\x1b[2J",
         "<think>\x1b]0;x\x07</think>\x9b1m<answer>\u202eB\x1b[31m</answer>",
@@ -546,19 +544,19 @@ def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[st
             "accumulation.\n</think>\n\n<answer>R</answer>",
             "D",
             (1.0, 0.0),
-        ),  # a letter that is no option
+        ),  # a letter without an option
         (
             "<think>\nThe mass is also not in the pancreas, as it is not a typical location",
             "B",
             (0.0, 0.0),
-        ),  # cut off
+        ),  # truncated
         ("<think>\nA. 10\nB. 9\nC. 8\nD. 7\n</think>\n<answer>\nC. 8\n</answer>", "C", (1.0, 0.5)),
         ("<think>\nA. 7\nB. 6\nC. 5\nD. 4\nE. 3\n", "A", (0.0, 0.0)),  # options recited, no answer
         (
             "<think>根据题意，我们可以知道，船从A点出发，向东航行，到达B点",
             "B",
             (0.0, 0.0),
-        ),  # cut off in Chinese
+        ),  # truncated in Chinese
         ("Therefore, angle BAD = 90° - 42° = 48°. <answer>48</answer>", "B", (0.0, 0.0)),
         (
             "Connect BD, then angle D = 35.0.\n<think>Connect BD.</think>\n<answer>35.0</answer>",
@@ -574,13 +572,13 @@ def test_bad_arguments_are_one_printable_line_and_exit_code_2(arguments: list[st
         ("<answer>3</answer>", "C", (0.0, 0.0)),
     ],
 )
-def test_telling_real_completions_score_as_a_reader_would(
+def test_instructive_real_completions_score_as_a_reader_would(
     completion: str, answer: str, expected: tuple[float, float]
 ) -> None:
     assert (format_reward(completion), accuracy_reward(completion, answer)) == expected
 
 
-def test_the_800_real_completions_keep_the_scores_that_were_looked_through() -> None:
+def test_the_800_real_completions_keep_their_reviewed_scores() -> None:
     rows = [json.loads(line) for line in shared("completions.jsonl").splitlines()]
     lettered, other = Counter(), Counter()
     for row in rows:
@@ -623,7 +621,7 @@ def test_real_options_score_half_after_their_letter_and_nothing_alone() -> None:
             ), question
 
 
-def test_the_answer_is_what_stands_between_the_first_and_the_last_tag() -> None:
+def test_the_answer_runs_from_the_first_to_the_last_tag() -> None:
     assert answer_text("x<answer> B\n</answer>y") == " B\n"
     assert answer_text("<answer>A</answer>,<answer>B</answer>") == "A</answer>,<answer>B"
     assert answer_text("B") is answer_text("<answer>B") is answer_text("</answer><answer>") is None
