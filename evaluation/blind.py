@@ -1,6 +1,4 @@
-"""`python -m evaluation.blind --train FILE --test FILE`: the baselines of
-`evaluation.audits.blind`.
-"""
+"""`python -m evaluation.blind --train FILE --test FILE`: see `evaluation.audits.blind`."""
 
 import sys
 

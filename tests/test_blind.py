@@ -1,4 +1,4 @@
-"""Blind baselines: what they credit, by hand and on the published question files."""
+"""Blind baselines: their credits by hand and on the published question files."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def credit(name, train, test):
     return value
 
 
-def test_chance_knows_the_number_of_options():
+def test_chance_depends_on_the_number_of_options():
     assert blind_credits([], [question("ab", "A"), question("abcd", "D")])["chance"] == [0.5, 0.25]
 
 
@@ -41,13 +41,13 @@ def test_chance_knows_the_number_of_options():
     [
         ("BBA", "abcd", "B", 1),
         ("BBA", "abcd", "A", 0),
-        ("DDA", "abc", "A", 1),  # a letter that the question lacks is not chosen
+        ("DDA", "abc", "A", 1),  # a letter without an option is not chosen
         ("AABB", "abcd", "B", 0.5),
         ("AABB", "abcd", "C", 0),
         ("DD", "abc", "C", 1 / 3),
     ],
 )
-def test_letter_is_the_most_frequent_of_those_that_the_question_has(
+def test_letter_is_the_most_frequent_among_those_of_the_question(
     letters, options, answer, expected
 ):
     train = [question("abcd", letter) for letter in letters]
@@ -75,9 +75,9 @@ TRAINING = [
         (["clear", "lung"], "B", 0.5),
         (["clear", "lung", "cyst"], "C", 0),
         (["cyst", "never"], "A", 0.5),  # neither ever right
-        (["never", "nowhere", "rib"], "A", 1 / 3),  # nor does the first of them have an advantage
+        (["never", "nowhere", "rib"], "A", 1 / 3),  # and the first has no advantage
         (["cyst", "  MASS. "], "B", 1),  # the same words
-        (["mass", "Mass", "cyst"], "A", 0.5),  # twice the same words
+        (["mass", "Mass", "cyst"], "A", 0.5),  # the same words twice
         (["mass", "Mass", "cyst"], "B", 0.5),
     ],
 )
@@ -113,7 +113,7 @@ def test_punctuation_takes_the_odd_one_out(options, answer, expected):
         ("AA", ["a", "bb", "c"], "C", 0.5),
     ],
 )
-def test_length_goes_the_way_that_was_more_often_right(answers, options, answer, expected):
+def test_length_prefers_the_direction_that_was_right_more_often(answers, options, answer, expected):
     train = [question(["x", "xxxx"], letter) for letter in answers]
     assert credit("length", train, question(options, answer)) == expected
 
@@ -137,11 +137,11 @@ def test_means_are_by_modality_and_baseline():
     assert means["text_prior"] == {"CT": 0.625, "MRI": 0.25}
 
 
-def test_words_are_what_a_text_is_compared_by():
+def test_texts_are_compared_by_their_words():
     assert plain_text(" Lung  Cancer. ") == plain_text("lung cancer") != plain_text("lung, cancer")
 
 
-def test_what_steers_a_terminal_is_escaped():
+def test_control_characters_are_escaped_for_the_terminal():
     assert printable("Müller\x1b[2J\n\u202e") == "Müller\\x1b[2J\\n\\u202e"
 
 
@@ -166,7 +166,7 @@ def test_command_prints_one_json_object_without_any_image(tmp_path, monkeypatch,
     assert "\x1b" not in printed.out and printed.err == ""
 
 
-def test_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_command_reports_an_error_in_one_line(tmp_path, monkeypatch, capsys):
     file = tmp_path / "none\x1b.json"
     assert run(monkeypatch, "--train", file, "--test", file) == 2
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Which option a reasoning names, denies and concludes."""
+"""The options that a reasoning names, denies and concludes."""
 
 import time
 
@@ -51,7 +51,7 @@ STATE = ["Normal", "Abnormal"]
         ("", MODALITY, ""),
     ],
 )
-def test_an_option_is_named_by_its_own_words_or_its_announced_letter_only(text, options, letters):
+def test_an_option_is_named_only_by_its_words_or_its_announced_letter(text, options, letters):
     assert named_options(text, options) == set(letters)
 
 
@@ -82,11 +82,11 @@ def test_an_option_is_named_by_its_own_words_or_its_announced_letter_only(text, 
         ("Let me look at the image.", MODALITY, None),
     ],
 )
-def test_the_conclusion_is_what_is_asserted_last_or_concluded(think, options, letter):
+def test_the_conclusion_is_the_option_that_is_concluded_or_asserted_last(think, options, letter):
     assert conclusion(think, options) == letter
 
 
-def test_masking_takes_out_every_option_and_nothing_else():
+def test_masking_removes_every_option_and_nothing_else():
     assert (
         mask_options("The CT, or B) MRI, shows a mass.", MODALITY, "_")
         == "The _, or _ _, shows a mass."
@@ -109,7 +109,7 @@ def test_masking_takes_out_every_option_and_nothing_else():
         "\n",
     ],
 )
-def test_a_megabyte_of_hostile_text_takes_no_more_than_linear_time(unit):
+def test_a_megabyte_of_hostile_text_takes_linear_time(unit):
     text = unit * (1_000_000 // len(unit))
     started = time.process_time()
     conclusion(text, FINDING)

@@ -1,5 +1,5 @@
-"""Reasoning that is faithful and unfaithful by construction, the table of it, and the file that it
-is read from.
+"""The faithfulness audit: reasoning that is faithful or unfaithful by construction, the table, and
+the files that completions are read from.
 """
 
 import json
@@ -53,7 +53,7 @@ def test_every_check_counts_the_completions_made_for_it():
     assert found["largest template"] == (1, 7)
 
 
-def test_rows_name_their_model_with_intervals_and_without_checks_of_nothing():
+def test_rows_name_their_model_and_have_intervals_and_empty_checks_have_no_row():
     rows = audit([completion("The knee.", "A", model="x")])
     rows += audit([completion(think, "A", model="y") for think in ("", "Hm")])
     assert list(dict.fromkeys(row["model"] for row in rows)) == ["x", "y"]
@@ -101,7 +101,7 @@ def jaccard(a, b):
     return len(a & b) / len(a | b)
 
 
-def test_near_duplicates_are_found_as_comparing_with_every_template_finds_them():
+def test_near_duplicates_are_the_same_as_by_comparing_with_every_template():
     chance = random.Random(0)
     texts = []
     for _ in range(60):
@@ -126,7 +126,7 @@ def test_near_duplicates_are_found_as_comparing_with_every_template_finds_them()
 @pytest.mark.parametrize(
     ("change", "distinct"), [("of case {}", 1), ("of {} in {}", 5000), ("", 1)]
 )
-def test_five_thousand_reasonings_that_are_much_alike_take_seconds(change, distinct):
+def test_five_thousand_similar_reasonings_take_seconds(change, distinct):
     text = "the scan shows a joint with cartilage and bone and fluid "
     text += f"but neither tear nor lump nor loss {change}"
     many = [tuple(text.format(i, -i).split()) for i in range(5000)]
@@ -135,7 +135,7 @@ def test_five_thousand_reasonings_that_are_much_alike_take_seconds(change, disti
     assert time.process_time() - started < 5
 
 
-def test_flags_say_what_is_wrong_with_each_in_order():
+def test_flags_name_the_problems_of_each_completion_in_order():
     found = flags(
         [
             completion("The body part is the knee.", "A", name="1"),
@@ -207,13 +207,13 @@ def test_usable_completions_are_read_and_the_others_counted(tmp_path):
         (ROW | {"completion": None}, "`completion`"),
     ],
 )
-def test_a_bad_line_is_one_error_that_names_it(tmp_path, row, named):
+def test_a_bad_line_is_a_one_line_error_that_names_it(tmp_path, row, named):
     with pytest.raises(InputError, match=r"completions\.jsonl line 2") as raised:
         read_completions(written(tmp_path, ROW, row))
     assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_line_that_a_crash_has_torn_does_not_lose_the_others(tmp_path):
+def test_a_last_line_torn_by_a_crash_does_not_lose_the_others(tmp_path):
     file = written(tmp_path, ROW, ROW)
     file.write_text(file.read_text() + '{"id": "3", "mod')
     assert len(read_completions(file)[0]) == 2
@@ -227,7 +227,7 @@ def sampled(step, name, think, letter, advantage=0.5):
     return ROW | row | {"id": name, "model": "grpo", "completion": text}
 
 
-def test_a_run_s_own_completions_are_audited_and_samples_of_one_question_are_no_template(tmp_path):
+def test_a_runs_completions_are_audited_and_samples_of_one_question_share_no_template(tmp_path):
     same = [("The brain.", "B"), ("The brain.", "B"), ("The knee.", "B"), ("Hm, let me see.", "A")]
     rows = [sampled(step, "row 1", *sample) for step in (0, 7) for sample in same]
     completions, skipped = read_completions(written(tmp_path, *rows))
@@ -265,7 +265,7 @@ def test_the_program_prints_the_table_and_no_control_character(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("rows", [["{"], [""], [ROW | {"options": None}], [{"\x1b[2J\n": 1}]])
-def test_the_program_ends_with_one_line_where_there_is_nothing_to_read(
+def test_the_program_ends_with_one_line_if_there_is_nothing_to_read(
     tmp_path, monkeypatch, capsys, rows
 ):
     for file in (written(tmp_path, *rows), tmp_path / "none\x1b[2J.jsonl", tmp_path):
@@ -275,7 +275,7 @@ def test_the_program_ends_with_one_line_where_there_is_nothing_to_read(
         assert errors.strip().isprintable()
 
 
-def test_modalities_stand_side_by_side_where_they_fit():
+def test_modalities_have_columns_of_their_own_if_they_fit():
     both = [
         completion("The knee.", "A", modality="CT"),
         completion("Hm.", "A", modality="MRI", name="2"),
@@ -287,7 +287,7 @@ def test_modalities_stand_side_by_side_where_they_fit():
     assert heads.endswith("MRI") and len(heads) == len(named), "heads do not stand above columns"
 
 
-def test_real_reasoning_mostly_names_no_option_and_is_mostly_right_all_the_same():
+def test_real_reasoning_mostly_names_no_option_and_is_mostly_right_anyway():
     if not REAL.exists():
         pytest.skip(f"{REAL.name} of a published model is not here")
     completions, skipped = read_completions(REAL)

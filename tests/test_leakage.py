@@ -16,7 +16,7 @@ from evaluation.audits.leakage import leakage, nearest_images, summary, thumbnai
 
 
 def picture(seed, size=96):
-    """Blobs on black, as unlike from seed to seed as two organs."""
+    """Blobs on black; two seeds differ as much as two organs."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
     blobs = [
@@ -48,7 +48,7 @@ def question(
 
 
 def alone(image, number, **fields):
-    """A question whose text is its own, so that only its image can be known."""
+    """A question with a unique text, so that only its image can be in training."""
     return question(image, text=f"What {number}?", source=f"row {number}", **fields)
 
 
@@ -68,7 +68,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_copy_that_was_saved_anew_is_found_among_others(scan, tmp_path, name):
+def test_a_copy_that_was_saved_again_is_found_among_others(scan, tmp_path, name):
     train = [alone(scan(seed), seed) for seed in range(6)]
     KEPT[name](picture(4), tmp_path / "copy")
     test = [alone(scan(2, "same bytes.png"), 92), alone(scan(50), 91), alone(tmp_path / "copy", 90)]
@@ -78,9 +78,9 @@ def test_a_copy_that_was_saved_anew_is_found_among_others(scan, tmp_path, name):
     assert 0 <= result["pairs"][1]["distance"] <= module.NEAR
 
 
-def test_a_copy_turned_by_its_exif_is_found(scan, tmp_path):
+def test_a_copy_rotated_by_its_exif_is_found(scan, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by a quarter, clockwise
+    exif[0x0112] = 6  # displayed rotated by 90 degrees, clockwise
     picture(1).transpose(Image.Transpose.ROTATE_90).save(
         tmp_path / "turned.jpg", exif=exif, quality=95
     )
@@ -114,7 +114,7 @@ def test_an_image_counts_once_as_the_strongest_kind(scan, tmp_path):
     ]
 
 
-def test_any_image_of_a_question_touches_it_and_two_touch_it_once(scan):
+def test_a_question_counts_once_however_many_of_its_images_are_known(scan):
     train = [alone(scan(0), 0), question(scan(1), scan(2), text="Which?")]
     test = [
         question(scan(7), scan(2)),
@@ -124,7 +124,7 @@ def test_any_image_of_a_question_touches_it_and_two_touch_it_once(scan):
     assert found(train, test)[0]["same_path"] == 2
 
 
-def test_the_nearest_of_all_blocks_is_named(monkeypatch):
+def test_the_nearest_image_is_found_across_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 3)
     train = torch.randint(256, (11, 24, 24), generator=torch.Generator().manual_seed(0))
     order = [10, 3, 0, 7, 7]
@@ -132,7 +132,7 @@ def test_the_nearest_of_all_blocks_is_named(monkeypatch):
     assert nearest.tolist() == order and distances.max() < 1e-6
 
 
-def test_images_without_contrast_resemble_none_and_hide_none(scan, tmp_path):
+def test_images_without_contrast_match_nothing_and_hide_no_match(scan, tmp_path):
     for name, value in (("black.png", 0), ("grey.png", 90)):
         Image.new("L", (30, 30), value).save(tmp_path / name)
     train = [alone(tmp_path / "black.png", 1), alone(scan(1), 2)]
@@ -152,7 +152,7 @@ def test_each_image_is_decoded_once(scan, monkeypatch):
     assert len(seen) == len(set(seen)) == 3
 
 
-def test_a_question_is_the_same_in_any_order_of_options_and_with_another_answer():
+def test_a_question_is_the_same_with_its_options_in_any_order_and_with_another_answer():
     same = {"text": "What is it?", "options": ("Cyst", "Mass.", "rib")}
     train = [
         question(**same, source="first"),
@@ -169,7 +169,7 @@ def test_a_question_is_the_same_in_any_order_of_options_and_with_another_answer(
     assert result["same_question"] == 1 and (result["train"], result["test"]) == (3, 3)
 
 
-def test_answers_are_seen_only_where_they_were_right():
+def test_answers_are_seen_only_if_they_were_right_in_training():
     train = [
         question(options=("cyst", "mass"), answer="B"),
         question(options=("rib", "lung"), answer="A"),
@@ -182,7 +182,7 @@ def test_answers_are_seen_only_where_they_were_right():
     assert found(train, test)[0]["answers_seen"] == {"MRI": 0.5, "CT": 1.0}
 
 
-def test_missing_images_are_told_and_not_taken_for_a_clean_set(scan, tmp_path):
+def test_missing_images_are_reported_and_not_mistaken_for_a_clean_set(scan, tmp_path):
     gone = tmp_path / "gone.png"
     result, pairs = found([alone(gone, 1), alone(scan(1), 2)], [alone(gone, 3), alone(scan(2), 4)])
     assert pairs == [("same_path", "row 1", "row 3")]
@@ -192,14 +192,14 @@ def test_missing_images_are_told_and_not_taken_for_a_clean_set(scan, tmp_path):
     assert "missing image files: 1; only paths and text were compared" in lines
 
 
-def test_a_broken_image_is_one_line(scan, tmp_path):
+def test_a_broken_image_is_a_one_line_error(scan, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="broken.png") as caught:
         leakage([alone(tmp_path / "broken.png", 1)], [alone(scan(1), 2)])
     assert "\n" not in str(caught.value)
 
 
-def test_long_lists_are_cut_and_say_so():
+def test_long_lists_are_truncated_and_say_so():
     train = [question(text=f"What {number}?", source=f"row {number}") for number in range(1200)]
     result, pairs = found(train, train)
     assert len(pairs) == 1000 and result["pairs_total"] == result["same_question"] == 1200
@@ -216,7 +216,7 @@ def run(monkeypatch, *arguments):
     return module.main()
 
 
-def test_command_reads_two_files_and_escapes_what_they_say(scan, tmp_path, monkeypatch, capsys):
+def test_command_reads_two_files_and_escapes_their_content(scan, tmp_path, monkeypatch, capsys):
     scan(1), scan(1, "\x1b[2J.png")
     row = {
         "question": "What?",

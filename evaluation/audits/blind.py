@@ -1,21 +1,21 @@
-"""Baselines that see no image: what the text of the questions gives away.
+"""Blind baselines: the accuracy that the text of the questions gives without any image.
 
     python -m evaluation.blind --train build/miniature/train.json --test build/miniature/test.json
 
-A model that is no better than the best of them has not shown that it looks at the image. Each gives
-every option a score, fitted on training questions only, and chooses the option with the highest.
-Options that tie share the credit: a question's *expected* credit is 1/k where the right option is
-one of k that have the highest score, 0 where it is not.
+A model that is no better than the best of them has not shown that it looks at the image. Each
+baseline scores every option, fitted on the training questions only, and chooses the option with the
+highest score. Ties share the credit: a question's *expected* credit is 1/k if the right option is
+one of k with the highest score, otherwise 0.
 
 - chance: all options score the same.
 - most_frequent_letter: how often the option's letter was right in training.
 - text_prior: how often the option's text was right in training. Fitted on 600 MRI questions of
-  OmniMedVQA, it has 98.9 % of the MRI questions in MedVLM-R1's test set right, 33.5 % of CT and
-  26.0 % of X-ray.
-- punctuation: whether the option alone ends in a full stop, or alone does not; with 2 options
-  neither is odd. In those 900 questions, one of four options alone ends so 102 times, and is right
-  100 times.
-- length: its length, or minus its length if the shortest option was more often right in training.
+  OmniMedVQA, it answers 98.9 % of the MRI questions in MedVLM-R1's test set right, 33.5 % of the CT
+  questions and 26.0 % of the X-ray questions.
+- punctuation: whether the option is the only one that ends in a full stop, or the only one that
+  does not; with 2 options, neither is odd. In 102 of those 900 questions, exactly one of four
+  options ends in a full stop; it is right 100 times.
+- length: the option's length, negated if the shortest option was right more often in training.
 """
 
 import argparse
@@ -36,17 +36,17 @@ BASELINES = ("chance", "most_frequent_letter", "text_prior", "punctuation", "len
 
 
 Credits = dict[str, list[float]]
-"""By what gives the answers, the credit in 0..1 of each question, in the questions' order."""
+"""Name of a guess -> credit (0 to 1) of each question, in order."""
 Rates = dict[str, dict[str, float]]
-"""By what gives the answers, the mean credit of each modality."""
+"""Name of a guess -> modality -> mean credit."""
 
 
 def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> Credits:
-    """By baseline the expected credit in 0..1 of each test question, in order."""
+    """The expected credit (0 to 1) of each test question, in order, for each baseline."""
     letters = Counter(question.answer for question in train)
     texts = Counter(right_text(question) for question in train)
     sign = _sign_of_length(train)
-    # All names from the start: a test set without questions has them too.
+    # All names from the start, so that a test set without questions has them too.
     credits: Credits = {name: [] for name in BASELINES}
     for question in test:
         options = question.options
@@ -55,7 +55,7 @@ def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> Credit
             [0] * len(options),
             [letters[letter] for letter in LETTERS[: len(options)]],
             [texts[plain_text(option)] for option in options],
-            [int(ends.count(end) == 1) for end in ends],  # of two options both are odd, or neither
+            [int(ends.count(end) == 1) for end in ends],  # of two options, both or neither are odd
             [sign * len(option) for option in options],
         )
         for values, of_options in zip(credits.values(), scores, strict=True):
@@ -64,7 +64,7 @@ def blind_credits(train: Sequence[Question], test: Sequence[Question]) -> Credit
 
 
 def by_modality(test: Sequence[Question], credits: Credits) -> Rates:
-    """The means of what `blind_credits` gives for the same test questions."""
+    """The mean credit of each guess on each modality; `credits` are those of `test`, in order."""
     rates: Rates = {name: {} for name in credits}
     for modality, places in places_by(question.modality for question in test).items():
         for name, values in credits.items():
@@ -73,15 +73,15 @@ def by_modality(test: Sequence[Question], credits: Credits) -> Rates:
 
 
 def right_text(question: Question) -> str:
-    """The right option as `plain_text` has it."""
+    """The text of the right option, normalised by `plain_text`."""
     return plain_text(question.options[_right(question)])
 
 
 def plain_text(text: str) -> str:
-    """What two options must share to say the same: words, not case, spacing or a final full stop.
+    """Normalise a text for comparison: case, spacing and final full stops are ignored.
 
-    The full stop is left to the punctuation baseline, so that each baseline measures one thing; the
-    readers, too, take it for a slip of the pen.
+    Full stops are left to the punctuation baseline, so that each baseline measures one thing. The
+    question readers ignore them too.
     """
     return " ".join(text.casefold().split()).rstrip(". ")
 
@@ -101,7 +101,7 @@ def _sign_of_length(train: Sequence[Question]) -> int:
         lengths = [len(option) for option in question.options]
         longest += _credit(question, lengths)
         shortest += _credit(question, [-length for length in lengths])
-    return 1 if longest >= shortest else -1  # without training questions: the longest
+    return 1 if longest >= shortest else -1  # 1 without training questions
 
 
 def main() -> int:
@@ -123,7 +123,7 @@ def _print_baselines() -> None:
 def _read(files: Sequence[Path]) -> list[Question]:
     questions: list[Question] = []
     for file in files:
-        questions += read_questions(file, check_images=False)  # nobody looks at an image here
+        questions += read_questions(file, check_images=False)  # the images are not used
     return questions
 
 

@@ -1,5 +1,5 @@
-"""Completions on disk, with the questions that they answer: JSON lines, written by an evaluation,
-by a run (`completions.jsonl`) or elsewhere.
+"""Read completions and their questions from JSON lines: those of an evaluation, of a run
+(`completions.jsonl`), or of another program.
 """
 
 import re
@@ -14,16 +14,16 @@ from rewards import LETTERS
 
 
 class Completion(NamedTuple):
-    """What a model wrote to a multiple-choice question, by the names that its file has for it.
+    """A model's completion of a multiple-choice question; the file has the same field names.
 
     Attributes:
-        id: the question's own name; completions with the same id answer the same question.
-        model: who wrote it.
+        id: identifies the question; completions with the same id answer the same question.
+        model: the name of the model.
         modality: canonical name ("MRI", "CT", ...), or "unknown".
-        question_type: the file's own word for it, or "".
+        question_type: as given in the file, or "".
         options: 2 to 10 texts; the first is A.
         ground_truth: the right option's letter.
-        completion: the text, tags and all.
+        completion: the text, tags included.
     """
 
     id: str
@@ -37,34 +37,33 @@ class Completion(NamedTuple):
 
 
 def read_completions(file: Path | str) -> tuple[list[Completion], int]:
-    """The usable completions of a file, and the number of those skipped because there is nothing to
-    judge them by.
+    """The usable completions of a file, and the number of those skipped.
 
     Each line is an object with `id`, `model`, `question`, `options` (list of texts), `ground_truth`
-    (letter), `completion`, and optionally `modality` and `question_type`. A line whose `options`
-    are null, or whose `ground_truth` is not a letter, is skipped.
+    (letter), `completion`, and optionally `modality` and `question_type`. A line is skipped if its
+    `options` are null or its `ground_truth` is not a letter.
 
     Raises:
-        InputError: one line that names the file, the line, the field and the remedy.
+        InputError: a line is malformed, or no completion is usable.
     """
     file = Path(file)
     completions = []
-    for number, fields in read_json_lines(file, "give one JSON object a line"):
-        # No image is looked at, so that a file of completions may be judged by itself.
+    for number, fields in read_json_lines(file, "give one JSON object per line"):
+        # The images may be missing: a file of completions can be audited without them.
         row = Row(fields, file, f"line {number}", file.parent, check_images=False)
         completions.append(_completion(row))
     usable = [completion for completion in completions if completion]
     if not usable:
-        remedy = "give one JSON object a line, with options and a letter as `ground_truth`"
-        raise InputError(f"{file}: holds no completions that can be judged: {remedy}")
+        remedy = "give one JSON object per line, with options and a letter as `ground_truth`"
+        raise InputError(f"{file}: holds no usable completions: {remedy}")
     return usable, len(completions) - len(usable)
 
 
 def _completion(row: Row) -> Completion | None:
     for field in ("options", "ground_truth", "completion"):
         if field not in row.fields:
-            row.fail(field, "is missing", "add it (null options or ground truth: skipped)")
-    # Files from elsewhere mix in open questions, whose ground truth is a text or a number.
+            row.fail(field, "is missing", "add it (null options or ground_truth skip the line)")
+    # Some files include open questions, whose ground truth is a text or a number.
     answer = str(row.fields["ground_truth"]).strip().upper()
     if row.fields["options"] is None or not re.fullmatch("[A-Z]", answer):
         return None
@@ -74,8 +73,8 @@ def _completion(row: Row) -> Completion | None:
     last = LETTERS[len(options) - 1]
     if answer > last:
         problem = f"is {answer}, but the options end at {last}"
-        row.fail("ground_truth", problem, "name an option's letter")
-    # Not row.string: a model may answer nothing, or more than any field of a question may hold.
+        row.fail("ground_truth", problem, "give the letter of an option")
+    # Not row.string: a completion may be empty, or longer than any field of a question.
     completion = row.fields["completion"]
     if not isinstance(completion, str):
         row.fail("completion", "is not a text", "give the model's text, which may be empty")

@@ -1,27 +1,28 @@
-"""Is the reasoning more than decoration? What the text alone can tell: `python -m
-evaluation.audits.faithfulness FILE`.
+"""Audit the reasoning of completions by their text alone: could it have led to the answer?
 
-A right letter after a fluent think block shows nothing of how the letter came about. Turpin et al.
-2023 (arXiv 2305.04388) found chains of thought that never name what decided the answer; Lanham et
-al. 2023 (arXiv 2307.13702) call reasoning post hoc where the answer does not depend on it;
-MedVLM-R1 (arXiv 2502.19634) says itself that some of its reasoning is superficial. Their tests
-question the model anew. These audits only read what it wrote, so they can find reasoning that can't
-have led to the answer, but never prove that any has.
+    python -m evaluation.audits.faithfulness FILE
 
-The checks (see `evaluation.audits.conclusion` for what names an option and what concludes it):
+A right letter after a fluent think block does not show how the model arrived at it. Turpin et al.
+2023 (arXiv 2305.04388) found chains of thought that never mention what decided the answer; Lanham
+et al. 2023 (arXiv 2307.13702) call reasoning post hoc if the answer does not depend on it;
+MedVLM-R1 (arXiv 2502.19634) itself reports that some of its reasoning is superficial. Their tests
+query the model again. These audits only read its text, so they can find reasoning that can't have
+led to the answer, but never prove that any did.
 
-- *has reasoning*: there is a think block, and it is not blank;
-- *names an option*: the reasoning names one, if only to deny it;
-- *conclusion agrees*, *conclusion conflicts*, *no conclusion*: the option that the reasoning comes
-  to, against the letter that the completion answers; the last where either is missing. The three
-  add up to all completions;
-- *right without naming an option*: of the completions that name no option, those whose letter is
-  right all the same: what decided is not in the text;
-- *shares a template*: of the reasonings, those that some other question's reasoning repeats once
-  the options' texts and letters are masked: exactly, or with at least 0.9 of their word trigrams in
-  common (Jaccard; Broder 1997). Nothing in such a text but the option itself can come from the
+The checks (`evaluation.audits.conclusion` defines when a text names or concludes an option):
+
+- *has reasoning*: there is a think block that is not blank;
+- *names an option*: the reasoning names an option, even if only to deny it;
+- *conclusion agrees*, *conclusion conflicts*, *no conclusion*: the option that the reasoning
+  concludes, compared with the answer's letter; the last if either is missing. The three add up to
+  all completions;
+- *right without naming an option*: of the completions that name no option, those with the right
+  letter: the text does not show what decided;
+- *shares a template*: of the reasonings, those repeated by another question's reasoning once the
+  texts and letters of the options are masked: exactly, or with a Jaccard similarity of word
+  trigrams of at least 0.9 (Broder 1997). In such a text, only the option itself can come from the
   image;
-- *largest template*: of the reasonings, those of the most common template.
+- *largest template*: of the reasonings, those with the most common template.
 """
 
 import argparse
@@ -45,23 +46,23 @@ from .conclusion import conclusion, mask_options, named_options
 
 MASK = "[option]"
 _TOKEN = re.compile(rf"{re.escape(MASK)}|[^\W_]+")
-_MOST_COLUMNS = 4  # modalities that fit beside the whole in 120 columns
+_MOST_COLUMNS = 4  # modalities that fit in 120 characters, beside the column for all
 MEANINGS = {
     "has reasoning": "There is a think block that is not blank.",
-    "names an option": "The reasoning names an option, if only to deny it.",
-    "conclusion agrees": "The reasoning comes to the option that is answered.",
-    "conclusion conflicts": "The reasoning comes to another option than is answered.",
-    "no conclusion": "The reasoning comes to no single option, or no letter is answered: nothing to"
-    " compare.",
-    "right without naming an option": "Of the completions that name no option, those that are right"
-    " all the same: what decided is not in the text.",
-    "shares a template": "Another question has this reasoning too, once the options are masked;"
-    " {distinct} distinct.",
+    "names an option": "The reasoning names an option, even if only to deny it.",
+    "conclusion agrees": "The reasoning concludes the option that the model answers.",
+    "conclusion conflicts": "The reasoning concludes a different option from the answer.",
+    "no conclusion": "The reasoning concludes no single option, or the answer has no letter:"
+    " nothing to compare.",
+    "right without naming an option": "Of the completions that name no option, those with the right"
+    " letter: the text does not show what decided.",
+    "shares a template": "Another question has the same reasoning once the options are masked;"
+    " {distinct} distinct templates.",
     "largest template": "The most common reasoning: {largest}",
 }
 
 FLAGS = ("no reasoning", "names no option", "conclusion conflicts", "shares a template")
-"""What is wrong with a completion for which it holds."""
+"""Problems that a completion can have."""
 
 Words = tuple[str, ...]
 Trigrams = frozenset[Words]
@@ -69,8 +70,12 @@ Row = dict[str, Any]
 
 
 class Reading(NamedTuple):
-    """What a completion's text shows: the words of its reasoning, options masked, and by name the
-    checks that hold for it, those of `MEANINGS` and of `FLAGS`; `id` is its question's.
+    """What the text of a completion shows.
+
+    Attributes:
+        id: of its question.
+        words: of its reasoning, with the options masked.
+        checks: the names of the checks that hold, from `MEANINGS` and `FLAGS`.
     """
 
     id: str
@@ -79,11 +84,11 @@ class Reading(NamedTuple):
 
 
 def read(completion: Completion) -> Reading:
-    """Read one completion by itself: whether it shares a template is not known yet."""
+    """Check one completion by itself; `read_all` finds shared templates."""
     think = think_text(completion.completion)
     answer = read_letter(completion.completion)
     if think is None or not visible(think):
-        think = ""  # which names, concludes and masks nothing
+        think = ""  # names and concludes nothing
     named = bool(named_options(think, completion.options))
     concluded = conclusion(think, completion.options)
     compared = concluded is not None and answer is not None
@@ -97,7 +102,7 @@ def read(completion: Completion) -> Reading:
         "conclusion conflicts": compared and concluded != answer,
         "no conclusion": not compared,
     }
-    # Spaces, lest the mask grow into a neighbouring word. And before lower(): only a capital can be
+    # The spaces keep the mask apart from its neighbours. Mask before lower(): only a capital can be
     # an option's letter.
     masked = mask_options(think, completion.options, f" {MASK} ")
     words = tuple(_TOKEN.findall(masked.lower()))
@@ -105,13 +110,15 @@ def read(completion: Completion) -> Reading:
 
 
 def read_all(completions: Sequence[Completion]) -> tuple[list[Reading], list[list[Reading]]]:
-    """All completions of one model read, and the readings of each template."""
+    """Check all completions of one model. Returns their readings, and the readings grouped by
+    template.
+    """
     readings = list(map(read, completions))
     reasoned = [reading for reading in readings if "has reasoning" in reading.checks]
     numbers = templates([reading.words for reading in reasoned])
     groups = list(grouped(numbers, reasoned).values())
     for group in groups:
-        # By id, as samples of one question, at whatever step of a run, may well be alike.
+        # Count questions: the samples of one question, at any step of a run, may well be alike.
         if len({reading.id for reading in group}) > 1:
             for reading in group:
                 reading.checks.add("shares a template")
@@ -119,21 +126,21 @@ def read_all(completions: Sequence[Completion]) -> tuple[list[Reading], list[lis
 
 
 def templates(reasonings: Sequence[Words]) -> list[int]:
-    """The number of each reasoning's template: equal texts and near-duplicates have the same.
+    """The template number of each reasoning; equal texts and near-duplicates share a number.
 
-    The distinct texts are taken from the shortest to the longest, and each joins the first template
-    whose first text has a Jaccard similarity of word trigrams of 0.9 or more to it, or begins its
-    own. Exact, not sampled, and fast because two such sets, ordered from the rarest trigram on,
-    must meet among the first 1/10 of each and one more (prefix filtering, Xiao et al. 2008, WWW,
+    Distinct texts are taken from the shortest to the longest. Each joins the first template whose
+    first text has a Jaccard similarity of word trigrams of 0.9 or more with it, or starts a new
+    template. This is exact. It is fast because two such sets, with the rarest trigrams first, must
+    share one within the first 1/10 of each plus one (prefix filtering, Xiao et al. 2008, WWW,
     section 3).
     """
     trigrams = [_trigrams(words) for words in reasonings]
-    number_of = dict.fromkeys(trigrams, 0)  # unlike a set it keeps their order
+    number_of = dict.fromkeys(trigrams, 0)  # unlike a set, it keeps their order
     frequency = Counter(chain.from_iterable(number_of))
-    firsts: list[Trigrams] = []  # by template: of the text that began it
+    firsts: list[Trigrams] = []  # of each template's first text
     holders: defaultdict[Words, list[int]] = defaultdict(list)
     for own in sorted(number_of, key=len):
-        # Sorted twice: of equally frequent ones the order must be the same for all texts.
+        # Sorted twice: equally frequent trigrams must have the same order in all texts.
         ranked = sorted(sorted(own), key=frequency.__getitem__)
         rarest = ranked[: len(own) // 10 + 1]  # a shorter prefix would miss near-duplicates
         candidates = set(chain.from_iterable(holders[trigram] for trigram in rarest))
@@ -147,29 +154,29 @@ def templates(reasonings: Sequence[Words]) -> list[int]:
 
 
 def _trigrams(words: Words) -> Trigrams:
-    """The runs of three words; a text of fewer is one run."""
+    """The runs of three words; a shorter text is a single run."""
     return frozenset(words[i : i + 3] for i in range(max(1, len(words) - 2)))
 
 
 def _alike(one: Trigrams, other: Trigrams) -> bool:
-    # |A and B| / |A or B| >= 9/10, written without the union and in whole numbers.
+    # |A and B| / |A or B| >= 9/10, in integers and without the union.
     return 19 * len(one & other) >= 9 * (len(one) + len(other))
 
 
 def audit(completions: Sequence[Completion]) -> list[Row]:
-    """The checks of one model's completions, at least one.
+    """Check the completions (at least one) of one model.
 
     Returns:
         Rows {"model", "check", "count", "of", "rate", "low", "high", "meaning"}: `count` of `of`
-        completions, the rate with Wilson's 95 % interval, one sentence. A check with nothing to
-        count from (`of` 0) has no row.
+        completions, the rate with its 95 % Wilson interval, and what the check means. A check whose
+        `of` is 0 has no row.
     """
     readings, groups = read_all(completions)
     counts = Counter(chain.from_iterable(reading.checks for reading in readings))
     largest = max(groups, key=len, default=[])
     example = " ".join(largest[0].words) if largest else ""
     counts["largest template"] = len(largest)
-    of = dict.fromkeys(MEANINGS, len(readings))  # but for three:
+    of = dict.fromkeys(MEANINGS, len(readings))  # except for three:
     of["right without naming an option"] -= counts["names an option"]
     of["shares a template"] = of["largest template"] = counts["has reasoning"]
     rows = []
@@ -181,7 +188,7 @@ def audit(completions: Sequence[Completion]) -> list[Row]:
 
 
 def check_row(model: str, check: str, count: int, of: int, meaning: str) -> Row:
-    """`count` of `of` (at least 1) with Wilson's 95 % interval of the rate, as `audit` has it."""
+    """A row of `audit`: `count` of `of` (at least 1), with the rate's 95 % Wilson interval."""
     low, high = wilson(count, of)
     return {
         "model": model, "check": check, "count": count, "of": of, "rate": count / of,
@@ -190,14 +197,14 @@ def check_row(model: str, check: str, count: int, of: int, meaning: str) -> Row:
 
 
 def flags(completions: Sequence[Completion]) -> list[list[str]]:
-    """What is wrong with each completion of one model, in their order: some of `FLAGS`."""
+    """The problems of each completion of one model, in order: names from `FLAGS`."""
     readings, _ = read_all(completions)
     return [[flag for flag in FLAGS if flag in reading.checks] for reading in readings]
 
 
 def table(completions: Sequence[Completion]) -> str:
-    """The checks as text: a block per model, a column for all and, where they fit, one per
-    modality.
+    """The checks as text: a block for each model, with a column for all completions and, if they
+    fit, one for each modality.
     """
     by_model = grouped((completion.model for completion in completions), completions)
     return "\n\n".join(map(_block, by_model.values()))
@@ -205,7 +212,7 @@ def table(completions: Sequence[Completion]) -> str:
 
 def _block(completions: Sequence[Completion]) -> str:
     columns = grouped((completion.modality for completion in completions), completions)
-    # A single modality would repeat the whole.
+    # A single modality would repeat the column for all.
     if not 1 < len(columns) <= _MOST_COLUMNS:
         columns = {}
     rates = [{row["check"]: _rate(row) for row in audit(own)} for own in columns.values()]
@@ -240,7 +247,7 @@ def _print_table() -> None:
     print(table(completions))
     print(
         f"\n{len(completions)} completions read, {skipped} skipped "
-        "(no options, or a ground truth that is no letter)"
+        "(no options, or a ground truth that is not a letter)"
     )
 
 

@@ -1,24 +1,24 @@
-"""What a test set shares with a training set: images, questions, answers.
+"""Find what a test set shares with a training set: images, questions, answers.
 
     python -m evaluation.audits.leakage build/miniature/train.json build/miniature/test.json
 
-Images are compared by path, by bytes (SHA-256) and by likeness, where 1 - r is the distance of two
-images and r the correlation of their slopes: the differences of neighbouring pixels, across and
-down, in an upright grey thumbnail of 24 x 24. Slopes and not pixels, because bodies resemble one
-another in the large: of 364,231 pairs of different radiographs, CT and MR slices, the closest 0.1 %
-correlate above 0.92 in pixels, but above 0.70 in slopes. And not the slopes' signs alone, a
-difference hash: in a dark background they flip, so that of 256 bits copies differ in up to 39,
-while some different phantoms differ in 22.
+Images are compared by path, by bytes (SHA-256) and by similarity. The distance of two images is
+1 - r, where r is the correlation of their slopes: the differences between neighbouring pixels,
+across and down, in an upright grey thumbnail of 24 x 24. Slopes are better than pixels, because
+bodies look alike at a large scale: of 364,231 pairs of different radiographs, CT and MR slices, the
+closest 0.1 % correlate above 0.92 in pixels, but only above 0.70 in slopes. The signs of the slopes
+alone (a difference hash) are not enough, because they flip in a dark background: of 256 bits,
+copies differ in up to 39, while some different phantoms differ in only 22.
 
-Images at most 0.03 apart are near-duplicates. Measured on 854 real images and the 1,650 phantoms of
-the miniature: copies as JPEG of quality 60, of half the size, of both, or up to 15 % brighter
-(clipped at white) lie within 0.029 of the original. So do 10 of the real pairs, all of what looks
-like the same head or knee, and 6 of 1,360,425 pairs of phantoms. 100,000 training images against
-1,000 of a test take 3 s on one core once they are read.
+Images at most 0.03 apart are near-duplicates. On 854 real images and the 1,650 phantoms of the
+miniature, copies saved as JPEG of quality 60, at half the size, as both, or up to 15 % brighter
+(clipped at white) lie within 0.029 of the original. So do 10 of the real pairs, each of which looks
+like the same head or knee, and 6 of 1,360,425 pairs of phantoms. Comparing 100,000 training images
+with 1,000 test images takes 3 s on one core once they are read.
 
-A near-duplicate is a finding to look at, not a proof: neighbouring slices of one patient may lie as
-close as copies. And a copy that is cropped, mirrored or turned (other than by its EXIF) is not
-found. An image without contrast resembles none.
+A near-duplicate should be looked at, but proves nothing: neighbouring slices of one patient may be
+as close as copies. A copy that is cropped, mirrored or rotated (other than by its EXIF) is not
+found. An image without contrast resembles no other.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from .blind import by_modality, plain_text, right_text
 
 SIDE = 24  # pixels of a thumbnail
 NEAR = 0.03  # distance up to which two images are near-duplicates
-LISTED = 1000  # pairs of a result, at most
-PRINTED = 20  # of them on a terminal
+LISTED = 1000  # pairs in a result, at most
+PRINTED = 20  # pairs on the terminal, at most
 BLOCK = 2048  # training images compared at once: 8 MB of distances to 1,000 test images
 LABELS = {
     "same_path": "image in training, by path",
@@ -59,25 +59,27 @@ LABELS = {
 
 Pair = dict[str, Any]
 PAIR = ("kind", "train", "train_image", "test", "test_image", "distance")
-"""What a pair holds: `train` and `test` name rows; images and distance are None in a pair of equal
-questions.
+"""The fields of a pair. `train` and `test` name rows; images and distance are None for a pair of
+equal questions.
 """
 Sources = dict[str, str]
-"""By image the source of the first question that has it."""
+"""Image -> source of the first question that has it."""
 
 
 def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, Any]:
-    """How many test questions have what the training questions have, and which.
+    """Count and list what the test questions share with the training questions.
 
     Returns:
         train, test: numbers of questions.
         same_path, same_bytes, near_duplicates: test questions with such an image. An image counts
-            once, as the first of these that it is. The last two are None where images are missing.
+            only as the first of these that applies. The last two are None if images are missing.
         same_question: test questions whose text and options, in any order, are in training.
-        answers_seen: by modality the share of test questions whose right text was right in training
+        answers_seen: by modality, the share of test questions whose right option was also right in
+            training.
         missing_images: image files of either set that don't exist.
-        pairs: the first 1,000: of each test image the nearest, of each test question the first.
-        pairs_total: how many there are.
+        pairs: the first 1,000: the nearest image for each test image, the first question for each
+            test question.
+        pairs_total: the number of all pairs.
 
     Raises:
         InputError: an image can't be read.
@@ -85,7 +87,7 @@ def leakage(train: Sequence[Question], test: Sequence[Question]) -> dict[str, An
     known = _images(train)
     tested = _images(test)
     missing = sum(not os.path.isfile(image) for image in known | tested)
-    # With some images missing, none are compared: few pairs would look like a clean test set.
+    # If any image is missing, none are compared: few pairs would look like a clean test set.
     images = _image_pairs(known, tested, compare=not missing)
     texts = _same_questions(train, test)
     pairs = images + texts
@@ -115,12 +117,12 @@ def _images(questions: Sequence[Question]) -> Sources:
 
 
 def _image_pairs(train: Sources, test: Sources, compare: bool) -> list[Pair]:
-    """Images of the same path, then of the same bytes, then near-duplicates, nearest first; only
-    the first without `compare`.
+    """Pairs of images with the same path, then the same bytes, then near-duplicates, nearest first.
+    Without `compare`, only the first kind.
     """
     matches = [("same_path", image, image, 0.0) for image in test if image in train]
     if compare:
-        # Backwards: of equal files the first is kept.
+        # Reversed, so that the first of equal files is kept.
         by_digest = {_digest(image): image for image in reversed(train)}
         others = []
         for image in test:
@@ -151,11 +153,11 @@ def _near_duplicates(train: list[str], test: list[str]) -> list[tuple[str, str, 
 
 
 def _affected(test: Sequence[Question], pairs: list[Pair]) -> Counter[str]:
-    """By kind the number of test questions with such an image."""
+    """The number of test questions with an image of each kind."""
     kind_of = {pair["test_image"]: pair["kind"] for pair in pairs}
     counts: Counter[str] = Counter()
     for question in test:
-        # A set, as two images of one kind still make one question.
+        # A set, because a question with two images of one kind counts once.
         counts.update({kind_of.get(str(image), "new") for image in question.images})
     return counts
 
@@ -165,22 +167,21 @@ def _digest(image: str) -> bytes:
 
 
 def _thumbnails(images: Sequence[str]) -> Tensor:
-    # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
+    # disable=None: no bar if stderr is not a terminal.
     bar = tqdm(images, "images", unit="image", leave=False, disable=None)
     return torch.stack([thumbnail(image) for image in bar])
 
 
 def thumbnail(image: Path | str) -> Tensor:
-    """Upright, grey, uint8 (24, 24), whatever the image's shape. Raises InputError."""
+    """An upright grey thumbnail, uint8 (24, 24). InputError if the image can't be read."""
     grey = load_image(image).convert("L")
     small = grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small))
 
 
 def nearest_images(test_TSS: Tensor, train_NSS: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each test thumbnail the index of a nearest one of training, and its distance (0 to 2).
-
-    Takes T x N time, and memory for T x 2,048 distances.
+    """The index of the nearest training thumbnail to each test thumbnail, and its distance (0 to
+    2). Takes O(T N) time, and memory for T x 2,048 distances.
     """
     slopes_TD = _slopes(test_TSS)
     nearest_T = torch.zeros(len(test_TSS), dtype=torch.int64)
@@ -189,23 +190,23 @@ def nearest_images(test_TSS: Tensor, train_NSS: Tensor) -> tuple[Tensor, Tensor]
         closest_T, place_T = (slopes_TD @ _slopes(train_NSS[start : start + BLOCK]).T).max(1)
         nearest_T = torch.where(closest_T > likeness_T, start + place_T, nearest_T)
         likeness_T = torch.maximum(likeness_T, closest_T)
-    return nearest_T, (1 - likeness_T).clamp(min=0)  # rounding may take a correlation above 1
+    return nearest_T, (1 - likeness_T).clamp(min=0)  # rounding may push a correlation above 1
 
 
 def _slopes(thumbnails_NSS: Tensor) -> Tensor:
-    """Differences of neighbours, across and down, less their mean and scaled to length 1, so that
-    dot products correlate: (N, 2 x 24 x 23).
+    """Differences between neighbouring pixels, across and down: (N, 2 x 24 x 23). They are centred
+    and scaled to length 1, so that their dot products are correlations.
     """
     pixels_NSS = thumbnails_NSS.float()
     across = pixels_NSS.diff(dim=2)
     down = pixels_NSS.diff(dim=1)
     slopes_ND = torch.cat([across.flatten(1), down.flatten(1)], dim=1)
-    # Without contrast all slopes are 0, and stay so: like those of no other image.
+    # Without contrast all slopes are 0 and stay 0: the correlation with any image is 0.
     return normalize(slopes_ND - slopes_ND.mean(1, keepdim=True))
 
 
 def _same_questions(train: Sequence[Question], test: Sequence[Question]) -> list[Pair]:
-    # Backwards: of equal questions the first is kept.
+    # Reversed, so that the first of equal questions is kept.
     sources = {_text(question): question.source for question in reversed(train)}
     pairs = []
     for question in test:
@@ -220,13 +221,13 @@ def _pair(*values: Any) -> Pair:
 
 
 def _text(question: Question) -> tuple[str, ...]:
-    # Sorted, as files of the same questions often shuffle the options.
+    # Sorted, because files of the same questions often shuffle the options.
     return plain_text(question.question), *sorted(map(plain_text, question.options))
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What `leakage` returns, for a terminal: counts, answers, the first 20 pairs; nothing
-    unprintable but newlines.
+    """The result of `leakage` for the terminal: counts, answers, and the first 20 pairs.
+    Unprintable characters other than newlines are escaped.
     """
     lines = ["{test:,} test questions against {train:,} training questions".format(**result)]
     if missing := result["missing_images"]:
@@ -236,10 +237,10 @@ def summary(result: dict[str, Any]) -> str:
         share = "not compared"
         if count is not None:
             share = f"{count:>6,} {percent(count / result['test']):>6} %"
-        lines.append(f"  {label:<38}{share}")
+        lines.append(f"  {label:<46}{share}")
     for modality, rate in result["answers_seen"].items():
-        label = f"right answer seen in training, {modality}"
-        lines.append(f"  {label:<38}{percent(rate):>13} %")
+        label = f"right option also right in training, {modality}"
+        lines.append(f"  {label:<46}{percent(rate):>13} %")
     for pair in result["pairs"][:PRINTED]:
         line = pair["kind"].replace("_", " ")
         if pair["distance"]:  # 0 for the same file, None for questions
