@@ -1,4 +1,4 @@
-"""An evaluation's tables in Markdown pages: what they say, and where they are written."""
+"""An evaluation's tables in Markdown pages: their content, and where they are written."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def page(*names: str) -> str:
     return "\n".join([*parts, "last", ""])
 
 
-def test_only_what_stands_between_markers_is_replaced_and_twice_is_once(tmp_path):
+def test_only_the_text_between_markers_is_replaced_and_again_changes_nothing(tmp_path):
     file = tmp_path / "page.md"
     file.write_text(page("accuracy", "mine"))
     for _ in range(2):
@@ -33,20 +33,20 @@ def test_only_what_stands_between_markers_is_replaced_and_twice_is_once(tmp_path
         assert file.read_text() == f"{before}new\n<!-- accuracy: end{after}"
 
 
-def test_the_table_has_the_guesses_and_each_model_with_a_star_where_nothing_was_seen():
+def test_the_table_has_the_guesses_and_each_model_with_a_star_if_not_above_the_best_guess():
     rows = [line.split(" | ") for line in accuracy_table(results(blind=BLIND)).splitlines()]
     assert rows[0][1:] == ["MRI, n = 100", "CT, n = 100 |"]
     assert rows[2] == ["| chance", "36.8", "50.0 |"]
     assert rows[3] == ["| best guess from the text alone", "52.8", "50.0 |"]
     assert [row[0] for row in rows[4:]] == [
-        "| the base, as it is",
+        "| base model",
         "| SFT on the right letters",
         "| **GRPO**",
     ]
     assert rows[4][1] == "40.0 (30.9 to 49.8) \\*" and rows[6][1] == "90.0 (82.6 to 94.5)"
 
 
-def test_types_and_checks_leave_a_cell_empty_where_there_is_no_number():
+def test_a_missing_number_leaves_an_empty_cell_in_types_and_checks():
     kinds = [accuracy("base", "MRI", 9, 10, "Anatomy"), accuracy("base", "CT", 1, 10, "Side")]
     kinds.append(accuracy("grpo", "MRI", 10, 10, "Side"))
     lines = type_table(results(accuracy=kinds)).splitlines()[2:]
@@ -61,7 +61,7 @@ def test_types_and_checks_leave_a_cell_empty_where_there_is_no_number():
     ]
 
 
-def test_the_command_names_what_it_wrote_and_refuses_a_page_without_markers(
+def test_the_command_prints_the_tables_it_wrote_and_refuses_a_page_without_markers(
     tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "results.json").write_text(json.dumps(results(blind=BLIND)))
@@ -71,12 +71,12 @@ def test_the_command_names_what_it_wrote_and_refuses_a_page_without_markers(
     assert markdown.main() == 0 and capsys.readouterr().out == f"{file}: types\n"
     file.write_text("# nothing\n")
     assert markdown.main() == 2
-    assert "has no markers of accuracy, types, checks" in capsys.readouterr().err
+    assert "has no markers for accuracy, types, checks" in capsys.readouterr().err
     assert file.read_text() == "# nothing\n"
 
 
 @pytest.mark.parametrize("name", ["accuracy", "types", "checks"])
-def test_every_table_has_as_many_cells_in_each_line(name):
+def test_every_line_of_a_table_has_the_same_number_of_cells(name):
     kinds = [accuracy("base", "MRI", 9, 10), accuracy("base", "MRI", 9, 10, "Anatomy")]
     made = results(accuracy=kinds, blind=BLIND, faithfulness=CHECKS, models=("base", "grpo"))
     lines = markdown.TABLES[name](made | {"accuracy": kinds}).splitlines()

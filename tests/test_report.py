@@ -1,6 +1,4 @@
-"""The report: what it says, that it loads nothing and runs nothing of others, and that a reader can
-work with it.
-"""
+"""The report: its content, its safety against hostile text, and its use in a browser."""
 
 import base64
 import hashlib
@@ -29,7 +27,7 @@ STEERING = "\u202eabc\u202c \x00 \x1b[31m \ud800"
 
 
 def picture(folder, number, side=84):
-    """A disc of its own size and place on black."""
+    """A disc on black, with a size and place of its own."""
     y, x = np.mgrid[:side, :side]
     disc = (x - 20 - number % 40) ** 2 + (y - 20 - number // 40) ** 2 < (8 + number % 9) ** 2
     file = folder / f"scan{number}.png"
@@ -52,7 +50,7 @@ def answer(model, letter, truth, thought="I see a disc.", flags=(), **fields):
 
 
 def case(folder, number, models=MODELS, **fields):
-    """A question; base is right on every second, grpo always, sft never."""
+    """A question; base is right on every second one, grpo always, sft never."""
     truth = "AB"[number % 3 % 2]
     letters = {"base": truth if number % 2 else "C", "sft": None, "grpo": truth}
     flags = {
@@ -187,7 +185,7 @@ RUNS = {
 
 
 class Page(HTMLParser):
-    """A page's elements, what each script element holds, and the text a reader sees."""
+    """A page's elements, the content of its scripts, and its visible text."""
 
     def __init__(self, file):
         super().__init__()
@@ -256,7 +254,7 @@ def test_the_page_loads_nothing_and_allows_only_its_own_script(tmp_path, report)
     )
 
 
-def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_path, report):
+def test_hostile_text_from_any_source_is_neither_markup_nor_script(tmp_path, report):
     tame = report(full_results() | {"name": "x"}, [case(tmp_path, 0)], RUNS)
     text = HOSTILE + STEERING
     evil = json.dumps(full_results())
@@ -281,7 +279,7 @@ def test_hostile_text_is_neither_markup_nor_script_wherever_it_comes_from(tmp_pa
     assert "{{ 7919*7919 }}" in found["id"] and str(7919 * 7919) not in page.source
 
 
-def test_characters_that_steer_the_display_become_code_points_and_others_stay():
+def test_characters_that_affect_the_display_become_code_points_and_others_stay():
     assert displayable({"a\u202e": ["\x00\ud800", 1, None]}) == {
         "a⟨U+202E⟩": ["⟨U+0000⟩⟨U+D800⟩", 1, None]
     }
@@ -289,7 +287,7 @@ def test_characters_that_steer_the_display_become_code_points_and_others_stay():
     assert displayable([math.nan, math.inf, 0.5]) == [None, None, 0.5]
 
 
-def test_an_image_that_is_gone_is_a_box_and_each_image_is_kept_once_and_small(tmp_path, report):
+def test_a_missing_image_is_a_box_and_each_image_is_stored_once_and_small(tmp_path, report):
     wide = picture(tmp_path, 500, side=600)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
@@ -300,17 +298,17 @@ def test_an_image_that_is_gone_is_a_box_and_each_image_is_kept_once_and_small(tm
     assert [one["images"] for one in page.json("cases")] == [[0], [1, 0], [2], []]
     assert images[0]["width"] == 600
     assert images[1]["why"] == "no such image file" and "not a readable" in images[2]["why"]
-    # A page is passed on; where its maker keeps files is not.
+    # Pages are shared, and should not reveal their author's folders.
     assert str(tmp_path) not in json.dumps(images)
     drawn = Image.open(io.BytesIO(base64.b64decode(images[0]["src"].partition(",")[2])))
     assert max(drawn.size) == 160
 
 
-def test_parts_that_are_empty_have_no_section(report):
+def test_empty_results_have_no_section(report):
     page = report(results())
     sections = {"blind", "reasoning", "leakage", "training"}
     assert not sections & page.ids() and "accuracy" in page.ids()
-    assert "in domain" not in page.text and "Model against model" not in page.text
+    assert "in domain" not in page.text and "Pairwise comparison" not in page.text
     whole = report(full_results(), [], RUNS)
     assert sections <= whole.ids()
     for part, empty in EMPTY.items():
@@ -329,12 +327,12 @@ FACTS = (
     "It names one.",
     "not compared",
     "4 image files are missing",
-    "36.8 % of MRI",  # 0.3675, a half that is rounded up here as everywhere
+    "36.8 % of MRI questions",  # 0.3675, a half that is rounded up everywhere
     "1 of 70",
     "87.5 % any right",
     "62.5 % majority right",
     "f00d",
-    "runs/grpo, weights beef",
+    "runs/grpo, digest beef",
     "best blind 50.0 %, text prior",
 )
 
@@ -345,7 +343,7 @@ def test_the_numbers_are_in_the_page(report):
         assert fact in text, fact
 
 
-def test_a_meaning_that_differs_between_models_stands_with_each(report):
+def test_a_meaning_that_differs_between_models_is_shown_for_each(report):
     rows = full_results()["faithfulness"]
     page = report(
         full_results() | {"faithfulness": [rows[0], rows[1] | {"meaning": "Quite another."}]}
@@ -356,30 +354,29 @@ def test_a_meaning_that_differs_between_models_stands_with_each(report):
 
 def test_a_modality_without_questions_of_a_type_has_a_dash(report):
     page = report(full_results())
-    types = page.text.partition("By type of question")[2].partition("Of 8 sampled")[0]
+    types = page.text.partition("By question type")[2].partition("8 sampled answers")[0]
     assert types.count("–") == 6 and types.count("9 of 10") == 6
 
 
-def test_verdict_says_who_sees_where_and_who_is_better():
+def test_verdict_says_where_each_model_sees_and_which_is_better():
     whole = full_results()["accuracy"][:6]
     whole[1]["sees"] = True
     sentences = [text.replace("\xa0", " ") for text in verdict(full_results(), whole)]
     assert sentences == [
-        "base is above the best guess without the image on CT (40.0 % against 50.0 %); "
-        "on MRI (40.0 % against 50.0 %) there is no evidence of seeing.",
-        "sft shows no evidence of seeing on MRI (55.0 % against 50.0 %) or CT (55.0 % against "
-        "50.0 %).",
-        "grpo is above the best guess without the image on MRI (90.0 % against 50.0 %) and CT "
-        "(90.0 % against 50.0 %).",
-        "Against base, grpo is better on MRI and not measurably different on CT.",
+        "base is above the best guess without the image on CT (40.0 % vs. 50.0 %); "
+        "on MRI (40.0 % vs. 50.0 %) there is no evidence of seeing.",
+        "sft shows no evidence of seeing on MRI (55.0 % vs. 50.0 %) or CT (55.0 % vs. 50.0 %).",
+        "grpo is above the best guess without the image on MRI (90.0 % vs. 50.0 %) and CT "
+        "(90.0 % vs. 50.0 %).",
+        "Compared with base, grpo is better on MRI and not significantly different on CT.",
     ]
 
 
-def test_one_model_alone_is_compared_with_nobody(tmp_path, report):
+def test_a_single_model_is_compared_with_no_other(tmp_path, report):
     page = report(
         results(models=("grpo",)), [case(tmp_path, 1, models=("grpo",))], {"grpo": RUNS["grpo"]}
     )
-    assert "1 model ·" in page.text and "Against" not in page.text
+    assert "1 model ·" in page.text and "Compared with" not in page.text
     assert page.json("colours") == [["grpo", "m0"]]
 
 
@@ -388,7 +385,7 @@ def test_a_rate_that_was_not_measured_is_a_dash(report):
     assert "the option text most often right in training 53.0 % best –" in text
 
 
-def test_curves_of_a_run_without_rewards_are_those_of_its_loss_and_skip_what_is_no_number():
+def test_curves_of_a_run_without_rewards_show_its_loss_and_skip_values_that_are_not_finite():
     loss, probability = curve_panels(
         RUNS["sft"] + [{"step": 4, "loss": math.nan, "probability": 0.6}]
     )
@@ -397,7 +394,7 @@ def test_curves_of_a_run_without_rewards_are_those_of_its_loss_and_skip_what_is_
     assert points == [4, 5] and len(curve_panels(RUNS["grpo"])) == 4
 
 
-def test_style_of_the_curves_touches_nothing_else_in_a_page():
+def test_the_style_of_the_curves_applies_to_nothing_else_in_a_page():
     rules = re.findall(r"([^{}]+)\{[^{}]*\}", re.sub(r"@media[^{]*\{", "", STYLE))
     assert rules and all(selector.strip().startswith(".curves ") for selector in rules)
 
@@ -424,7 +421,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The URL of a report of twelve cases, the last ones hostile or odd; and its cases."""
+    """The URL of a report with twelve cases, the last ones hostile or unusual, and its cases."""
     folder = tmp_path_factory.mktemp("small")
     cases = [case(folder, number) for number in range(12)]
     cases[9] |= {
@@ -442,8 +439,8 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def visit(chromium):
-    """visit(url) -> an open page; at the end nothing may have failed, nor anything but the page
-    been asked for.
+    """visit(url) -> an open page. At the end, no errors and no requests other than for the page may
+    have occurred.
     """
     contexts, errors, requests = [], [], []
 
@@ -476,8 +473,8 @@ def count(page):
 
 
 def chosen(page):
-    """The open case's name, once the page has done what was asked: a link's click arrives as an
-    event of its own.
+    """The id of the open case, once the page has handled all events: a click on a link raises a
+    separate one.
     """
     page.evaluate("() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 50))")
     return page.locator("#case .id").inner_text()
@@ -487,7 +484,7 @@ def right(one, model):
     return any(a["model"] == model and a["letter"] == one["ground_truth"] for a in one["answers"])
 
 
-def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
+def test_filters_select_their_cases_and_the_counts_are_right(visit, small):
     url, cases = small
     page = visit(url)
     assert count(page) == "12 of 12" and page.locator("#list li").count() == 12
@@ -515,10 +512,10 @@ def test_filters_show_what_they_say_and_the_counts_are_right(visit, small):
     counts = f"{len(both)} of 12 shown base 0 right sft 0 right grpo {len(both)} right"
     assert " ".join(page.locator("#count").inner_text().split()) == counts
     page.reload()
-    assert count(page) == f"{len(both)} of 12"  # the address holds the filters
+    assert count(page) == f"{len(both)} of 12"  # the address contains the filters
 
 
-def test_search_finds_text_of_questions_and_answers_and_says_when_nothing_fits(visit, small):
+def test_search_finds_text_of_questions_and_answers_and_says_if_nothing_matches(visit, small):
     page = visit(small[0])
     for text, expected in (
         ("scan 7", 1),
@@ -528,10 +525,10 @@ def test_search_finds_text_of_questions_and_answers_and_says_when_nothing_fits(v
     ):
         page.locator('[name="q"]').fill(text)
         assert count(page) == f"{expected} of 12"
-    assert page.locator("#case").inner_text() == "No question passes these filters."
+    assert page.locator("#case").inner_text() == "No question matches these filters."
 
 
-def test_keys_walk_through_the_cases(visit, small):
+def test_keys_step_through_the_cases(visit, small):
     page = visit(small[0])
     for key, row in (
         ("j", 2),
@@ -562,14 +559,14 @@ def test_keys_walk_through_the_cases(visit, small):
     assert page.evaluate("document.activeElement.matches('[aria-current]')")
 
 
-def test_a_case_can_be_linked_whatever_it_is_called(visit, small):
+def test_a_case_with_any_id_can_be_linked(visit, small):
     page = visit(small[0])
     page.locator("#list a").nth(9).click()
     assert chosen(page) == "a&b=c#d %20 é"
     again = visit(page.url)
     assert chosen(again) == "a&b=c#d %20 é" and again.locator("#case").is_visible()
     lost = visit(small[0] + "#case=gone")
-    assert "No question is called “gone”" in lost.locator("#case").inner_text()
+    assert "There is no question “gone”" in lost.locator("#case").inner_text()
 
 
 def test_links_of_leaking_pairs_lead_to_their_cases(visit, small):
@@ -589,12 +586,12 @@ def test_hostile_text_stays_text(visit, small):
     assert page.locator("#case h3").inner_text().count("⟨U+") >= 4
     assert "</script><!--<img" in page.locator("#case .card").first.inner_text()
     assert "Reasoning (no closing tag)" in page.locator("#case .card").first.inner_text()
-    assert "Nothing was answered." in page.locator("#case .card").nth(1).inner_text()
+    assert "The completion is empty." in page.locator("#case .card").nth(1).inner_text()
     assert page.locator("#case script, #case img:not([src^='data:'])").count() == 0
     assert page.evaluate("typeof window.hacked") == "undefined"
 
 
-def test_the_policy_stops_a_script_that_got_in_all_the_same(chromium, small):
+def test_the_policy_stops_an_injected_script(chromium, small):
     page = chromium.new_page()
     page.goto(small[0])
     script = "Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'})"
@@ -607,11 +604,11 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(chromium, small):
     page.close()
 
 
-def test_a_case_shows_reasoning_answer_rules_and_probes_apart_and_its_image_large(visit, small):
+def test_a_case_shows_reasoning_answer_rules_and_probes_and_enlarges_its_image(visit, small):
     page = visit(small[0] + "#case=test.json+row+2")
     card = page.locator("#case .card").last
-    assert card.locator(".think .said").inner_text() == "I see a disc."
-    assert card.locator(".answer .said").inner_text() == "B"
+    assert card.locator(".think .content").inner_text() == "I see a disc."
+    assert card.locator(".answer .content").inner_text() == "B"
     assert "the answer is exactly B" in card.locator(".rules").inner_text()
     card.locator("summary").click()
     assert card.locator(".probes").inner_text().split() == [
@@ -639,7 +636,7 @@ def test_a_case_shows_reasoning_answer_rules_and_probes_apart_and_its_image_larg
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_both_schemes(visit, small, scheme):
+def test_text_is_legible_in_both_schemes(visit, small, scheme):
     page = visit(small[0], color_scheme=scheme)
     style = "getComputedStyle(document.querySelector"
     colours = page.evaluate(
@@ -666,12 +663,12 @@ def test_nothing_is_wider_than_a_phone(visit, small):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert (
         page.evaluate("document.querySelector('#accuracy .scroll').scrollWidth") > 390
-    )  # that one scrolls by itself
+    )  # it scrolls by itself
     page = visit(small[0], width=390, height=844)
     assert page.locator("#box").evaluate("(box) => box.scrollTop") == 0
     page.locator("#list a").nth(3).click()
     assert chosen(page) == "test.json row 4" and page.locator("#case .id").is_visible()
-    assert 0 <= page.locator("#case").bounding_box()["y"] < 400  # the case comes to the reader
+    assert 0 <= page.locator("#case").bounding_box()["y"] < 400  # scrolled into view
 
 
 def test_nine_hundred_cases_with_images_open_within_three_seconds(visit, tmp_path):
@@ -682,7 +679,7 @@ def test_nine_hundred_cases_with_images_open_within_three_seconds(visit, tmp_pat
     page.locator("#case .id").wait_for()
     assert time.process_time() - started < 3
     assert count(page) == "900 of 900"
-    assert page.locator("#list li").count() < 200  # the others when they are scrolled to
+    assert page.locator("#list li").count() < 200  # the others follow on scrolling
     page.locator("#box").evaluate("(box) => box.scrollTo(0, box.scrollHeight)")
     page.locator("#list li").nth(100).wait_for()
     page.evaluate("location.hash = 'case=test.json+row+900'")

@@ -1,8 +1,8 @@
-"""Tables in Markdown pages, written by commands between markers.
+"""Write an evaluation's tables into Markdown pages, between markers.
 
     python -m evaluation.report.markdown runs/miniature/eval README.md docs/audits.md
 
-writes an evaluation's tables, each wherever a page has its markers:
+Each table goes wherever a page has its markers:
 
     <!-- accuracy: written by a command -->
     <!-- accuracy: end -->
@@ -21,12 +21,12 @@ from ..records import Row
 from ..statistics import percent, percent_with_interval
 
 NAMES = {
-    "base": "the base, as it is",
+    "base": "base model",
     "sft": "SFT on the right letters",
     "blind": "GRPO trained without the images",
     "grpo": "**GRPO**",
 }
-"""What the table calls the usual models; others keep their own names."""
+"""Display names of the default models; others keep their own names."""
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -35,8 +35,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def write_tables(page: Path, texts: dict[str, str]) -> list[str]:
-    """Replace what stands between the page's markers, for the names that it has markers of; returns
-    these names.
+    """Replace the text between the page's markers with `texts` (marker name -> text). Returns the
+    names of the markers that the page has.
     """
     whole, written = page.read_text(encoding="utf-8"), []
     for name, text in texts.items():
@@ -50,9 +50,10 @@ def write_tables(page: Path, texts: dict[str, str]) -> list[str]:
 
 
 def accuracy_table(results: Row) -> str:
-    """Each model's accuracy on each modality, below chance and the best guess without the image.
+    """Chance, the best guess from the text alone, and each model's accuracy on each modality.
 
-    `results` is what results.json holds. A star marks what is not above that guess.
+    `results` is the content of results.json. A star marks an accuracy that is not above the best
+    guess without the image, the model's own included.
     """
     rows = [row for row in results["accuracy"] if row["question_type"] is None]
     modalities = list(dict.fromkeys(row["modality"] for row in rows))
@@ -70,7 +71,7 @@ def accuracy_table(results: Row) -> str:
 
 
 def type_table(results: Row) -> str:
-    """Accuracy by modality and question type. A star marks what is not above the best guess."""
+    """Accuracy by modality and question type, with the stars of `accuracy_table`."""
     rows = [row for row in results["accuracy"] if row["question_type"] is not None]
     kinds = list(dict.fromkeys(row["question_type"] for row in rows))
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -87,7 +88,7 @@ def type_table(results: Row) -> str:
 
 
 def check_table(results: Row) -> str:
-    """What reasoning and answers depend on: for each check the share of answers, of how many."""
+    """For each check of reasoning and answers, the rate in percent and the number counted."""
     models = [model["name"] for model in results["models"]]
     cells: dict[str, dict[str, str]] = {}
     for row in results["faithfulness"]:
@@ -97,7 +98,7 @@ def check_table(results: Row) -> str:
 
 
 TABLES = {"accuracy": accuracy_table, "types": type_table, "checks": check_table}
-"""By the name of its markers what writes a table, from what results.json holds."""
+"""Marker name -> function that makes the table from the content of results.json."""
 
 
 def main() -> int:
@@ -114,7 +115,10 @@ def _write() -> None:
     for page in arguments.pages:
         written = write_tables(page, texts)
         if not written:
-            raise InputError(f"{page}: has no markers of {', '.join(texts)}; see --help")
+            raise InputError(
+                f"{page}: has no markers for {', '.join(texts)}; add two lines, such as "
+                "<!-- accuracy: written by a command --> and <!-- accuracy: end -->"
+            )
         print(f"{page}: {', '.join(written)}")
 
 

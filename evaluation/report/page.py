@@ -1,10 +1,10 @@
-"""What an evaluation measured, as one HTML file that needs nothing but itself: the table, the
-audits, and every case.
+"""Write an evaluation's results as one self-contained HTML file: the table, the audits, and every
+case.
 
-Nothing is loaded over a network, and the page's own policy forbids it. Completions, questions and
-names of files are hostile text: the page gets them escaped or as JSON, displays them as text only,
-and characters that could steer the display (control characters, reordering of right-to-left text)
-as their code points.
+The page loads nothing over a network; its content security policy forbids it. Completions,
+questions and file names are hostile text: they enter the page escaped or as JSON and are displayed
+as text only. Characters that could affect the display (control characters, bidirectional overrides)
+are shown as code points.
 """
 
 import base64
@@ -31,7 +31,7 @@ from .templating import ENVIRONMENT, TEMPLATES
 
 THUMBNAIL = 160  # pixels along the longer side, at most
 COLOURS = 6  # of models, in report.css
-# All control characters but tab and newline, invisible ones, and what turns text around.
+# Control characters other than tab and newline, invisible ones, bidirectional ones, surrogates.
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff]"
@@ -42,21 +42,21 @@ def write_report(file: Path, results: Row, cases: Rows, runs: dict[str, list[Met
     """Render the report.
 
     Args:
-        results: what results.json holds. What is empty, or None, has no section.
-        cases: every question with the models' answers, as `evaluation.results.cases` gives them. An
-            image that can't be read becomes a box that says so.
-        runs: by model the rows of its run's metrics.jsonl, for the curves.
+        results: the content of results.json. Empty or None entries get no section.
+        cases: every question with the models' answers, from `evaluation.results.cases`. An image
+            that can't be read is replaced by a box with the reason.
+        runs: the rows of each model's metrics.jsonl, for the curves.
     """
     results = displayable(results)
-    # The images first: their paths must be those on disk.
+    # Load the images first: `displayable` may change their paths.
     pictures, cases = displayable(with_pictures(cases))
-    # The seventh model has the first one's colour again.
+    # The seventh model repeats the first one's colour.
     colour = {model["name"]: f"m{i % COLOURS}" for i, model in enumerate(results["models"])}
     answers = chain.from_iterable(case["answers"] for case in cases)
     flags = dict.fromkeys(chain.from_iterable(answer["flags"] for answer in answers))
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    # By its hash the page's policy lets this script run, and no other.
+    # The page's policy lets only the script with this hash run.
     script_hash = hashlib.sha256(script.encode()).digest()
     page = ENVIRONMENT.get_template("report.html.jinja").render(
         **_sections(results),
@@ -76,10 +76,8 @@ def write_report(file: Path, results: Row, cases: Rows, runs: dict[str, list[Met
 
 
 def displayable(value: Any) -> Any:
-    """The same strings, lists and dicts, with characters that could steer the display as code
-    points: ⟨U+202E⟩.
-
-    Numbers that JSON doesn't know (NaN, infinity) become None.
+    """The same strings, lists and dicts, with characters that could affect the display replaced by
+    their code points: ⟨U+202E⟩. NaN and infinity, which JSON lacks, become None.
     """
     if isinstance(value, str):
         return _STEERING.sub(_code_point, value.replace("\r\n", "\n"))
@@ -95,32 +93,30 @@ def _code_point(match: re.Match[str]) -> str:
 
 
 def with_pictures(cases: Rows) -> tuple[Rows, Rows]:
-    """The distinct images as `picture` gives them, and the cases with their places in that list for
-    "images".
-    """
+    """The distinct images, from `picture`, and the cases with their indices as "images"."""
     places: dict[str, int] = {}
     placed = []
     for case in cases:
         placed.append(
             case | {"images": [places.setdefault(path, len(places)) for path in case["images"]]}
         )
-    # disable=None: no bar where nobody watches, that is, where stderr is no terminal.
+    # disable=None: no bar if stderr is not a terminal.
     bar = tqdm(places, "thumbnails", unit="image", leave=False, disable=None)
     return [picture(path) for path in bar], placed
 
 
 def picture(path: str) -> Row:
     """{"name", "src" (a data URI of at most 160 pixels a side), "width", "height" (of the file)};
-    {"name", "why"} if the image can't be read.
+    or {"name", "why"} if the image can't be read.
     """
-    # Not the whole path: a page is passed on; where its maker keeps files is not.
+    # Not the whole path: pages are shared, and should not reveal their author's folders.
     name = "/".join(Path(path).parts[-2:])
     try:
         image = load_image(path)
     except InputError as error:
         return {"name": name, "why": str(error).removeprefix(f"{path}: ").replace(path, name)}
     width, height = image.size
-    # In place; a small image stays as it is.
+    # In place; small images are not enlarged.
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
@@ -129,7 +125,7 @@ def picture(path: str) -> Row:
 
 
 def _sections(results: Row) -> Row:
-    """What the template looks up: rows by model and modality, ..."""
+    """The tables that the template looks rows up in, by model, modality and so on."""
     whole = [row for row in results["accuracy"] if row["question_type"] is None]
     modalities = {row["modality"]: row["n"] for row in whole}
     samples = results["samples"]
@@ -150,14 +146,14 @@ def _sections(results: Row) -> Row:
 
 
 def verdict(results: Row, whole: Rows) -> list[str]:
-    """In sentences: where each model is above the best guess without the image, and what the last
-    model is against each other.
+    """Sentences on where each model is above the best guess without the image, and on how the last
+    model compares with each other one.
     """
     sentences = []
     for model in results["models"]:
         rows = [row for row in whole if row["model"] == model["name"]]
-        above = [_against(row) for row in rows if row["sees"]]
-        others = [_against(row) for row in rows if not row["sees"]]
+        above = [_rates(row) for row in rows if row["sees"]]
+        others = [_rates(row) for row in rows if not row["sees"]]
         if above:
             finding = f"is above the best guess without the image on {_listed(above)}"
             if others:
@@ -169,44 +165,44 @@ def verdict(results: Row, whole: Rows) -> list[str]:
 
 
 def comparison(results: Row) -> list[str]:
-    """The last model against each other one: better, worse or neither, where McNemar's p is below
-    0.01.
+    """Sentences on the last model and each other one: better or worse where McNemar's p is below
+    0.01, otherwise not significantly different.
     """
     sentences = []
     for (first, second), rows in pair_rows(results).items():
-        if first != results["models"][-1]["name"]:  # of its own pairs the last model is the first
+        if first != results["models"][-1]["name"]:  # the last model comes first in its pairs
             continue
-        where: dict[str, list[str]] = {"better": [], "worse": [], "not measurably different": []}
+        where: dict[str, list[str]] = {"better": [], "worse": [], "not significantly different": []}
         for row in rows:
             outcome = "better" if row["only_first"] > row["only_second"] else "worse"
             if row["p"] >= 0.01:
-                outcome = "not measurably different"
+                outcome = "not significantly different"
             where[outcome].append(row["modality"])
-        parts = [f"{outcome} on {_listed(names)}" for outcome, names in where.items() if names]
-        sentences.append(f"Against {second}, {first} is {_listed(parts)}.")
+        outcomes = [f"{outcome} on {_listed(names)}" for outcome, names in where.items() if names]
+        sentences.append(f"Compared with {second}, {first} is {_listed(outcomes)}.")
     return sentences
 
 
-def _against(row: Row) -> str:
-    rates = f"{percent(row['rate'])}\u00a0% against {percent(row['best_blind_rate'])}\u00a0%"
+def _rates(row: Row) -> str:
+    rates = f"{percent(row['rate'])}\u00a0% vs. {percent(row['best_blind_rate'])}\u00a0%"
     return f"{row['modality']} ({rates})"
 
 
 def _listed(texts: Sequence[str], word: str = "and") -> str:
-    """a, b and c."""
+    """ "a, b and c"."""
     *first, last = texts
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def pair_rows(results: Row) -> dict[tuple[str, str], Rows]:
-    """By first and second model a row for each modality."""
+    """(first model, second model) -> a row for each modality."""
     models = ((row["first"], row["second"]) for row in results["pairs"])
     return grouped(models, results["pairs"])
 
 
 def early_panels(early: dict[str, Rows], colour: dict[str, str]) -> list[Markup]:
-    """Two panels over the share of the reasoning that is kept, or none: answers that change,
-    answers that are right.
+    """Two panels over the share of the reasoning that is kept: answers that change, and right
+    answers. Empty if no model reasons.
     """
     titles = {"changed": "Answer differs from the final one (%)", "right": "Right answer (%)"}
     panels = []
@@ -214,7 +210,7 @@ def early_panels(early: dict[str, Rows], colour: dict[str, str]) -> list[Markup]
         series = []
         for model, rows in early.items():
             points = [(100 * row["kept"], 100 * row[name]) for row in rows]
-            if points:  # none from a model that does not reason
+            if points:  # a model that does not reason has none
                 series.append(("", colour[model], points))
         if series:
             panels.append(panel_svg(title, series, unit="% of the reasoning kept", top=100.0))

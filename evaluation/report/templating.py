@@ -1,4 +1,4 @@
-"""The environment in which the templates of pages and pictures are rendered."""
+"""The Jinja environment for the templates of pages and pictures."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES),
-    autoescape=True,  # whatever the template's name ends in: completions are hostile text
+    autoescape=True,  # for every file extension, because completions are hostile text
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
 ENVIRONMENT.filters["percent"] = percent
-# Compact, and keys in their own order: that of the options, of the rules, of the probes.
+# Compact, with the keys unsorted, so that rules and probes keep their order.
 ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

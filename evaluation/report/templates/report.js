@@ -1,5 +1,5 @@
 "use strict";
-// Data is shown with textContent only: completions and questions are hostile text.
+// Show data with textContent only: completions and questions are hostile text.
 
 const $ = (id) => document.getElementById(id);
 const [colours, images, cases] = ["colours", "images", "cases"].map((name) => JSON.parse($(`${name}-data`).textContent));
@@ -7,11 +7,11 @@ const colour = new Map(colours), models = [...colour.keys()];
 const CHUNK = 60;  // rows drawn at a time
 const form = $("filters"), box = $("box"), list = $("list"), article = $("case");
 const controls = [...form.elements].filter((control) => control.name);
-let visible = [];  // places in `cases` that pass the filters, in order
-let current = -1;  // place in `cases` of the chosen one
+let visible = [];  // indices in `cases` that match the filters, in order
+let current = -1;  // index in `cases` of the selected one
 let drawn = 0;  // rows of the list that exist: it grows as it is scrolled
 
-/** An element; `props` are its properties, or attributes if they have a dash; strings become text. */
+/** An element; `props` are properties, or attributes if their names have a dash; string children become text. */
 function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
@@ -30,7 +30,7 @@ for (const one of cases) {
 }
 const isRight = (one, answer) => answer.letter !== null && answer.letter === one.ground_truth;
 
-// --- the state is the form and the chosen case, and lives in the address ---
+// --- the state: the form and the selected case, stored in the address ---
 
 function address(place) {
   const named = controls.filter((control) => control.value).map((control) => [control.name, control.value]);
@@ -41,20 +41,20 @@ function address(place) {
 function readAddress() {
   const text = location.hash.slice(1);
   if (text && !text.includes("=")) return;  // a link to a section
-  const asked = new URLSearchParams(text), before = address(-1), named = asked.get("case");
+  const parameters = new URLSearchParams(text), before = address(-1), named = parameters.get("case");
   for (const control of controls) {
-    control.value = asked.get(control.name) ?? "";
+    control.value = parameters.get(control.name) ?? "";
     if (control.selectedIndex < 0) control.selectedIndex = 0;
   }
   const place = cases.findIndex((one) => one.id === named);
   if (address(-1) !== before) filter(place);
   else if (place >= 0) choose(place);
   if (named === null) return;
-  if (place < 0) article.replaceChildren(el("p", {className: "empty"}, `No question is called “${named}”.`));
-  comeIntoView();
+  if (place < 0) article.replaceChildren(el("p", {className: "empty"}, `There is no question “${named}”.`));
+  scrollToCase();
 }
 
-function comeIntoView() {
+function scrollToCase() {
   const {top, bottom} = article.getBoundingClientRect();
   if (top > 0.5 * innerHeight || bottom < 0.2 * innerHeight) article.scrollIntoView();
 }
@@ -71,7 +71,7 @@ function matches(one) {
   });
 }
 
-/** Show what passes the filters, and the case that a link names, or the chosen one if it passes, or the first. */
+/** List the cases that match the filters. Show the linked case, else the selected one if it matches, else the first. */
 function filter(linked = -1) {
   visible = [...cases.keys()].filter((place) => matches(cases[place]));
   list.replaceChildren();
@@ -93,7 +93,7 @@ function draw(until) {
   const rows = visible.slice(drawn, until).map((place) => {
     const one = cases[place];
     const link = el("a", {href: address(place)}, thumbnail(one, 44),
-      el("span", {className: "what"}, el("span", {className: "asked", dir: "auto"}, one.question),
+      el("span", {className: "entry"}, el("span", {className: "question-text", dir: "auto"}, one.question),
         el("small", {}, [one.id, one.modality, one.question_type].filter(Boolean).join(" · "))),
       el("span", {className: "marks"}, models.map((name) => mark(one, name))));
     return el("li", {}, link);
@@ -105,14 +105,14 @@ function draw(until) {
 function mark(one, name) {
   const answer = one.byModel.get(name);
   if (!answer) return null;
-  const right = isRight(one, answer), says = `${name}: ${answer.letter ?? "no letter"}, ${right ? "right" : "wrong"}`;
-  return el("span", {className: `mark ${colour.get(name)} ${right ? "right" : "wrong"}`, title: says, role: "img",
-    "aria-label": says}, answer.letter ?? "–");
+  const right = isRight(one, answer), label = `${name}: ${answer.letter ?? "no letter"}, ${right ? "right" : "wrong"}`;
+  return el("span", {className: `mark ${colour.get(name)} ${right ? "right" : "wrong"}`, title: label, role: "img",
+    "aria-label": label}, answer.letter ?? "–");
 }
 
 function thumbnail(one, side) {
   const image = images[one.images[0]];
-  if (!image?.src) return el("span", {className: "gone", title: image?.name ?? "no image"}, image ? "not readable" : "no image");
+  if (!image?.src) return el("span", {className: "gone", title: image?.name ?? "no image"}, image ? "unreadable" : "no image");
   return el("img", {src: image.src, alt: "", width: side, height: side});
 }
 
@@ -127,7 +127,7 @@ function choose(place) {
     const above = row.offsetTop - box.scrollTop, below = above + row.offsetHeight - box.clientHeight;
     box.scrollTop += above < 0 ? above : below > 0 ? below : 0;  // scrollIntoView would move the page too
   }
-  article.replaceChildren(...(place < 0 ? [el("p", {className: "empty"}, "No question passes these filters.")] : detail(cases[place], at)));
+  article.replaceChildren(...(place < 0 ? [el("p", {className: "empty"}, "No question matches these filters.")] : detail(cases[place], at)));
 }
 
 function step(by) {
@@ -137,7 +137,7 @@ function step(by) {
   choose(next);
   history.replaceState(null, "", address(next));
   if (inList) list.querySelector("[aria-current]").focus({preventScroll: true});
-  comeIntoView();
+  scrollToCase();
 }
 
 // --- one case ---
@@ -145,12 +145,12 @@ function step(by) {
 function detail(one, at) {
   const button = (label, by, text) => el("button", {type: "button", disabled: visible[at + by] === undefined,
     onclick: () => step(by), "aria-label": label}, text);
-  const where = at < 0 ? "not among those shown" : `${at + 1} of ${visible.length}`;
+  const where = at < 0 ? "not in the list" : `${at + 1} of ${visible.length}`;
   return [
     el("div", {className: "top"}, el("span", {className: "id"}, one.id),
       el("span", {}, [one.modality, one.question_type].filter(Boolean).join(" · ")),
       el("span", {className: "walk"}, button("Previous case", -1, "←"), el("span", {}, where), button("Next case", 1, "→"))),
-    el("div", {className: "asking"},
+    el("div", {className: "question"},
       el("div", {className: "pictures"}, one.images.map((place) => figure(images[place]))),
       el("div", {}, el("h3", {dir: "auto"}, one.question), options(one))),
     el("div", {className: "answers"}, one.answers.map((answer) => card(one, answer))),
@@ -158,7 +158,7 @@ function detail(one, at) {
 }
 
 function figure(image) {
-  if (!image.src) return el("p", {className: "gone"}, el("b", {}, "Image not readable"), ` ${image.name}: ${image.why}`);
+  if (!image.src) return el("p", {className: "gone"}, el("b", {}, "Unreadable image"), ` ${image.name}: ${image.why}`);
   const label = `Enlarge ${image.name}`;
   return el("button", {type: "button", className: "enlarge", title: label, onclick: () => enlarge(image)},
     el("img", {src: image.src, alt: label}));
@@ -168,7 +168,7 @@ function enlarge(image) {
   const [picture, caption] = $("large").querySelectorAll("img, p");
   picture.src = image.src;
   picture.alt = image.name;
-  caption.textContent = `${image.name}, ${image.width} × ${image.height} pixels; shown from a thumbnail`;
+  caption.textContent = `${image.name}, ${image.width} × ${image.height} pixels; enlarged from a thumbnail`;
   $("large").showModal();
 }
 
@@ -190,15 +190,15 @@ function card(one, answer) {
     el("div", {className: letter === answer.letter ? "same" : "other"}, el("dt", {}, probe), el("dd", {}, letter ?? "–")));
   return el("section", {className: `card ${colour.get(answer.model)}`, "aria-label": answer.model},
     el("header", {}, el("h4", {className: `model ${colour.get(answer.model)}`}, answer.model),
-      el("span", {className: `says ${right ? "right" : "wrong"}`}, `${answer.letter ?? "no letter"} ${right ? "✓ right" : "✗ wrong"}`),
-      el("small", {}, `${answer.tokens ?? "?"} tokens${answer.ended === false ? ", cut off" : ""}`)),
+      el("span", {className: `outcome ${right ? "right" : "wrong"}`}, `${answer.letter ?? "no letter"} ${right ? "✓ right" : "✗ wrong"}`),
+      el("small", {}, `${answer.tokens ?? "?"} tokens${answer.ended === false ? ", truncated" : ""}`)),
     (answer.flags ?? []).length ? el("ul", {className: "flags"}, answer.flags.map((flag) => el("li", {}, flag))) : null,
     blocks(answer.completion),
     rules.length ? el("table", {className: "rules"}, el("tbody", {}, rules)) : null,
-    probes.length ? el("details", {}, el("summary", {}, "Asked again"), el("dl", {className: "probes"}, probes)) : null);
+    probes.length ? el("details", {}, el("summary", {}, "Answers under the probes"), el("dl", {className: "probes"}, probes)) : null);
 }
 
-/** The whole completion: what stands in think and answer tags apart, and all else as it is. */
+/** The whole completion: the think and answer blocks, and any text outside them. */
 function blocks(completion) {
   const nodes = [];
   let kind = "text", text = "";
@@ -206,7 +206,7 @@ function blocks(completion) {
     if (text.trim() || kind !== "text") {
       const label = {think: "Reasoning", answer: "Answer", text: "Outside the tags"}[kind];
       nodes.push(el("div", {className: `block ${kind}`}, el("small", {}, closed ? label : `${label} (no closing tag)`),
-        el("div", {className: "said", dir: "auto", tabIndex: text.length > 1500 ? 0 : -1}, text)));
+        el("div", {className: "content", dir: "auto", tabIndex: text.length > 1500 ? 0 : -1}, text)));
     }
     kind = "text";
     text = "";
@@ -218,16 +218,16 @@ function blocks(completion) {
     else text += part;
   }
   flush(kind === "text");
-  return nodes.length ? nodes : [el("p", {className: "empty"}, "Nothing was answered.")];
+  return nodes.length ? nodes : [el("p", {className: "empty"}, "The completion is empty.")];
 }
 
-// --- hands ---
+// --- input ---
 
 form.addEventListener("input", () => { filter(); history.replaceState(null, "", address(-1)); });
 form.addEventListener("reset", () => setTimeout(() => { filter(); history.replaceState(null, "", "#browser"); }));
 form.addEventListener("submit", (event) => event.preventDefault());
 box.addEventListener("scroll", () => { if (box.scrollTop + 3 * box.clientHeight > box.scrollHeight) draw(drawn + CHUNK); });
-$("ask-help").addEventListener("click", () => $("help").showModal());
+$("open-help").addEventListener("click", () => $("help").showModal());
 addEventListener("hashchange", readAddress);
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
 
@@ -236,7 +236,7 @@ addEventListener("keydown", (event) => {
   const search = form.elements.q;
   if (event.key === "Escape" && event.target === search) return search.blur();
   if (event.target.matches("input, select, textarea")) return;
-  const inList = box.contains(event.target), inScroll = event.target.closest(".scroll, .said");
+  const inList = box.contains(event.target), inScroll = event.target.closest(".scroll, .content");
   const by = {j: 1, k: -1, ArrowRight: inScroll ? 0 : 1, ArrowLeft: inScroll ? 0 : -1,
     ArrowDown: inList ? 1 : 0, ArrowUp: inList ? -1 : 0}[event.key];
   if (by) step(by);
