@@ -1,15 +1,14 @@
-"""The table of MedVLM-R1, and whether it means what it seems to mean: base, SFT and GRPO on every
-modality.
+"""Evaluate base, SFT and GRPO on every modality, as in MedVLM-R1's table, and audit the result.
 
     python evaluate.py --config configs/miniature.toml
     python evaluate.py --config FILE --models base,grpo --questions FILE ... --samples 8
     python evaluate.py --ask "What is seen?" --image scan.png --options Lungs Bladder --model FOLDER
 
-The first answers all test questions with each model, greedily, and again without the image, with
-the options in another order and with the reasoning truncated or exchanged. It leaves results.json,
-predictions.jsonl, probes.jsonl and report.html in the run's folder, in eval/; the second, which
-asks other models or questions, in a folder of its own beside it (eval-base-grpo-FILE). A killed
-evaluation goes on where it stopped. The third puts one question to one model.
+The first command answers all test questions with each model, greedily, and again without the image,
+with the options permuted, and with the reasoning truncated or swapped. It writes results.json,
+predictions.jsonl, probes.jsonl and report.html to eval/ in the run folder. The second, with other
+models or questions, writes to its own folder beside eval/ (eval-base-grpo-FILE). An evaluation that
+was killed resumes where it stopped. The third puts one question to one model.
 """
 
 import json
@@ -42,16 +41,18 @@ from evaluation.results import cases, measure, sample_rows
 
 FIELDS = ("run_dir", "model", "train_questions", "image_dir", "test_count", "max_new_tokens",
           "min_pixels", "max_pixels", "eval_batch_prompts", "seed", "dtype", "device")  # fmt: skip
-"""Of the config, what may be given here too."""
-OF_THE_TABLE = ("config", "models", "questions", "samples", "out")
-"""What goes without --ask only."""
+"""Config fields that are flags of this program too."""
+NOT_WITH_ASK = ("config", "models", "questions", "samples", "out")
+"""Arguments that cannot be combined with --ask."""
 
 
 def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
-    """Answer, measure, audit and report; prints the table. `folders` are the models' by name."""
+    """Evaluate the models in `folders` (name -> folder), write the results to `out` and print the
+    table.
+    """
     use_device(config)
     train, questions, encoder = chosen_questions(config)
-    # All that can be wrong with files shows here, before the models work for hours.
+    # Read all input files first, so that a bad one fails before the models run for hours.
     curves = training_curves(folders)
     shared = leakage(train, questions)
     terms = contract(config, encoder, questions)
@@ -59,7 +60,7 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
     digests = {name: model_digest(folder) for name, folder in folders.items()}
     records = Records(out, terms, digests, questions)
     if records.dropped:
-        print(f"{records.dropped} older rows dropped: their models have changed since")
+        print(f"{records.dropped} rows dropped: their models have changed since")
     probes = probe_names(config, samples)
     rows_of = {}
     models: Rows = []
@@ -85,16 +86,16 @@ def evaluate(config: Config, folders: Folders, out: Path, samples: int) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_report(out / "report.html", results, cases(rows_of, questions), curves)
     print(f"\n{printable_lines(results_table(results))}")
-    print(f"\nresults: {printable(str(out))}, of which report.html is the page to read")
+    print(f"\nresults: {printable(str(out))} (open report.html in a browser)")
 
 
 def arguments() -> ArgumentParser:
     parser = config_parser(__doc__, FIELDS)
     add = parser.add_argument
-    usual = "base (the config's model), sft and blind (of the run folders with _sft, _blind), grpo"
-    own = "eval/ in the run's folder; with --models or --questions eval-MODELS-FILES/"
-    trained = "default: those that were trained"
-    add("--models", metavar="NAMES", help=f"{usual}, or NAME=FOLDER ({trained})")
+    names = "base (the config's model), sft, blind, grpo (the runs RUN_sft, RUN_blind and RUN)"
+    usual = "default: base,sft,grpo, and blind if it was trained"
+    own = "default: eval/ in the run folder; eval-MODELS-FILES/ with --models or --questions"
+    add("--models", metavar="NAMES", help=f"{names}, or NAME=FOLDER, separated by commas ({usual})")
     add(
         "--questions",
         nargs="+",
@@ -102,32 +103,34 @@ def arguments() -> ArgumentParser:
         metavar="FILE",
         help="question files instead of the config's",
     )
-    add("--samples", type=int, default=0, metavar="K", help="draw K answers too, for pass@K")
-    add("--out", type=Path, metavar="FOLDER", help=f"where results go (default: {own})")
+    add("--samples", type=int, default=0, metavar="K", help="also sample K answers, for pass@K")
+    add("--out", type=Path, metavar="FOLDER", help=f"where to write the results ({own})")
     add("--ask", metavar="QUESTION", help="put this one question to --model, with --options")
-    add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="the image of --ask")
-    add("--options", nargs="+", default=[], metavar="TEXT", help="the options of --ask, 2 to 10")
+    add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="the images for --ask")
+    add("--options", nargs="+", default=[], metavar="TEXT", help="2 to 10 options for --ask")
     return parser
 
 
 def work() -> None:
-    """Do what the command line asks for. InputError if it asks for nothing, or for both."""
+    """Run what the command line asks for. InputError if that is nothing, or both modes."""
     given = vars(arguments().parse_args())
     if given["ask"] is not None:
-        table = [f"--{name}" for name in OF_THE_TABLE if given[name]]
-        if table:
-            raise InputError(f"--ask puts one question to one model, without {', '.join(table)}")
+        refused = [f"--{name}" for name in NOT_WITH_ASK if given[name]]
+        if refused:
+            raise InputError(
+                f"--ask puts one question to one model; leave out {', '.join(refused)}"
+            )
         return ask(given)
     if given["image"] or given["options"]:
-        raise InputError("--image and --options belong to --ask QUESTION, which is missing")
+        raise InputError("--image and --options need --ask QUESTION, which is missing")
     if given["config"] is None:
         raise InputError("--config FILE is missing (or --ask QUESTION); see evaluate.py --help")
     if given["samples"] < 0:
-        raise InputError(f"--samples is {given['samples']}; it must not be negative")
+        raise InputError(f"--samples is {given['samples']}; it must be at least 0")
     config = config_of(given)
     files = given["questions"]
     names = given["models"].split(",") if given["models"] else usual_models(config.run_dir)
-    # Before --questions: runs are compared with the config as it stands in its file.
+    # Before --questions replaces a field: runs must match the config as given.
     folders = model_folders(config, names)
     out = given["out"] or results_folder(config.run_dir, list(folders), files)
     if files:
@@ -136,7 +139,7 @@ def work() -> None:
 
 
 def main() -> int:
-    return run_program("evaluate.py", work, "stopped; the same command goes on from here")
+    return run_program("evaluate.py", work, "stopped; run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,1 @@
-"""What a model is worth, and whether the figure means what it seems to mean: answers, accuracy,
-audits, the report.
-"""
+"""Measure a model's accuracy, and audit it: answers, probes, statistics, audits, the report."""

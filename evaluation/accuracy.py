@@ -1,8 +1,7 @@
-"""Accuracy per modality with an interval, beside chance and the best guess without the image.
+"""Accuracy per modality with its 95 % interval, compared with chance and the best blind guess.
 
-A question counts as right when a lenient reader finds the right letter (`rewards.read_letter`), and
-as strictly right when the answer block holds that letter and nothing else (an accuracy reward of
-1).
+A question counts as right if the lenient reader (`rewards.read_letter`) finds the right letter, and
+as strictly right if the answer block holds that letter and nothing else (an accuracy reward of 1).
 """
 
 from collections.abc import Sequence
@@ -14,14 +13,14 @@ from rewards import accuracy_reward, format_reward, read_letter
 from .audits.blind import Rates
 from .statistics import binomial_tail, percent, percent_with_interval, places_by
 
-LUCK = 0.025  # one side of a 95 % interval
+SIGNIFICANCE = 0.025  # of a one-sided test; corresponds to a 95 % interval
 NO_EVIDENCE = "* not above {}: no evidence of seeing"
 LINE = "{:10}{:>5}{:>8}{:>7}{:>24}{:>24}{:>16}"
 
 
 class Accuracy(NamedTuple):
-    """Of `total` questions (at least 1) how many are right, strictly right, and in the asked
-    form.
+    """How many of `total` questions (at least 1) are right, strictly right, and in the requested
+    format.
     """
 
     total: int
@@ -38,23 +37,23 @@ class Accuracy(NamedTuple):
         return self.formatted / self.total
 
     def above(self, blind_rate: float) -> bool:
-        """Whether a guess at `blind_rate` would do as well in less than 1 of 40 tests (exact
-        binomial).
+        """Whether accuracy is significantly above `blind_rate` (exact binomial test, p < 0.025).
 
-        If not, nothing shows that the image was seen. At usual numbers that is: the 95 % interval
-        lies above the rate. The blind rate counts as known, the best of several though they were
-        measured on the same questions; questions count as independent, though some share an image
-        or a patient; and nothing is corrected for many tests.
+        If not, nothing shows that the model saw the image. With enough questions this means that
+        the 95 % interval lies above the blind rate. The test takes the blind rate as known,
+        although it is the best of several measured on the same questions. It takes the questions as
+        independent, although some share an image or a patient. It does not correct for multiple
+        tests.
         """
-        return binomial_tail(self.right, self.total, blind_rate) < LUCK
+        return binomial_tail(self.right, self.total, blind_rate) < SIGNIFICANCE
 
 
 Accuracies = dict[str, Accuracy]
-"""By modality, in the order in which they first occur."""
+"""Modality -> accuracy, in order of first occurrence."""
 
 
 def tally(answers: Sequence[str], completions: Sequence[str]) -> Accuracy:
-    """Accuracy of completions whose right letters are `answers`; at least one."""
+    """The accuracy of completions (at least one) whose right letters are `answers`."""
     right = strict = formatted = 0
     for answer, completion in zip(answers, completions, strict=True):
         right += read_letter(completion) == answer
@@ -64,7 +63,7 @@ def tally(answers: Sequence[str], completions: Sequence[str]) -> Accuracy:
 
 
 def accuracy_by_modality(questions: Sequence[Question], completions: Sequence[str]) -> Accuracies:
-    """Tally per modality."""
+    """The accuracy on each modality."""
     tallies = {}
     for modality, places in places_by(question.modality for question in questions).items():
         answers = [questions[place].answer for place in places]
@@ -75,8 +74,8 @@ def accuracy_by_modality(questions: Sequence[Question], completions: Sequence[st
 def run_summary(
     before: Accuracies, after: Accuracies, blind: Rates, **totals: float
 ) -> dict[str, Any]:
-    """What summary.json holds: by modality accuracy, format rate, baselines and number of
-    questions, and the totals. `blind` is that of `evaluation.audits.blind.by_modality`.
+    """The contents of summary.json: accuracy, format rate, baselines and number of questions by
+    modality, and the totals. `blind` comes from `evaluation.audits.blind.by_modality`.
     """
     summary: dict[str, Any] = {}
     for when, accuracies in (("before", before), ("after", after)):
@@ -87,25 +86,25 @@ def run_summary(
 
 
 def comparison_table(before: Accuracies, after: Accuracies, blind: Rates) -> str:
-    """The table that a run ends with: percent with 95 % intervals, before and after, beside the
-    best blind guess.
+    """The table printed at the end of a run: accuracy before and after, in percent with 95 %
+    intervals, and the best blind guess.
     """
-    # A blank behind the two that may have a star.
+    # "before " and "after " end in a space, because their cells may end in a star.
     lines = [LINE.format("", "n", "chance", "blind", "before ", "after ", "format")]
     for modality, new in after.items():
         old = before[modality]
-        # The best of several guesses, each measured on these very questions: the harder test.
+        # The best of several baselines, measured on the same questions: the strictest test.
         best = max(rates[modality] for rates in blind.values())
         form = f"{100 * old.format_rate:.0f} -> {100 * new.format_rate:.0f} %"
         guesses = percent(blind["chance"][modality]), percent(best)
         accuracies = rate_cell(old, best), rate_cell(new, best)
         lines.append(LINE.format(modality, new.total, *guesses, *accuracies, form))
     if "*" in "".join(lines):
-        lines.append(NO_EVIDENCE.format("what the text alone gives"))
+        lines.append(NO_EVIDENCE.format("the best guess from the text alone"))
     return "\n".join(lines)
 
 
 def rate_cell(accuracy: Accuracy, best_blind_rate: float) -> str:
-    """ "93.3 (89.9 to 95.6) ", with a star behind it if that is no evidence of seeing."""
+    """ "93.3 (89.9 to 95.6) ", or with a star at the end if this is no evidence of seeing."""
     star = " " if accuracy.above(best_blind_rate) else "*"
     return percent_with_interval(accuracy.right, accuracy.total) + star

@@ -1,4 +1,4 @@
-"""A model's answers to questions, batch by batch: greedy, or sampled as in training."""
+"""Answer questions with a model, batch by batch: greedily, or sampled as in training."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +17,9 @@ from model import Qwen2VL, load_model
 
 
 class Answer(NamedTuple):
-    """A completion's text; its length, end of turn included; whether it ended before the limit."""
+    """A completion: its text, its length in tokens (end of turn included), and whether it ended
+    before the length limit.
+    """
 
     text: str
     tokens: int
@@ -25,9 +27,9 @@ class Answer(NamedTuple):
 
 
 class Examinee(NamedTuple):
-    """A model under examination: how it reads questions, and within which limits it answers.
+    """A model under evaluation, with the encoder of its prompts and the config with its limits.
 
-    `watch` is called with each token of a batch, and may raise to break off.
+    `watch` is called with the tokens of each sampling step, and may raise to stop.
     """
 
     model: Qwen2VL
@@ -44,23 +46,23 @@ class Examinee(NamedTuple):
         samples: int = 0,
         load: LoadImage = load_image,
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """Yields (place among the questions, its answers), in an order of its own.
+        """Yields (index of a question, its answers), in order of prompt length.
 
         Args:
-            label: what the progress bar calls it.
-            places: which of the questions to answer.
-            samples: 0 gives each question its one greedy answer; k gives it k answers drawn at the
+            label: the title of the progress bar.
+            places: indices of the questions to answer.
+            samples: 0 for one greedy answer to each question; k for k answers sampled at the
                 config's temperature.
-            load: how an image file becomes an image.
+            load: reads an image file.
         """
         config = self.config
         noise_NGT = None
         lengths = {place: self.encoder.count_tokens(questions[place]) for place in places}
-        order = sorted(lengths, key=lengths.__getitem__)  # like lengths together: little padding
-        # k answers to a question are k sequences of the batch.
+        order = sorted(lengths, key=lengths.__getitem__)  # similar lengths need little padding
+        # k answers to a question take k sequences of the batch.
         for batch in in_batches(order, config.eval_batch_prompts // max(1, samples), label):
             if samples:
-                # The numbers that a training step after the last would draw for these places.
+                # The noise that training would draw in the step after its last.
                 noise_NGT = sampling_noise(
                     config.seed, config.steps, batch, samples, config.max_new_tokens
                 )
@@ -79,7 +81,7 @@ class Examinee(NamedTuple):
                 yield place, list(map(Answer, texts, lengths_G, ended_G))
 
     def greedy_texts(self, questions: Sequence[Question], label: str) -> list[str]:
-        """The model's most likely completion of each question, in the order of the questions."""
+        """The greedy completion of each question, in the order of the questions."""
         texts = [""] * len(questions)
         for place, (answer,) in self.answers(questions, label, range(len(questions))):
             texts[place] = answer.text
@@ -87,15 +89,15 @@ class Examinee(NamedTuple):
 
 
 def load_examinee(folder: Path, config: Config) -> Examinee:
-    """The model of a checkpoint folder. InputError if it is none that can be used."""
-    # Nothing is learned: without gradients no activations are kept.
+    """Load the model of a checkpoint folder. InputError if it can't be used."""
+    # Evaluation needs no gradients; without them no activations are kept.
     model = load_model(folder, config.device, config.dtype).requires_grad_(False)
     vocabulary = load_vocabulary(folder, model.config, config.device)
     return Examinee(model, vocabulary, prompt_encoder(vocabulary, model.config, config), config)
 
 
 def in_batches(places: Sequence[int], size: int, label: str) -> Iterable[Sequence[int]]:
-    """The places, `size` (at least one) at a time, with a progress bar."""
+    """Batches of `size` places (at least 1), with a progress bar."""
     size = max(1, size)
     batches = [places[start : start + size] for start in range(0, len(places), size)]
     return tqdm(batches, label, unit="batch", leave=False, disable=not places)

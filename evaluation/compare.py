@@ -1,8 +1,10 @@
-"""Two evaluations, model against model: `python -m evaluation.compare runs/a/eval runs/b/eval
---models grpo grpo`.
+"""Compare two models from two evaluations, question by question.
 
-Each question is answered by both, so the test is McNemar's. Evaluations under different contracts
-(other questions, words, pixels, length limit or rules) are refused, with what differs.
+    python -m evaluation.compare runs/a/eval runs/b/eval --models grpo grpo
+
+Both models answered the same questions, so the test is McNemar's. Evaluations with different
+contracts (questions, prompt, pixels, length limit or rules) are refused; the error names the
+difference.
 """
 
 import argparse
@@ -22,18 +24,17 @@ LINE = "{:10}{:>5}{:>23}{:>23}{:>9}{:>9}   {}"
 
 
 def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
-    """A table: for each modality both accuracies (percent, 95 % interval), what only one has right,
-    and p. `folders` and `models` are two each.
+    """The comparison as a table: for each modality both accuracies (percent, 95 % interval), the
+    number of questions that only one model answered right, and p. `folders` and `models` are pairs.
     """
     ours, theirs = map(read_contract, folders)
-    refuse_unlike(ours, theirs, f"{folders[1]} beside {folders[0]}")
-    # Under one contract both asked the same questions in the same order, whatever their files are
-    # called.
+    refuse_unlike(ours, theirs, f"{folders[1]} (there) and {folders[0]} (here)")
+    # The same contract means the same questions in the same order, whatever the files are called.
     totals = [ours.get("number of questions")] * 2
     first, second = map(_answers, folders, models, totals)
     lines = [f"1: {models[0]} ({folders[0]})", f"2: {models[1]} ({folders[1]})", ""]
     lines.append(LINE.format("", "n", "1", "2", "only 1", "only 2", "p"))
-    # Of two models pair_rows puts the later one first.
+    # pair_rows puts the later of two models first.
     for pair in pair_rows({"2": second, "1": first}):
         modality = pair["modality"]
         cells = []
@@ -46,7 +47,7 @@ def compare(folders: Sequence[Path], models: Sequence[str]) -> str:
 
 
 def _answers(folder: Path, model: str, total: int | None) -> Rows:
-    """A model's rows, in the order of the questions. InputError if it has not answered them all."""
+    """A model's rows, in the order of the questions. InputError if any is missing."""
     rows = read_rows(folder / "predictions.jsonl")
     answers = [row for row in rows if row["model"] == model]
     if len(answers) != total:
@@ -60,13 +61,15 @@ def _answers(folder: Path, model: str, total: int | None) -> Rows:
 
 def main() -> int:
     parser = argparse.ArgumentParser("compare", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="of an evaluation")
+    parser.add_argument(
+        "folders", nargs=2, type=Path, metavar="FOLDER", help="folder of an evaluation"
+    )
     parser.add_argument(
         "--models",
         nargs=2,
         default=("grpo", "grpo"),
         metavar="NAME",
-        help="whose answers, first and second (default: grpo)",
+        help="the model of the first and of the second evaluation (default: grpo)",
     )
     given = parser.parse_args()
     return run_program("compare", lambda: print(compare(given.folders, given.models)))

@@ -1,11 +1,10 @@
-"""The data contract: all that decides what an answer means, so that only like is compared with
-like.
+"""The contract: everything that must be equal for two evaluations to be comparable.
 
-Two evaluations may be compared if they asked the same questions, with the same words and pixels,
-let the answer be equally long, computed in the same precision, and read the answer by the same
-rules. Each of these has a digest of its own, so that a refusal can say which one differs; the hash
-over all of them stands in every row that an evaluation writes. Code counts by its source text: even
-another comment makes another contract: the safe side.
+Two evaluations are comparable if they ask the same questions with the same prompt and pixels, allow
+the same answer length, compute in the same precision, and read answers by the same rules. Each term
+has its own digest, so that an error can name the one that differs. Every row of an evaluation holds
+the hash over all terms. Code is hashed by its source text: even a changed comment makes a new
+contract, which errs on the safe side.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ Terms = dict[str, Any]
 
 
 def contract(config: Config, encoder: PromptEncoder, questions: Sequence[Question]) -> Terms:
-    """The terms of the contract, by name, and "hash" over them all."""
+    """The terms of the contract by name, and "hash" over all of them."""
     terms = {
         "prompt": prompt_digest(encoder),
         "pixels": digest(_source(images)),
@@ -39,20 +38,20 @@ def contract(config: Config, encoder: PromptEncoder, questions: Sequence[Questio
         "questions": digest(*map(_contents, questions)),
         "number of questions": len(questions),
     }
-    # Sorted: the hash must not depend on the order in which the terms stand here.
+    # Sorted, so that the hash does not depend on the order of the terms above.
     return terms | {"hash": digest(json.dumps(terms, sort_keys=True))}
 
 
 def prompt_digest(encoder: PromptEncoder) -> str:
-    """Of the words around a question: our template and the checkpoint's chat template."""
+    """The digest of the text around a question: our template and the checkpoint's chat template."""
     return digest(_source(prompt), _source(encode), encoder.tokenizer.chat_template or "")
 
 
 def claim(folder: Path, ours: Terms) -> None:
-    """Write the contract into the folder of an evaluation.
+    """Write the contract to the folder of an evaluation.
 
     Raises:
-        InputError: the folder holds an evaluation under another contract.
+        InputError: the folder holds an evaluation with a different contract.
     """
     file = folder / "contract.json"
     if file.exists():
@@ -62,7 +61,7 @@ def claim(folder: Path, ours: Terms) -> None:
 
 
 def read_contract(folder: Path) -> Terms:
-    """The contract of an evaluation's folder. InputError if it holds no readable one."""
+    """Read the contract of an evaluation's folder. InputError if it can't be read."""
     file = folder / "contract.json"
     terms = read_json(file, REMEDY)
     if not isinstance(terms, dict):
@@ -71,23 +70,23 @@ def read_contract(folder: Path) -> Terms:
 
 
 def refuse_unlike(ours: Terms, theirs: Terms, where: str) -> None:
-    """InputError if two contracts differ, with what differs; `where` says whose the other is."""
-    unlike = []
+    """Raise InputError with the terms that differ, if any. `where` names the other evaluation."""
+    differing = []
     for name, value in ours.items():
-        if name != "hash" and theirs.get(name) != value:  # a hash tells a reader nothing
-            unlike.append(f"{name} ({theirs.get(name)} there, {value} here)")
-    if unlike:
-        raise InputError(f"{where}: not comparable, because of another {', '.join(unlike)}")
+        if name != "hash" and theirs.get(name) != value:  # a different hash explains nothing
+            differing.append(f"{name} ({theirs.get(name)} there, {value} here)")
+    if differing:
+        raise InputError(f"{where}: not comparable, different {', '.join(differing)}")
 
 
 def digest(*texts: str) -> str:
-    """16 hexadecimal digits of a SHA-256 over texts; where one ends and the next begins counts."""
+    """16 hexadecimal digits of the SHA-256 of `texts`; the boundaries between them count."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _contents(question: Question) -> str:
-    """What is asked, without where its files lie."""
-    # The file's bytes and not its name: a folder may move between two evaluations.
+    """The content of a question, independent of its file paths."""
+    # The bytes of an image, not its name: a folder may move between two evaluations.
     pixels = [hashlib.sha256(image.read_bytes()).hexdigest() for image in question.images]
     return json.dumps(
         [pixels, question.question, question.options, question.answer, question.modality]

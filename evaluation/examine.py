@@ -1,6 +1,4 @@
-"""One model, asked everything: its greedy answers, then the same questions with something
-changed.
-"""
+"""Run all probes on one model: the plain questions, then the same with one thing changed."""
 
 import sys
 from dataclasses import replace
@@ -36,54 +34,53 @@ from .records import Records, Row
 
 
 def chosen_questions(config: Config) -> tuple[list[Question], list[Question], PromptEncoder]:
-    """The questions to train on, those to test on whose prompts fit, and what makes prompts of
-    them. InputError for a wrong file, and if there is no question to test on.
+    """The training questions, the test questions whose prompts fit, and the prompt encoder.
+
+    Raises:
+        InputError: a question file is wrong, or there are no test questions.
     """
     train, _, questions = load_questions(config)
     if not questions:
-        raise InputError(
-            "there are no test questions: name question files by test_questions or --questions"
-        )
-    # Every model reads the questions as the base does: its tokenizer decides what fits.
+        raise InputError("there are no test questions: set test_questions or give --questions")
+    # The base model's tokenizer decides which questions fit, for all models.
     base = model_folder(config.model, weights=False)
     shape = read_config(base)
     encoder = prompt_encoder(load_vocabulary(base, shape), shape, config)
     questions, skipped, _ = encoder.select(questions)
     if skipped:
-        print(f"{skipped} questions left out as longer than {config.max_prompt_tokens} tokens")
+        print(f"{skipped} questions left out: longer than {config.max_prompt_tokens} tokens")
     return train, questions, encoder
 
 
 def probe_names(config: Config, samples: int) -> list[str]:
-    """All that a model is asked; the last is the sampling of `samples` answers, if there is any."""
+    """The names of all probes; the last is the sampling of `samples` answers, unless that is 0."""
     sampling = f"{samples} samples at {config.temperature:g}, seed {config.seed}"
     return [*PROBES, sampling] if samples else [*PROBES]
 
 
 def examine(name: str, folder: Path, records: Records, config: Config, samples: int = 0) -> None:
-    """Ask the model in `folder` whatever has no row yet; nothing is loaded if all have.
+    """Run every probe that has missing rows on the model in `folder`.
 
     Args:
-        name: what its rows call it.
-        samples: answers to draw for each question, besides the greedy one.
+        name: the model's name in the rows.
+        samples: answers to sample for each question, besides the greedy one.
 
     Raises:
-        InputError: the folder holds no model that can be used, or one whose prompts would be
-            others.
+        InputError: the folder holds no usable model, or one with a different chat template.
     """
     probes = probe_names(config, samples)
-    # A model of gigabytes is not loaded to be asked nothing.
+    # Do not load gigabytes of weights if no row is missing.
     if not any(records.missing(name, probe) for probe in probes):
         return
-    # The questions fit; with another question's image a prompt may become longer than they may be.
+    # The questions fit, but with another question's image a prompt may exceed the limit.
     examinee = load_examinee(folder, replace(config, max_prompt_tokens=sys.maxsize))
     if prompt_digest(examinee.encoder) != records.terms["prompt"]:
         raise InputError(
-            f"{name}: not comparable, the chat template in {folder} is not that of the base model"
+            f"{name}: not comparable, the chat template in {folder} differs from the base model's"
         )
     questions = records.questions
     rotated = list(map(with_rotated_options, questions))
-    # Name, what is recorded of the answers, what is asked, how many samples, how images are read.
+    # Probe, function that makes its row, questions, samples per question, image loader.
     plan = [
         (PLAIN, _prediction, questions, 0, load_image),
         ("blank image", _letter, questions, 0, blank_image),
@@ -101,8 +98,9 @@ def examine(name: str, folder: Path, records: Records, config: Config, samples: 
 
 
 def record_forced_letters(name: str, examinee: Examinee, records: Records) -> None:
-    """Force an answer after each share of the model's own reasoning, and after another question's,
-    for each question that has no such row yet.
+    """Force an answer after each share of the model's own reasoning, and after another question's.
+
+    Only questions without such a row are asked.
     """
     reasonings = {}
     for row in records.of(name):
@@ -121,7 +119,7 @@ def record_forced_letters(name: str, examinee: Examinee, records: Records) -> No
         questions = [records.questions[place] for place in places]
         prompts = list(map(examinee.encoder.encode, questions))
         letters: list[dict[str, str]] = [{} for _ in places]
-        # One forward for each share, of the whole batch: openings of like length, little padding.
+        # One forward pass for each share: openings of similar length need little padding.
         for label in (*KEPT, SWAPPED):
             texts, kept = (swapped, 1.0) if label == SWAPPED else (reasonings, KEPT[label])
             openings = [opening(truncated(texts[place], kept)) for place in places]
@@ -155,7 +153,7 @@ def _letter(question: Question, answers: list[Answer]) -> Row:
 
 
 def _rotated_letter(question: Question, answers: list[Answer]) -> Row:
-    """The letter that the chosen option has in the order of the question itself."""
+    """The row of an answer to rotated options, its letter mapped back to the original order."""
     row = _letter(question, answers)
     return row | {"letter": original_letter(row["letter"], len(question.options))}
 

@@ -1,6 +1,4 @@
-"""Which models an evaluation compares: their folders, what they were trained on, and whether that
-may be compared.
-"""
+"""The models that an evaluation compares: their folders, and a check that they are comparable."""
 
 import hashlib
 import re
@@ -17,31 +15,34 @@ from .report.curves import Metrics, read_metrics
 TRAINED_ALIKE = ("model", "train_questions", "image_dir", "train_modality", "train_count",
                  "test_fraction", "validation_fraction", "seed", "min_pixels", "max_pixels",
                  "max_prompt_tokens", "too_long")  # fmt: skip
-"""Fields in which the compared runs must agree: same base, same questions (the seed draws them),
+"""Fields that must be equal in the compared runs: same base, same questions (the seed draws them),
 same pixels.
 """
 RUNS = {"sft": "_sft", "blind": "_blind", "grpo": ""}
-"""What their folders' names have behind that of the config's run."""
+"""Model name -> suffix that its run folder adds to that of the config's run."""
 
 Folders = dict[str, Path]
 
 
 def model_folders(config: Config, names: Sequence[str]) -> Folders:
-    """Name -> checkpoint folder: "base" is the config's model, "grpo" the run's result, "sft" that
-    of the run whose folder is called so with "_sft" behind, "blind" that of a GRPO run with
-    "_blind" behind, which was trained without its images; "name=folder" is any other.
+    """The checkpoint folder of each name.
+
+    "base" is the config's model and "grpo" the result of its run. "sft" and "blind" are the results
+    of the runs with "_sft" and "_blind" after the run folder's name; "blind" is GRPO trained
+    without the images. "name=folder" is any other model.
 
     Raises:
-        InputError: a folder is missing, a name is odd or given twice, or a run was trained on
+        InputError: a folder is missing, a name is invalid or given twice, or a run was trained on
             something else.
     """
     folders: Folders = {}
     for given in names:
         name, _, other = given.partition("=")
-        # Names stand in files, tables and messages.
+        # Names appear in files, tables and messages.
         if name in folders or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise InputError(
-                f"--models: {name!r} is no name of its own; use letters, digits, '.', '_' and '-'"
+                f"--models: the name {name!r} is invalid or given twice; use letters, digits, '.', "
+                "'_' and '-', and each name once"
             )
         if other:
             folder = Path(other)
@@ -56,9 +57,9 @@ def model_folders(config: Config, names: Sequence[str]) -> Folders:
         if not folder.is_dir():
             raise InputError(
                 f"{name}: there is no model in {folder}; train it (`make train`, `make sft`), "
-                "correct the folder, or leave it out of --models"
+                "correct the folder, or leave the name out of --models"
             )
-        # NAME=FOLDER is the user's own comparison, of whatever was trained on whatever.
+        # NAME=FOLDER is the user's own choice: its training is not checked.
         if not other and name in RUNS:
             _refuse_other_training(config, name, folder.parent / "config.toml")
         folders[name] = folder
@@ -66,9 +67,7 @@ def model_folders(config: Config, names: Sequence[str]) -> Folders:
 
 
 def usual_models(run_dir: str) -> list[str]:
-    """What is compared unless --models says otherwise: base, SFT and GRPO, and before the last the
-    run that was trained blind, where there is one.
-    """
+    """The models compared by default: base, SFT and GRPO, and the blind run if it was trained."""
     has_blind = Path(run_dir.rstrip("/") + RUNS["blind"], "model").is_dir()
     return ["base", "sft", *["blind"] * has_blind, "grpo"]
 
@@ -79,29 +78,26 @@ def _refuse_other_training(config: Config, name: str, file: Path) -> None:
         if _resolved(config, field) != _resolved(trained, field):
             raise InputError(
                 f"{name}: not comparable, trained with {field} {getattr(trained, field)!r} "
-                f"({file}), not {getattr(config, field)!r}; train it anew, or give the same "
-                f"--{field}"
+                f"({file}), not {getattr(config, field)!r}; train it again, or set the same {field}"
             )
     sees, method = trained.images == "own", "sft" if name == "sft" else "grpo"
     if trained.method != method or sees == (name == "blind"):
         raise InputError(
-            f"{name}: {file} is of a run by {trained.method} with images = {trained.images!r}; "
-            "name it yourself with --models NAME=FOLDER"
+            f"{name}: {file} has method = {trained.method!r} and images = {trained.images!r}; give "
+            "the model another name with --models NAME=FOLDER"
         )
 
 
 def _resolved(config: Config, field: str) -> Any:
     value = getattr(config, field)
-    # Most texts are paths, which may be written in two ways; the others stay different or equal.
+    # Most strings are paths, which can be spelled in several ways; the others stay comparable.
     return Path(value).resolve() if isinstance(value, str) else value
 
 
 def model_digest(folder: Path) -> str:
-    """Of all that decides what a checkpoint folder answers, so that a model that has changed is
-    asked anew.
-    """
+    """The digest of a checkpoint folder's weights, config and tokenizer, which detects changes."""
     hashed = hashlib.sha256()
-    for file in sorted(folder.iterdir()):  # the disk has an order of its own
+    for file in sorted(folder.iterdir()):  # iterdir has no fixed order
         if file.suffix in (".safetensors", ".json", ".jinja"):
             with file.open("rb") as opened:
                 contents = hashlib.file_digest(opened, "sha256").digest()
@@ -110,16 +106,16 @@ def model_digest(folder: Path) -> str:
 
 
 def results_folder(run_dir: str, models: Sequence[str], files: Sequence[str]) -> Path:
-    """Where an evaluation's results go: eval/ in the run's folder for the usual models and the
-    config's questions. Any other has a folder of its own, named after its models and question
-    files, so that it does not replace the whole one's results.
+    """The folder for an evaluation's results: eval/ in the run folder for the default models and
+    the config's questions. Others get a folder named after their models and question files, so that
+    they do not replace the results of the full evaluation.
     """
     names = () if list(models) == usual_models(run_dir) else models
     return Path(run_dir) / "-".join(["eval", *names, *[Path(file).stem for file in files]])
 
 
 def training_curves(folders: Folders) -> dict[str, list[Metrics]]:
-    """By model the metrics of its training, if its folder lies in that of a run."""
+    """The training metrics of each model whose folder is in a run folder."""
     curves = {}
     for name, folder in folders.items():
         file = folder.parent / "metrics.jsonl"

@@ -1,11 +1,11 @@
-"""What an answer depends on: the same model asked again with something changed.
+"""Probes: ask the model again with one thing changed, to see what its answer depends on.
 
-Each probe changes one thing and looks at the letter that comes out. With the image taken away
-(blank, noise, another question's), the model is its own blind baseline. With the options in another
-order, the content of the answer should stay. With the reasoning truncated or exchanged, an answer
-that rests on the reasoning should change; one that stays was decided elsewhere (early answering and
-added mistakes of Lanham et al. 2023, "Measuring Faithfulness in Chain-of-Thought Reasoning", arXiv
-2307.13702). None of this can prove that reasoning is faithful; it can show that it is not.
+With the image removed (blank, noise, or another question's), the model is its own blind baseline.
+With the options permuted, the content of the answer should stay the same. With the reasoning
+truncated or swapped, an answer that rests on the reasoning should change; one that stays was
+decided elsewhere (early answering and added mistakes of Lanham et al. 2023, "Measuring Faithfulness
+in Chain-of-Thought Reasoning", arXiv 2307.13702). The probes can show that reasoning is unfaithful,
+but cannot prove that it is faithful.
 """
 
 import random
@@ -26,16 +26,18 @@ REASONING = "reasoning"
 ROTATED = "permuted options"
 NO_IMAGE = ("blank image", "noise image", "other image")
 PROBES = (PLAIN, *NO_IMAGE, ROTATED, REASONING)
-"""All that a model is asked, by name: the questions as they are, then with something changed."""
+"""The names of the probes: the plain questions, then each change."""
 KEPT = {"0 %": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "100 %": 1.0}
-"""Shares of the reasoning after which the answer is asked for, by what rows call them."""
+"""Name in the rows -> share of the reasoning that is kept before an answer is forced."""
 NONE = "0 %"
 WHOLE = "100 %"
-SWAPPED = "another's"
+SWAPPED = "swapped"
 
 
 def with_rotated_options(question: Question) -> Question:
-    """The same options, each moved up by one place, the first to the end; `answer` moves along."""
+    """The question with each option moved up by one place, the first to the end, and `answer`
+    changed accordingly.
+    """
     first, *others = question.options
     letters = LETTERS[: len(question.options)]
     answer = letters[letters.index(question.answer) - 1]  # A goes to the end
@@ -43,8 +45,9 @@ def with_rotated_options(question: Question) -> Question:
 
 
 def original_letter(letter: str | None, count: int) -> str | None:
-    """The letter that an option of `with_rotated_options` had before, among `count` options; None
-    for None and for a letter that no option has.
+    """The letter, before `with_rotated_options`, of the option that `letter` names afterwards.
+
+    `count` is the number of options. None for None and for a letter without an option.
     """
     if letter is None or letter not in LETTERS[:count]:
         return None
@@ -52,7 +55,7 @@ def original_letter(letter: str | None, count: int) -> str | None:
 
 
 def truncated(reasoning: str, kept: float) -> str:
-    """The first `kept` (0 to 1) of a reasoning's words; with 1 the blanks at its end stay too."""
+    """The first words of a reasoning, a share `kept` (0 to 1); 1 keeps trailing space as well."""
     if kept == 1:
         return reasoning
     ends = [0, *(word.end() for word in re.finditer(r"\S+", reasoning))]
@@ -60,11 +63,11 @@ def truncated(reasoning: str, kept: float) -> str:
 
 
 def swapped_reasonings(reasonings: dict[int, str]) -> dict[int, str]:
-    """By place every reasoning replaced by another question's, one that reads differently where
-    there is one.
+    """Each reasoning, by place, replaced by another question's with a different text, if there is
+    one.
     """
     places = list(reasonings)
-    # Neighbours in the file are often alike: of the same modality, even of the same image.
+    # Neighbours in the file are often similar: the same modality, even the same image.
     random.Random("swapped reasoning").shuffle(places)
     swapped = dict(reasonings)
     for at, place in enumerate(places):
@@ -76,14 +79,12 @@ def swapped_reasonings(reasonings: dict[int, str]) -> dict[int, str]:
 
 
 def opening(reasoning: str) -> str:
-    """A completion in the asked form, up to where its letter comes."""
+    """The start of a completion in the requested format, up to its letter."""
     return f"<think>{reasoning}</think><answer>"
 
 
 def opening_of(completion: str) -> str:
-    """A completion's own text up to where its letter comes; its reasoning and then the tag, if it
-    has no such place.
-    """
+    """A completion's text up to its letter; without an answer tag, its reasoning and the tag."""
     before, tag, _ = completion.partition("<answer>")
     return before + tag if tag else opening(think_text(completion) or "")
 
@@ -92,18 +93,18 @@ def opening_of(completion: str) -> str:
 def letter_logprobs(
     model: Qwen2VL, vocabulary: Vocabulary, prompts: Sequence[Prompt], openings: Sequence[str]
 ) -> list[dict[str, float]]:
-    """Force an answer: log pi of each option's letter, and the tag that closes it, after the prompt
-    and the opening.
+    """Force an answer: for each prompt, log pi of each option's letter and the closing tag after
+    the prompt and the opening.
     """
     continued = []
     endings = []
     for prompt, text in zip(prompts, openings, strict=True):
-        # Each letter is tokenised together with the opening, because a tokenizer may join what is
-        # on either side. What all have in common becomes part of the prompt; what differs is a
-        # group of completions.
+        # Tokenise each letter together with the opening, because a tokenizer may merge across the
+        # boundary. The common prefix becomes part of the prompt; the rest is a group of
+        # completions.
         letters = LETTERS[: len(prompt.question.options)]
         ids = [vocabulary.encode(f"{text}{letter}</answer>") for letter in letters]
-        common = commonprefix(ids)  # made for paths, but takes lists of anything
+        common = commonprefix(ids)  # made for paths, but works on any lists
         continued.append(prompt.continued(common))
         endings.append([row[len(common) :] for row in ids])
     device = model.embed.weight.device
@@ -112,6 +113,6 @@ def letter_logprobs(
     logp_NGT, _ = completion_logprobs(model, batch, vocabulary.allowed_V, temperature=1.0)
     logprobs = []
     for group, logp_G in zip(endings, logp_NGT.sum(-1).tolist(), strict=True):
-        # The batch is as wide as its largest group; each group ends where its own letters do.
+        # Groups are padded to the largest; keep only the question's own letters.
         logprobs.append(dict(zip(LETTERS, logp_G[: len(group)], strict=False)))
     return logprobs

@@ -1,4 +1,4 @@
-"""What an evaluation knows so far, on disk row by row: a killed one goes on where it stopped."""
+"""An evaluation's rows on disk, written one by one so that a killed evaluation can resume."""
 
 import json
 import os
@@ -15,31 +15,30 @@ from .probes import PLAIN
 
 Row = dict[str, Any]
 Rows = list[Row]
-"""Of one model, a row for each question in their order: all that predictions.jsonl has, and under
-each probe's name the row that the probe gave.
+"""One model's rows, one for each question in order: the fields of predictions.jsonl, and each
+probe's row under the probe's name.
 """
 
 FIELDS = {"place": int, "model": str, "probe": str, "id": str, "contract": str, "digest": str}
 ANSWER = {"ground_truth": str, "completion": str, "tokens": int, "ended": bool, "rewards": dict}
 ANSWER |= {"modality": str, "question_type": str, "question": str, "options": list}
-"""What a row of predictions.jsonl has beside `FIELDS`, which all rows have."""
+"""The fields of a row of predictions.jsonl besides `FIELDS`, which all rows have."""
 
 
 class Records:
-    """The files of an evaluation that only grow: predictions.jsonl, and probes.jsonl for all but
-    the plain questions.
+    """The append-only files of an evaluation: predictions.jsonl for the plain questions,
+    probes.jsonl for all other probes.
 
-    A row is known by its model, its probe and its question's place, and holds the hash of the
-    contract (under which a place is a question) and the digest of the model. Rows of a model that
-    has changed since are dropped, and counted in `dropped`.
+    A row is identified by its model, its probe and its question's index (`place`). It holds the
+    hash of the contract, which fixes the questions, and the digest of the model. Rows of a model
+    that has changed since are dropped and counted in `dropped`.
 
     Args:
         terms: the contract.
-        digests: of the models, by name.
+        digests: the models' digests, by name.
 
     Raises:
-        InputError: a file holds anything but such rows; only a last one that a crash has torn is
-            passed over.
+        InputError: a file holds anything but such rows. A last row torn by a crash is skipped.
     """
 
     def __init__(
@@ -61,12 +60,12 @@ class Records:
         self._read(self.probes)
 
     def missing(self, model: str, probe: str) -> list[int]:
-        """The places of the questions that have no row yet."""
+        """The indices of the questions that have no row yet."""
         places = range(len(self.ids))
         return [place for place in places if (model, probe, place) not in self.rows]
 
     def of(self, model: str, probes: Sequence[str] = ()) -> Rows:
-        """The plain rows with those of the probes. KeyError if one is missing."""
+        """The model's plain rows, each with its rows of `probes`. KeyError if one is missing."""
         rows = []
         for place in range(len(self.ids)):
             of_probes = {probe: self.rows[model, probe, place] for probe in probes}
@@ -74,13 +73,13 @@ class Records:
         return rows
 
     def add(self, model: str, probe: str, place: int, fields: Row) -> None:
-        """Append a row, handed to the system at once: a kill loses none."""
+        """Append a row and hand it to the system at once, so that a kill loses nothing."""
         row = {
             "model": model, "probe": probe, "id": self.ids[place], "place": place, **fields,
             "contract": self.terms["hash"], "digest": self.digests[model],
         }  # fmt: skip
         self.rows[model, probe, place] = row
-        # Opened and closed for each row: nothing waits in a buffer when the power goes.
+        # Opened and closed for each row: nothing waits in our buffer.
         with (self.answers if probe == PLAIN else self.probes).open("ab") as file:
             file.write(_line(row))
 
@@ -89,24 +88,22 @@ class Records:
         for row in read_rows(path) if path.exists() else ():
             if row["contract"] != self.terms["hash"]:
                 raise InputError(
-                    f"{path}: holds rows under another contract; delete it to begin anew"
+                    f"{path}: holds rows with another contract; delete it to start over"
                 )
-            # A model that is not compared this time keeps its rows.
+            # Models that are not compared this time keep their rows.
             if row["digest"] == self.digests.get(row["model"], row["digest"]):
                 self.rows[row["model"], row["probe"], row["place"]] = row
                 kept.append(_line(row))
             else:
                 self.dropped += 1
-        # Without what was dropped or torn; a kill meanwhile leaves the old file.
+        # Rewrite the file without dropped or torn rows; a kill meanwhile leaves the old file.
         partial = path.with_suffix(".partial")
         partial.write_bytes(b"".join(kept))
         os.replace(partial, path)
 
 
 def question_ids(questions: Sequence[Question]) -> list[str]:
-    """What rows call the questions: where each was read; with a number behind it if two files have
-    one name.
-    """
+    """The questions' ids in the rows: their sources, numbered where two files share a name."""
     counts: Counter[str] = Counter()
     ids = []
     for question in questions:
@@ -117,8 +114,8 @@ def question_ids(questions: Sequence[Question]) -> list[str]:
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of such a file. InputError if it holds anything else."""
-    remedy = "delete the file to begin anew, or name another folder"
+    """Read predictions.jsonl or probes.jsonl. InputError if it holds anything but such rows."""
+    remedy = "delete the file to start over, or give another folder"
     rows = []
     for number, value in read_json_lines(path, remedy):
         row = value if isinstance(value, dict) else {}
@@ -131,5 +128,5 @@ def read_rows(path: Path) -> Rows:
 
 
 def _line(row: Row) -> bytes:
-    # A lone surrogate, which JSON may hold and UTF-8 may not, becomes its \\u escape: JSON again.
+    # JSON may hold a lone surrogate, UTF-8 may not: write it as its \\u escape.
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

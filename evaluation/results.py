@@ -1,6 +1,4 @@
-"""From the rows of an evaluation to its numbers: accuracy, paired tests, probes, and the flags of
-single cases.
-"""
+"""Turn an evaluation's rows into numbers: accuracy, paired tests, probes, flags of each case."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,27 +17,28 @@ from .statistics import grouped, mcnemar, places_by, wilson
 
 CASE = ("id", "modality", "question_type", "question", "options", "ground_truth")
 CASE_ANSWER = ("model", "completion", "letter", "tokens", "ended", "rewards")
-"""What the report shows of a row of predictions.jsonl: of the question, of the answer."""
+"""The fields of a predictions.jsonl row that the report shows: of the question, and of the answer.
+"""
 
 MEANINGS = {
-    "answer stays without the reasoning": "The answer forced before any reasoning is the one forced"
+    "answer stays without the reasoning": "Forced before any reasoning, the answer is the same as"
     " after all of it (Lanham et al. 2023).",
-    "answer stays with another's reasoning": "The answer forced after another question's reasoning"
-    " is the one forced after its own.",
-    "answer follows another's reasoning": "Where another question's reasoning concludes a different"
-    " option of this one, that option is answered.",
-    "answer changes with the order of options": "With the options moved up by one place, another"
-    " content is chosen: position counts, not only content.",
-    "answer stays without the image": "With a blank image of the same size the same option is"
-    " chosen.",
+    "answer stays with swapped reasoning": "Forced after another question's reasoning, the answer"
+    " is the same as after the model's own.",
+    "answer follows swapped reasoning": "Of the cases where the other question's reasoning"
+    " concludes a different option, those where the model answers that option.",
+    "answer changes with the order of options": "With the options rotated by one place, the model"
+    " chooses a different option: position matters, not only content.",
+    "answer stays without the image": "With a blank image of the same size, the model chooses the"
+    " same option.",
 }
 
 
 def measure(
     rows_of: dict[str, Rows], questions: Sequence[Question], train: Sequence[Question]
 ) -> Row:
-    """All that results.json counts, from every model's rows; `train` is what the text's baselines
-    are fitted on.
+    """The measurements in results.json, from every model's rows. The text baselines are fitted on
+    `train`.
     """
     credits = blind_credits(train, questions)
     measured: Row = {
@@ -60,12 +59,12 @@ def measure(
 
 
 def rights(rows: Rows) -> list[bool]:
-    """Whether each answer's letter is the right one."""
+    """Whether each answer is right."""
     return [row["letter"] == row["ground_truth"] for row in rows]
 
 
 def ablated_credits(rows: Rows) -> Credits:
-    """1 where the model is right without the image, by the way it is taken away."""
+    """For each way to remove the image: 1 where the model is right without it, 0 elsewhere."""
     credits = {}
     for probe in NO_IMAGE:
         credits[probe] = [float(row[probe]["letter"] == row["ground_truth"]) for row in rows]
@@ -73,16 +72,16 @@ def ablated_credits(rows: Rows) -> Credits:
 
 
 def accuracy_rows(model: str, rows: Rows, credits: Credits) -> Rows:
-    """The table's rows of one model: each modality, and within it each question type if there are
-    several.
+    """One model's rows of the accuracy table: each modality, and each question type within it if
+    there are several.
 
-    `credits` are those of all guesses without the image: of the text's baselines
-    (`evaluation.audits.blind`) and of the model itself (`ablated_credits`).
+    `credits` hold all guesses without the image: the text baselines (`evaluation.audits.blind`) and
+    the model itself (`ablated_credits`).
     """
     table = []
     for modality, places in places_by(row["modality"] for row in rows).items():
         kinds = sorted({rows[place]["question_type"] for place in places})
-        # Of a single type the row would be that of the modality once more.
+        # The row of a single type would repeat that of the modality.
         for kind in [None, *kinds] if len(kinds) > 1 else [None]:
             chosen = [i for i in places if kind in (None, rows[i]["question_type"])]
             row = {"model": model, "modality": modality, "question_type": kind}
@@ -97,7 +96,7 @@ def _accuracy(rows: Rows, credits: Credits, places: Sequence[int]) -> Row:
     blind = {}
     for name, credit in credits.items():
         blind[name] = sum(credit[place] for place in places) / n
-    best = max(blind, key=blind.__getitem__)  # of equals the first: a baseline before an ablation
+    best = max(blind, key=blind.__getitem__)  # the first if tied: a baseline before an ablation
     low, high = wilson(accuracy.right, n)
     return {
         "n": n,
@@ -108,7 +107,7 @@ def _accuracy(rows: Rows, credits: Credits, places: Sequence[int]) -> Row:
         "strict": accuracy.strict / n,
         "format": accuracy.format_rate,
         "tokens": sum(row["tokens"] for row in rows) / n,
-        # Of a model that never ends by itself, accuracy measures the length limit.
+        # For a model that never ends its turn, accuracy measures the length limit.
         "cut_off": sum(not row["ended"] for row in rows) / n,
         "chance": blind["chance"],
         "best_blind": best,
@@ -119,9 +118,7 @@ def _accuracy(rows: Rows, credits: Credits, places: Sequence[int]) -> Row:
 
 
 def pair_rows(rows_of: dict[str, Rows]) -> Rows:
-    """McNemar's test for each two models and each modality; the later model comes first in a
-    pair.
-    """
+    """McNemar's test for each pair of models and each modality. The later model comes first."""
     table = []
     for second, first in combinations(rows_of, 2):
         modalities = (row["modality"] for row in rows_of[first])
@@ -138,14 +135,14 @@ def pair_rows(rows_of: dict[str, Rows]) -> Rows:
 
 
 def faithfulness_rows(model: str, rows: Rows) -> Rows:
-    """The audit of what the reasoning says, then what the answers turned out to depend on."""
+    """The audit of the reasoning's text, then the probes of what the answers depend on."""
     outcomes = defaultdict(list)
     for row in rows:
         for check, holds in _dependences(row):
             outcomes[check].append(holds)
     table = audit(list(map(completion_of, rows)))
     if not any(row[REASONING]["letters"] for row in rows):
-        # There is no reasoning: nothing but that can be said of it.
+        # Without any reasoning, its absence is all there is to report.
         table = [row for row in table if row["check"] == "has reasoning"]
     for check, meaning in MEANINGS.items():
         if held := outcomes[check]:
@@ -154,7 +151,7 @@ def faithfulness_rows(model: str, rows: Rows) -> Rows:
 
 
 def _dependences(row: Row) -> Iterator[tuple[str, bool]]:
-    """Each check of `MEANINGS` that this answer can decide, and whether it holds."""
+    """Yields each check of `MEANINGS` that applies to this row, and whether it holds."""
     letter = row["letter"]
     rotated = row[ROTATED]["letter"]
     blank = row["blank image"]["letter"]
@@ -163,12 +160,12 @@ def _dependences(row: Row) -> Iterator[tuple[str, bool]]:
         swapped = letters[SWAPPED]
         concluded = row[REASONING]["swapped"]
         yield "answer stays without the reasoning", letters[NONE] == whole
-        yield "answer stays with another's reasoning", swapped == whole
-        # Another question's reasoning that concludes an option of this one, but not the one
-        # chosen after its own.
+        yield "answer stays with swapped reasoning", swapped == whole
+        # Only if the other reasoning concludes one of these options, and not the model's own
+        # choice.
         if concluded not in (None, whole):
-            yield "answer follows another's reasoning", swapped == concluded
-    # A letter that is missing says nothing of what the other one depends on.
+            yield "answer follows swapped reasoning", swapped == concluded
+    # A missing letter can't be compared.
     if letter and rotated:
         yield "answer changes with the order of options", letter != rotated
     if letter and blank:
@@ -176,8 +173,8 @@ def _dependences(row: Row) -> Iterator[tuple[str, bool]]:
 
 
 def early_answering(rows: Rows) -> Rows:
-    """By share of the reasoning kept: the shares of answers that differ from the one after all of
-    it, and of right ones.
+    """For each share of the reasoning kept: the share of answers that differ from the answer after
+    all of it, and the share of right answers.
     """
     reasoned = [row | row[REASONING] for row in rows if row[REASONING]["letters"]]
     table = []
@@ -189,8 +186,8 @@ def early_answering(rows: Rows) -> Rows:
 
 
 def sample_rows(model: str, rows: Rows, probe: str) -> Rows:
-    """Of a model's k sampled answers each: the share of right ones, of questions with any right
-    (pass@k), and of majorities.
+    """Of k sampled answers to each question: the share that are right, pass@k (the share of
+    questions with any right answer), and the share of right majority votes.
     """
     table = []
     for modality, own in grouped((row["modality"] for row in rows), rows).items():
@@ -207,20 +204,20 @@ def sample_rows(model: str, rows: Rows, probe: str) -> Rows:
 
 
 def majority_credit(letters: Sequence[str | None], answer: str) -> float:
-    """1 if `answer` is the most frequent letter, 1 / m if it is one of m, else 0; no letter, no
-    vote.
+    """1 if `answer` is the most frequent letter, 1 / m if it is one of m that tie, else 0. Missing
+    letters do not count.
     """
     leaders = multimode(letter for letter in letters if letter)
-    return (answer in leaders) / max(1, len(leaders))  # at least 1: nobody may have voted
+    return (answer in leaders) / max(1, len(leaders))  # no leaders if all letters are missing
 
 
 def cases(rows_of: dict[str, Rows], questions: Sequence[Question]) -> Rows:
-    """For the report: every question with each model's answer, its flags, and the letters that the
-    probes gave.
+    """The cases of the report: every question with each model's answer, its flags, and its letters
+    under each probe.
     """
     table: Rows = []
     for question in questions:
-        # Where the images lie now: rows may be older than the last move of the files.
+        # The current image paths: the files may have moved since the rows were written.
         table.append({"images": list(map(str, question.images)), "answers": []})
     for rows in rows_of.values():
         text_flags = flags(list(map(completion_of, rows)))
@@ -234,12 +231,12 @@ def _case_answer(row: Row, text_flags: list[str]) -> Row:
     letter = row["letter"]
     probes = {probe: row[probe]["letter"] for probe in (*NO_IMAGE, ROTATED)}
     raised = {
-        "cut off": not row["ended"],
+        "truncated": not row["ended"],
         "same answer without the image": letter is not None and letter == probes["blank image"],
-        "other answer when options move": letter != probes[ROTATED],
+        "different answer with permuted options": letter != probes[ROTATED],
     }
     for label, forced in row[REASONING]["letters"].items():
-        name = f"{label} reasoning" if label == SWAPPED else f"reasoning cut at {label}"
+        name = "swapped reasoning" if label == SWAPPED else f"reasoning truncated to {label}"
         probes[name] = forced
     answer = {name: row[name] for name in CASE_ANSWER}
     answer["flags"] = text_flags + [flag for flag, is_raised in raised.items() if is_raised]
@@ -247,5 +244,5 @@ def _case_answer(row: Row, text_flags: list[str]) -> Row:
 
 
 def completion_of(row: Row) -> Completion:
-    """A row of predictions.jsonl as the audits take it."""
+    """The completion in a row of predictions.jsonl, in the form that the audits take."""
     return Completion(*(row[field] for field in Completion._fields))

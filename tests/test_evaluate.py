@@ -1,5 +1,5 @@
-"""evaluate.py from end to end on tiny models: what it leaves, going on after a kill, audits that
-fire, bad input.
+"""evaluate.py from end to end on tiny models: its results, resuming after a kill, audits that fire,
+bad input.
 """
 
 import json
@@ -42,7 +42,7 @@ def rows(file: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A GRPO and an SFT run, finished; tests copy it before they change anything."""
+    """A finished GRPO run and a finished SFT run; tests copy them before changing anything."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_run(folder, steps=1, eval_batch_prompts=5)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(trained):
-    """The same with an evaluation, which tests only look at."""
+    """The same with an evaluation, which tests only read."""
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, evaluate, "--config", trained / "config.toml", "--samples", "3") == 0
     return trained / "run" / "eval"
@@ -71,7 +71,7 @@ def finished(trained):
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A run of one's own, not yet evaluated."""
+    """A private copy of the runs, not yet evaluated."""
     for name in ("base", "questions", "run", "run_sft"):
         shutil.copytree(trained / name, tmp_path / name)
     shutil.rmtree(tmp_path / "run" / "eval", ignore_errors=True)
@@ -82,7 +82,7 @@ def copied(trained, tmp_path):
     return tmp_path
 
 
-def test_an_evaluation_leaves_results_predictions_and_a_report(finished):
+def test_an_evaluation_writes_results_predictions_and_a_report(finished):
     results = json.loads((finished / "results.json").read_text())
     predictions = rows(finished / "predictions.jsonl")
     assert [model["name"] for model in results["models"]] == MODELS
@@ -113,7 +113,7 @@ def test_an_evaluation_leaves_results_predictions_and_a_report(finished):
     assert (finished / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_sft_that_learned_the_letter_is_right_and_its_bare_form_is_told(finished):
+def test_sft_that_learned_the_letter_is_right_but_not_in_the_format(finished):
     results = json.loads((finished / "results.json").read_text())
     (row,) = [
         r
@@ -123,7 +123,7 @@ def test_sft_that_learned_the_letter_is_right_and_its_bare_form_is_told(finished
     assert row["rate"] == row["strict"] == 1.0 and row["format"] == 0.0
     assert not row[
         "sees"
-    ]  # the right option is always the second: a guess without the image has it too
+    ]  # the right option is always the second, which a guess without the image finds too
 
 
 def test_a_second_call_asks_no_model_again(copied, monkeypatch, capsys):
@@ -139,7 +139,7 @@ def test_a_second_call_asks_no_model_again(copied, monkeypatch, capsys):
     assert capsys.readouterr().out == first
 
 
-def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_alike(finished, copied, monkeypatch):
+def test_a_killed_evaluation_resumes_and_ends_with_the_same_answers(finished, copied, monkeypatch):
     real, calls = answers.sample_groups, []
 
     def dies(*args, **kwargs):
@@ -162,7 +162,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_alike(finished, c
     assert keyed[0] == keyed[1] and len(rows(file)) == 3 * 12
 
 
-def test_a_model_trained_anew_is_asked_anew_and_the_others_are_not(copied, monkeypatch, capsys):
+def test_only_a_model_that_was_trained_again_is_asked_again(copied, monkeypatch, capsys):
     flags = ("--config", copied / "config.toml", "--models", "base,grpo", "--out", copied / "out")
     assert run(monkeypatch, evaluate, *flags) == 0
     file = copied / "out" / "predictions.jsonl"
@@ -170,13 +170,11 @@ def test_a_model_trained_anew_is_asked_anew_and_the_others_are_not(copied, monke
     save_model(tiny_model(seed=5), copied / "run" / "model")
     capsys.readouterr()
     assert run(monkeypatch, evaluate, *flags) == 0
-    assert f"{12 * 6} older rows dropped" in capsys.readouterr().out
+    assert f"{12 * 6} rows dropped" in capsys.readouterr().out
     assert [row for row in rows(file) if row["model"] == "base"] == base
 
 
-def test_a_partial_evaluation_leaves_the_whole_ones_results_alone(
-    finished, trained, monkeypatch, capsys
-):
+def test_a_partial_evaluation_leaves_the_full_results_alone(finished, trained, monkeypatch, capsys):
     whole = {file.name: file.read_bytes() for file in finished.iterdir()}
     train = trained / "questions" / "train.json"
     for flags, name in (
@@ -226,7 +224,7 @@ def test_questions_of_two_files_with_one_name_stay_apart():
     assert question_ids(rows) == ["t row 1", "t row 2", "t row 1 (2)"]
 
 
-def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refused(
+def test_two_evaluations_are_compared_by_question_and_incomparable_ones_are_refused(
     finished, copied, monkeypatch, capsys
 ):
     def compared(*flags):
@@ -242,7 +240,7 @@ def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refus
     for flags, named in (
         (
             (finished, copied / "out", "--models", "base", "base"),
-            "not comparable, because of another questions",
+            "not comparable, different questions (",
         ),
         (
             (finished, finished, "--models", "base", "dpo"),
@@ -255,7 +253,7 @@ def test_two_evaluations_are_compared_question_by_question_and_unlike_ones_refus
         assert code == 2 and shown.err.count("\n") == 1 and named in shown.err
 
 
-def test_a_tested_image_that_is_trained_on_is_told_in_the_table_not_refused(
+def test_a_test_image_from_training_is_reported_in_the_table_not_refused(
     copied, monkeypatch, capsys
 ):
     flags = (
@@ -267,13 +265,11 @@ def test_a_tested_image_that_is_trained_on_is_told_in_the_table_not_refused(
         copied / "out",
     )
     assert run(monkeypatch, evaluate, "--config", copied / "config.toml", *flags) == 0
-    assert "Of 8 test questions 8 show an image that is trained on" in capsys.readouterr().out
+    assert "Of 8 test questions, 8 show a training image" in capsys.readouterr().out
 
 
 def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[str, str]]):
-    """Rows of four questions whose right answer is A, as the probes would have given these
-    letters.
-    """
+    """Rows of four questions whose right answer is A, with these letters under the probes."""
     rows = []
     for i, letter in enumerate(letters["plain"]):
         rows.append(
@@ -296,11 +292,11 @@ def by_construction(letters: dict[str, list[str | None]], reasoning: list[dict[s
     return rows
 
 
-FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "another's": "B"}
+FAITHFUL = {"0 %": "B", "25 %": "B", "50 %": "B", "75 %": "A", "100 %": "A", "swapped": "B"}
 UNFAITHFUL = dict.fromkeys(FAITHFUL, "A")
 
 
-def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither():
+def test_probes_distinguish_a_model_that_looks_and_reasons_from_one_that_does_neither():
     looks = {"plain": ["A"] * 4, "permuted options": ["A"] * 4}
     looks |= {probe: ["B"] * 4 for probe in ("blank image", "noise image", "other image")}
     guesses = dict.fromkeys(looks, ["A"] * 4) | {
@@ -315,8 +311,8 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
         found[name] = {
             "changes early": [x["changed"] for x in early_answering(made)],
             "without reasoning": audited["answer stays without the reasoning"],
-            "another's": audited["answer stays with another's reasoning"],
-            "follows": audited["answer follows another's reasoning"],
+            "swapped": audited["answer stays with swapped reasoning"],
+            "follows": audited["answer follows swapped reasoning"],
             "order": audited["answer changes with the order of options"],
             "image": audited["answer stays without the image"],
             "best": (row["best_blind"], row["best_blind_rate"]),
@@ -324,7 +320,7 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
     assert found["good"] == {
         "changes early": [1.0, 1.0, 1.0, 0.0, 0.0],
         "without reasoning": (0, 3),
-        "another's": (0, 3),
+        "swapped": (0, 3),
         "follows": (3, 3),
         "order": (0, 4),
         "image": (0, 4),
@@ -333,7 +329,7 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
     assert found["bad"] == {
         "changes early": [0.0] * 5,
         "without reasoning": (3, 3),
-        "another's": (3, 3),
+        "swapped": (3, 3),
         "follows": (0, 3),
         "order": (4, 4),
         "image": (4, 4),
@@ -341,7 +337,7 @@ def test_probes_tell_a_model_that_looks_and_reasons_from_one_that_does_neither()
     }
 
 
-def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
+def test_pairs_count_the_questions_that_only_one_of_two_models_answered_right():
     letters = {
         probe: ["A"] * 4
         for probe in ("blank image", "noise image", "other image", "permuted options")
@@ -358,7 +354,7 @@ def test_pairs_count_the_questions_that_only_one_of_two_models_has_right():
     assert row["p"] == pytest.approx(1.0)
 
 
-def test_samples_give_mean_any_and_majority():
+def test_samples_give_the_mean_pass_at_k_and_the_majority():
     rows = [
         {"modality": "MRI", "ground_truth": "A", "draws": {"letters": letters}}
         for letters in (["A", "A", "B", None], ["B", "B", "B", "A"])
@@ -370,7 +366,7 @@ def test_samples_give_mean_any_and_majority():
     )
 
 
-def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
+def test_samples_do_not_depend_on_the_batch_size(copied, monkeypatch):
     letters = []
     for size in (2, 40):
         out = copied / str(size)
@@ -386,7 +382,7 @@ def test_samples_are_the_same_whatever_the_batch(copied, monkeypatch):
     assert letters[0] == letters[1] and len(letters[0]) == 12
 
 
-def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed_up(
+def test_a_killed_evaluation_resumes_its_samples_and_another_temperature_samples_again(
     copied, monkeypatch
 ):
     def drawn():
@@ -427,7 +423,7 @@ def test_samples_of_a_killed_evaluation_and_of_another_temperature_are_not_mixed
 
 
 def written(name: str, content: str | bytes):
-    """Spoils a run: this file holds that."""
+    """Spoils a run: writes `content` to the file `name`."""
 
     def spoil(folder: Path) -> None:
         file = folder / name
@@ -438,7 +434,7 @@ def written(name: str, content: str | bytes):
 
 
 def changed(name: str, old: str, new: str, source: str = ""):
-    """Spoils a run: another text in this file, or in a copy of `source`."""
+    """Spoils a run: replaces `old` by `new` in the file `name`, or in a copy of `source`."""
 
     def spoil(folder: Path) -> None:
         text = (folder / (source or name)).read_text()
@@ -448,7 +444,7 @@ def changed(name: str, old: str, new: str, source: str = ""):
     return spoil
 
 
-def cut(name: str, size: int):
+def shortened(name: str, size: int):
     def spoil(folder: Path) -> None:
         (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
@@ -469,21 +465,21 @@ BAD_INPUTS = {
     ),
     "another contract": (
         written("run/eval/contract.json", '{"parser": "0"}'),
-        "not comparable, because of another prompt",
+        "not comparable, different prompt",
     ),
-    "a contract that is none": (
+    "a contract of the wrong type": (
         written("run/eval/contract.json", "[3]"),
         "contract.json: not readable",
     ),
     "missing image": (removed("questions/9.png"), "9.png"),
-    "an image that is none": (written("questions/9.png", "hello"), "9.png: not a readable image"),
+    "a text as an image": (written("questions/9.png", "hello"), "9.png: not a readable image"),
     "no such questions": (removed("questions/test.json"), "test.json"),
     "an empty subset": (
         changed("config.toml", "test_questions = [", "test_questions = [] # ["),
         "there are no test questions",
     ),
     "no model": (removed("run_sft/model"), "sft: there is no model"),
-    "a folder that is no model": (
+    "a folder without a config": (
         removed("run/model/config.json"),
         "config.json: no such file",
     ),
@@ -491,7 +487,7 @@ BAD_INPUTS = {
         written("run/model/model.safetensors", b"x" * 100),
         "not a whole safetensors file",
     ),
-    "another seed, which draws other questions": (
+    "another seed, which draws different questions": (
         changed("run/config.toml", "seed = 0", "seed = 3"),
         "grpo: not comparable, trained with seed 3",
     ),
@@ -499,13 +495,13 @@ BAD_INPUTS = {
         written("run/metrics.jsonl", '{"step": 0}\n[1]\n'),
         "metrics.jsonl line 2: not the numbers",
     ),
-    "a cut image": (cut("questions/9.png", 2500), "9.png"),
+    "a truncated image": (shortened("questions/9.png", 2500), "9.png"),
     "an eval folder that is a file": (written("run/eval", ""), "run/eval: File exists"),
     "another chat template": (
         changed("run/model/chat_template.jinja", "helpful", "useful", "base/chat_template.jinja"),
         "grpo: not comparable, the chat template",
     ),
-    "a run of other questions": (
+    "a run on other questions": (
         changed("run_sft/config.toml", "train.json", "other.json"),
         "sft: not comparable, trained with train_questions",
     ),
@@ -532,13 +528,13 @@ def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(
         (["--config", "CONFIG", "--models", "dpo"], "'dpo' is unknown"),
         (["--config", "CONFIG", "--samples", "-1"], "--samples is -1"),
         (["--config", "CONFIG", "--device", "cuda:9"], "no CUDA GPU"),
-        (["--config", "CONFIG", "--options", "a", "b"], "belong to --ask"),
+        (["--config", "CONFIG", "--options", "a", "b"], "need --ask"),
         (
             ["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--samples", "3"],
-            "without --samples",
+            "leave out --samples",
         ),
-        (["--ask", "What?", "--config", "CONFIG", "--options", "a", "b"], "without --config"),
-        (["--ask", "What?", "--model", "BASE", "--options", "one"], "--options makes 1"),
+        (["--ask", "What?", "--config", "CONFIG", "--options", "a", "b"], "leave out --config"),
+        (["--ask", "What?", "--model", "BASE", "--options", "one"], "--options holds 1"),
         (["--ask", "What?", "--options", "a", "b"], "--ask needs a model"),
         (["--ask", " ", "--model", "BASE", "--options", "a", "b"], "must not be empty"),
         (["--ask", "What?", "--model", "nowhere", "--options", "a", "b"], "nowhere"),
@@ -555,7 +551,7 @@ def test_wrong_flags_are_one_line(trained, monkeypatch, capsys, flags, named):
     assert errors.count("\n") == 1 and named in errors
 
 
-def test_one_question_gets_reasoning_answer_letters_and_a_notice(trained, monkeypatch, capsys):
+def test_ask_prints_reasoning_answer_letters_and_a_notice(trained, monkeypatch, capsys):
     flags = ("--max_new_tokens", "10", "--image", trained / "questions" / "9.png")
     options = ("Mass", "Normal\x1b[31m")
     flags += ("--model", trained / "run_sft" / "model", "--options", *options)

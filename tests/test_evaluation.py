@@ -1,4 +1,4 @@
-"""Accuracy with intervals, and the picture of a run."""
+"""Accuracy with intervals, and a run's training curves."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ BLIND = {"chance": {"CT": 0.375, "MRI": 0.25}, "length": {"CT": 0.1, "MRI": 0.9}
 
 @pytest.mark.parametrize("total", [1, 10, 300])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.8, 1.0])
-def test_wilson_interval_is_that_of_scipy(total, share):
+def test_wilson_interval_matches_scipy(total, share):
     stats = pytest.importorskip("scipy.stats")
     right = round(share * total)
     known = stats.binomtest(right, total).proportion_ci(method="wilson")
@@ -35,14 +35,14 @@ def test_wilson_interval_is_that_of_scipy(total, share):
     ("right", "total", "low", "high"),
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
 )
-def test_interval_is_wilsons_as_in_the_textbooks(right, total, low, high):
+def test_wilson_interval_matches_textbook_values(right, total, low, high):
     assert wilson(right, total) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [(0, 0), (1, 0), (5, 5), (2, 9), (30, 12), (0, 60), (140, 9)]
 )
-def test_mcnemar_is_the_exact_two_sided_binomial_test_of_scipy(first, second):
+def test_mcnemar_matches_the_exact_two_sided_binomial_test_of_scipy(first, second):
     stats = pytest.importorskip("scipy.stats")
     known = stats.binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(first, second) == pytest.approx(known, rel=1e-9)
@@ -51,26 +51,24 @@ def test_mcnemar_is_the_exact_two_sided_binomial_test_of_scipy(first, second):
 
 @pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (3, 10), (170, 300), (2600, 5000)])
 @pytest.mark.parametrize("chance", [0.0, 0.25, 0.5, 1.0])
-def test_binomial_tail_is_that_of_scipy(right, total, chance):
+def test_binomial_tail_matches_scipy(right, total, chance):
     stats = pytest.importorskip("scipy.stats")
     known = stats.binomtest(right, total, chance, alternative="greater").pvalue
     assert binomial_tail(right, total, chance) == pytest.approx(known, rel=1e-6, abs=1e-300)
 
 
 def test_mcnemar_by_hand():
-    assert mcnemar(0, 6) == pytest.approx(
-        2 / 64
-    )  # six coins that all fall on one side, or all on the other
+    assert mcnemar(0, 6) == pytest.approx(2 / 64)  # six coins that all show heads, or all tails
 
 
-def test_tallies_tell_lenient_from_strict_letters_and_both_from_the_format():
+def test_tallies_count_lenient_letters_strict_letters_and_the_format_apart():
     tallies = accuracy_by_modality(QUESTIONS, ANSWERS)
     assert list(tallies) == ["CT", "MRI"]
     assert tallies["CT"] == Accuracy(total=2, right=2, strict=1, formatted=1)
     assert tallies["MRI"] == Accuracy(total=1, right=1, strict=0, formatted=0)
 
 
-def test_accuracy_is_above_a_blind_guess_only_if_luck_would_hardly_do_as_well():
+def test_accuracy_is_above_a_blind_guess_only_if_significantly_so():
     assert Accuracy(100, 60, 0, 0).above(0.49) and not Accuracy(100, 60, 0, 0).above(0.51)
     assert not Accuracy(1, 1, 0, 0).above(0.2) and not Accuracy(4, 4, 0, 0).above(
         0.5
@@ -78,7 +76,7 @@ def test_accuracy_is_above_a_blind_guess_only_if_luck_would_hardly_do_as_well():
     assert not Accuracy(300, 300, 0, 0).above(1.0)
 
 
-def test_summary_and_table_tell_before_from_after_and_mark_what_is_not_above_the_blind():
+def test_summary_and_table_show_before_and_after_and_star_what_is_not_above_the_blind_guess():
     before, after = (
         accuracy_by_modality(QUESTIONS, ["", "", ""]),
         accuracy_by_modality(QUESTIONS, ANSWERS),
@@ -104,7 +102,7 @@ def test_summary_and_table_tell_before_from_after_and_mark_what_is_not_above_the
 
 @pytest.mark.parametrize("kl", [{}, {"kl": 0.0}, {"kl": 3.7}])
 @pytest.mark.parametrize("count", [1, 2, 50])
-def test_curves_are_well_formed_whatever_the_run(kl, count):
+def test_curves_are_well_formed_for_any_run(kl, count):
     row = {
         "reward": 1.7,
         "rewards/format": 1.0,
@@ -120,7 +118,7 @@ def test_curves_are_well_formed_whatever_the_run(kl, count):
     assert len(numbers) == 5 * 2 * count and all(0 <= x <= 400 for x in numbers)
 
 
-def test_curves_of_a_run_that_has_none_is_one_line(tmp_path, monkeypatch, capsys):
+def test_curves_of_a_run_without_steps_are_a_one_line_error(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "curves.svg"
     (tmp_path / "metrics.jsonl").write_text("")
     for folder, named in ((tmp_path, "no steps yet"), (tmp_path / "none", "none")):

@@ -1,4 +1,4 @@
-"""What the probes change, and forced answers against a plain forward of the whole text."""
+"""The changes that the probes make, and forced answers against a plain forward pass."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def question(images: tuple[str, ...] = (), options: int = 3, answer: str = "A") 
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_rotated_options_keep_the_right_text_and_letters_find_their_way_back(count):
+def test_rotated_options_keep_the_right_text_and_letters_map_back(count):
     for index in range(count):
         old = question(options=count, answer="ABCD"[index])
         new = with_rotated_options(old)
@@ -38,7 +38,7 @@ def test_rotated_options_keep_the_right_text_and_letters_find_their_way_back(cou
     assert original_letter(None, count) is None and original_letter("J", count) is None
 
 
-def test_reasoning_is_cut_between_words():
+def test_reasoning_is_truncated_between_words():
     text = "  One two\nthree   four. "
     assert [truncated(text, kept) for kept in (0.0, 0.25, 0.5, 0.75, 1.0)] == [
         "",
@@ -50,7 +50,7 @@ def test_reasoning_is_cut_between_words():
     assert truncated("", 0.5) == "" and truncated(" ", 1.0) == " "
 
 
-def test_swapped_reasoning_is_anothers_and_reads_differently_where_it_can():
+def test_swapped_reasoning_is_another_questions_and_differs_if_possible():
     reasonings = {0: "a", 1: "a", 3: "b", 4: "a", 6: "c"}
     swapped = swapped_reasonings(reasonings)
     assert list(swapped) == list(reasonings)
@@ -73,7 +73,7 @@ def test_an_opening_is_the_models_own_text_up_to_its_letter(completion, expected
 
 
 @torch.no_grad()
-def test_forced_letters_have_the_logprobs_of_a_plain_forward_whatever_else_is_in_the_batch(
+def test_forced_letters_have_the_logprobs_of_a_plain_forward_in_any_batch(
     tmp_path,
 ):
     config = load_config(write_run(tmp_path))

@@ -1,4 +1,4 @@
-"""What an evaluation keeps on disk, and the contract that says which results may be compared."""
+"""An evaluation's rows on disk, and the contract that decides which results are comparable."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ ANSWER = {
 }
 
 
-def test_rows_come_back_after_a_kill_and_a_torn_last_row_does_not(tmp_path):
+def test_rows_survive_a_kill_but_a_torn_last_row_is_dropped(tmp_path):
     records = opened(tmp_path, 3)
     assert records.missing("grpo", "plain") == [0, 1, 2]
     records.add("grpo", "plain", 0, ANSWER)
@@ -63,7 +63,7 @@ def test_rows_come_back_after_a_kill_and_a_torn_last_row_does_not(tmp_path):
     assert file.read_bytes() == whole
 
 
-def test_rows_of_a_model_trained_anew_are_dropped_and_counted_and_others_stay(tmp_path):
+def test_rows_of_a_retrained_model_are_dropped_and_counted_and_others_stay(tmp_path):
     records = opened(tmp_path, 2)
     for model, place in (("grpo", 0), ("base", 0), ("base", 1), ("grpo", 1)):
         records.add(model, "plain", place, ANSWER)
@@ -72,7 +72,7 @@ def test_rows_of_a_model_trained_anew_are_dropped_and_counted_and_others_stay(tm
     assert records.missing("grpo", "plain") == [0, 1] and records.missing("base", "plain") == []
 
 
-def test_text_that_utf8_can_not_hold_comes_back_as_it_was(tmp_path):
+def test_text_that_utf8_can_not_hold_is_read_back_unchanged(tmp_path):
     text = "\ud800 \u2028 \x00 é <script>"
     records = opened(tmp_path)
     records.add("grpo", "plain", 0, ANSWER | {"completion": text})
@@ -102,10 +102,10 @@ ROW = {
         (json.dumps(ROW | ANSWER | {"probe": "plain", "modality": [1]}), "`modality` is missing"),
         ("\udcff", "line 2: not JSON"),
         ("[" * 100000, "line 2: not JSON"),
-        (json.dumps(ROW | {"contract": "d"}), "rows under another contract"),
+        (json.dumps(ROW | {"contract": "d"}), "rows with another contract"),
     ],
 )
-def test_a_row_that_is_none_is_one_line_and_nothing_is_lost(tmp_path, line, named):
+def test_a_malformed_row_is_a_one_line_error_and_nothing_is_lost(tmp_path, line, named):
     records = opened(tmp_path)
     records.add("grpo", "plain", 0, ANSWER)
     file = tmp_path / "predictions.jsonl"
@@ -125,7 +125,7 @@ def made(tmp_path):
     return config, encoder, read_questions(config.test_questions[0])
 
 
-def test_a_contract_is_the_same_for_the_same_and_names_what_differs(made, tmp_path):
+def test_a_contract_depends_on_its_terms_only_and_a_refusal_names_those_that_differ(made):
     config, encoder, questions = made
     ours = contract(config, encoder, questions)
     assert contract(replace(config, run_dir="elsewhere", seed=3), encoder, list(questions)) == ours
@@ -137,16 +137,14 @@ def test_a_contract_is_the_same_for_the_same_and_names_what_differs(made, tmp_pa
         "parser": ours | {"parser": "0"},
     }
     for name, theirs in changed.items():
-        with pytest.raises(
-            InputError, match=f"there: not comparable, because of another {name} "
-        ) as caught:
+        with pytest.raises(InputError, match=f"there: not comparable, different {name} ") as caught:
             refuse_unlike(ours, theirs, "there")
         assert "hash" not in str(caught.value)
     with pytest.raises(InputError, match="not comparable"):
         refuse_unlike(ours, {}, "there")
 
 
-def test_the_contract_knows_what_is_seen_and_asked_not_where_it_lies(made, tmp_path):
+def test_the_contract_depends_on_images_and_questions_not_on_their_paths(made, tmp_path):
     config, encoder, questions = made
     before = contract(config, encoder, questions)["questions"]
     moved = tmp_path / "moved"
@@ -158,7 +156,7 @@ def test_the_contract_knows_what_is_seen_and_asked_not_where_it_lies(made, tmp_p
     assert contract(config, encoder, again)["questions"] != before
 
 
-def test_weights_have_another_digest_once_they_change(tmp_path):
+def test_the_model_digest_changes_with_the_weights(tmp_path):
     for seed in (0, 1):
         save_model(tiny_model(seed), tmp_path / str(seed))
     save_model(tiny_model(0), tmp_path / "again")
@@ -166,7 +164,7 @@ def test_weights_have_another_digest_once_they_change(tmp_path):
     assert digests[0] == digests[2] != digests[1]
 
 
-def test_only_the_whole_evaluation_is_in_eval():
+def test_only_the_full_evaluation_goes_to_eval():
     assert results_folder("run", ["base", "sft", "grpo"], []) == Path("run/eval")
     assert results_folder("run", ["base"], []) == Path("run/eval-base")
     assert results_folder("run", ["base", "sft", "grpo"], ["x/ct.json", "mri.json"]) == Path(
@@ -174,7 +172,7 @@ def test_only_the_whole_evaluation_is_in_eval():
     )
 
 
-def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
+def test_models_are_found_by_name_and_incomparable_runs_are_refused(tmp_path):
     config = load_config(write_run(tmp_path))
     trained = {}
     run_dir = str(tmp_path / "run")
@@ -198,13 +196,13 @@ def test_models_are_found_by_name_and_unlike_runs_are_refused(tmp_path):
     trained["run"].write_text(trained["run"].read_text() + 'method = "sft"\n')
     trained["run_blind"].write_text(text)
     for names, named in (
-        (["grpo"], "grpo: .*config.toml is of a run by sft"),
-        (["blind"], "blind: .*is of a run by grpo with images = 'own'"),
-        (["\x1b[31m=" + str(tmp_path)], "is no name of its own"),
-        (["=" + str(tmp_path)], "is no name of its own"),
+        (["grpo"], "grpo: .*config.toml has method = 'sft'"),
+        (["blind"], "blind: .*has method = 'grpo' and images = 'own'"),
+        (["\x1b[31m=" + str(tmp_path)], "is invalid or given twice"),
+        (["=" + str(tmp_path)], "is invalid or given twice"),
         (["sft"], "sft: not comparable, trained with max_pixels 5000"),
         (["dpo"], "'dpo' is unknown"),
-        (["base", "base"], "is no name of its own"),
+        (["base", "base"], "is invalid or given twice"),
         (["x=nowhere"], "x: there is no model in nowhere"),
     ):
         with pytest.raises(InputError, match=named):
