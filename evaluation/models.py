@@ -95,7 +95,7 @@ def _resolved(config: Config, field: str) -> Any:
 
 
 def model_digest(folder: Path) -> str:
-    """The digest of a checkpoint folder's weights, config and tokenizer, which detects changes."""
+    """A digest of a checkpoint folder's weights, config and tokenizer, to detect changes."""
     hashed = hashlib.sha256()
     for file in sorted(folder.iterdir()):  # iterdir has no fixed order
         if file.suffix in (".safetensors", ".json", ".jinja"):

@@ -41,8 +41,8 @@ def binomial_tail(right: int, total: int, chance: float) -> float:
 def mcnemar(only_first: int, only_second: int) -> float:
     """The exact two-sided p of two models on the same questions (McNemar 1947).
 
-    It tests whether each model has half of the questions that only one of the two answered right;
-    1 if there are none.
+    Tests whether the questions that only one of the two answered right are split evenly between
+    them; 1 if there are none.
     """
     # Questions that both or neither answered right do not tell the models apart.
     n = only_first + only_second
