@@ -309,7 +309,7 @@ def test_every_config_that_is_read_can_be_written_and_read_again(tmp_path):
 def test_metrics_of_nonsense_are_one_line(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
     refused(
-        lambda: read_metrics(tmp_path / "metrics.jsonl"), "metrics.jsonl line 2", "mend the line"
+        lambda: read_metrics(tmp_path / "metrics.jsonl"), "metrics.jsonl line 2", "correct the line"
     )
 
 
