@@ -1,9 +1,9 @@
 """AdamW on fp32 master weights, with warm-up and gradient clipping.
 
 At a learning rate of 1e-6 an update is far smaller than the distance between neighbouring bf16
-numbers (0.4 to 0.8 % of a weight): added to bf16 weights it would be rounded away. So the optimiser
-owns fp32 copies, adds to those, and rounds them into the model. Where the model itself is fp32, its
-parameters are the masters and nothing is copied.
+numbers (0.4 to 0.8 % of a weight). Added to bf16 weights, it would be rounded away. So the
+optimiser keeps fp32 copies, the masters, updates those, and rounds them into the model. If the
+model itself is fp32, its parameters are the masters and nothing is copied.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from common.config import Config
 
 SAMPLED = 1024
-"""Weights of each tensor that `bf16_lost` looks at, evenly spread over it."""
+"""Weights per tensor that `bf16_lost` is estimated from, evenly spaced (up to twice as many)."""
 
 
 class Weight(NamedTuple):
-    """A tensor of the model, and the fp32 one that the optimiser updates."""
+    """A parameter of the model and its master, the fp32 tensor that the optimiser updates."""
 
     name: str
     param: Tensor
@@ -28,9 +28,9 @@ class Weight(NamedTuple):
 class MasterAdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for a model of any floating-point type.
 
-    Call `accumulate` after each micro-batch's backward, `step` once per update. With
-    `config.offload_optimizer` all that is fp32 here lives in the host's memory, and the GPU holds
-    the model and its fresh gradients alone.
+    Call `accumulate` after each micro-batch's backward pass, and `step` once per update. With
+    `config.offload_optimizer` masters, moments and accumulated gradients are kept in host memory,
+    and the GPU holds only the model and the gradients of one micro-batch.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -48,30 +48,28 @@ class MasterAdamW:
         )
 
     def accumulate(self) -> None:
-        """Add the model's fresh gradients to the masters', in fp32: a long sum in bf16 would lose
-        bits.
-        """
+        """Add the model's gradients to those of the masters: a long sum in bf16 would lose bits."""
         for _, param, master in self.weights:
             if master is not param and param.grad is not None:
-                # Moved as it is and made fp32 there: half the bytes cross to the host.
+                # Convert to fp32 after the move: bf16 is half the bytes to copy to the host.
                 grad = param.grad.to(master.device)
                 master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
     def forget_gradients(self) -> None:
-        """Drop what was accumulated since the last update, and what a broken backward has left."""
+        """Drop all gradients, including any that an interrupted backward pass left behind."""
         for _, param, master in self.weights:
             param.grad = master.grad = None
 
     def step(self, learning_rate: float) -> dict[str, Tensor]:
-        """Clip, update, round into the model, forget the gradients.
+        """Clip the gradient, update the masters, round them into the model, drop the gradients.
 
-        A gradient that is not finite changes nothing: the update is left out.
+        If the gradient is not finite, the update is skipped.
 
         Returns:
-            "grad_norm", before clipping; and of an update that was made "bf16_lost", the share of
-            changed weights that bf16 weights would have kept as they were, the update being rounded
-            away (of a sample, each tensor counting by its size).
+            "grad_norm", the norm before clipping. If the update was made, also "bf16_lost": the
+            share of changed weights that would not have changed in bf16, because rounding would
+            have undone the update (estimated from a sample; each tensor counts by its size).
         """
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         stats = {"grad_norm": norm}
@@ -88,14 +86,14 @@ class MasterAdamW:
         return stats
 
     def _sample(self) -> Tensor:
-        """Some weights of every master, fp32 (n,)."""
+        """A sample of every master's weights, fp32 (n,)."""
         return torch.cat([master.detach().flatten()[:: _stride(master)] for master in self.masters])
 
     def _lost_in_bf16(self, before: Tensor) -> Tensor:
         update = self._sample() - before
         rounded = before.bfloat16()
         lost = (rounded.float() + update).bfloat16() == rounded
-        # A sampled weight stands for as many as its tensor's stride skips.
+        # A sampled weight stands for as many weights as its tensor's stride.
         counts = []
         for master in self.masters:
             stride = _stride(master)
@@ -105,7 +103,10 @@ class MasterAdamW:
         return (lost * changed).sum() / changed.sum().clamp(min=1)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by parameter name: moments, step count, separate masters."""
+        """The tensors a resumed run needs, by parameter name: moments, step count, masters.
+
+        A parameter that is its own master is saved with the model instead.
+        """
         tensors = {}
         for name, param, master in self.weights:
             for key, value in self.adamw.state.get(master, {}).items():
@@ -115,34 +116,38 @@ class MasterAdamW:
         return tensors
 
     def state_bytes(self) -> int:
-        """The size of `state` once an update was made: two moments, and separate masters."""
+        """Size of `state` after the first update: two moments per weight, and separate masters."""
         return sum(master.nbytes * (2 + (master is not param)) for _, param, master in self.weights)
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave. KeyError if anything is missing, ValueError if misshapen.
+        """Restore what `state` returned.
 
-        fp32 weights are their own masters where it gave none: with `offload_optimizer` off, a state
-        of the one loads in the other.
+        The state of an fp32 model loads with or without `offload_optimizer`, however it was saved:
+        its weights equal their masters.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a moment has the wrong shape.
         """
         for name, param, master in self.weights:
             if f"step.{name}" in tensors:
                 moments = {}
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = tensors[f"{key}.{name}"]
-                    # Checked here: AdamW would broadcast, and learn from another weight's moments.
+                    # Without this check AdamW would broadcast, and use another weight's moments.
                     if value.shape != (() if key == "step" else master.shape):
-                        raise ValueError(f"the moments of {name} have another shape")
+                        raise ValueError(f"the moments of {name} have the wrong shape")
                     moments[key] = value.to(master.device).float()
                 self.adamw.state[master] = moments
             own_master = param.dtype == torch.float32 and f"master.{name}" not in tensors
             if master is not param and not own_master:
-                # The model, loaded from the same checkpoint, is this rounded already.
+                # The model was loaded from the same checkpoint: it is already the rounded master.
                 master.copy_(tensors[f"master.{name}"])
 
 
 def _master(param: Tensor, offload: bool) -> Tensor:
-    """The fp32 copy that is updated; the parameter itself where it can be."""
+    """The fp32 tensor to update: the parameter itself if possible, otherwise a copy."""
     offload = offload and param.device.type != "cpu"
     if param.dtype == torch.float32 and not offload:
         return param
@@ -155,10 +160,10 @@ def _stride(tensor: Tensor) -> int:
 
 
 def scheduled_rate(step: int, config: Config) -> float:
-    """Learning rate of a step (from 0): linear up to the peak over the warm-up, then linear to
-    final_lr_ratio of it.
+    """The learning rate of a step (counted from 0): linear warm-up, then linear decay.
 
-    The end would be reached one step after the last, so that a decay to nothing wastes no rollout.
+    The decay ends at `final_lr_ratio` of the peak, one step after the last, so that even a decay to
+    0 wastes no rollout.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

@@ -1,4 +1,4 @@
-"""The data of a step: prompts side by side, the rollout of their groups, and its micro-batches."""
+"""The data of a step: its batch of prompts, the rollout of their groups, and its micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from model import Qwen2VL, token_logprobs
 class PromptBatch:
     """N prompts, right-padded to P tokens, and their images in reading order.
 
-    `images` are patches (S, C) with their grids, or, if `grids_I3` is None, the vision tower's
-    features of them (one row for each image token).
+    `images` are patches (S, C) with their grids. If `grids_I3` is None, they are the features that
+    the vision tower has already computed, one row per image token.
     """
 
     tokens_NP: Tensor
@@ -26,12 +26,12 @@ class PromptBatch:
     grids_I3: Tensor | None
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """In the order in which the model's methods take them."""
+        """The fields, in the order in which the model's methods take them."""
         return self.tokens_NP, self.positions_3NP, self.lengths_N, self.images, self.grids_I3
 
 
 def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> PromptBatch:
-    """Pad prompts to one length and move them to the device."""
+    """Pad the prompts to a common length and move them to the device."""
     lengths = [len(prompt.tokens_P) for prompt in prompts]
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
     positions = torch.zeros(3, len(prompts), max(lengths), dtype=torch.int64)
@@ -42,7 +42,7 @@ def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> Pr
     images, grids = None, None
     with_images = [prompt for prompt in prompts if len(prompt.grids_I3)]
     features = [prompt.features_ID for prompt in with_images if prompt.features_ID is not None]
-    if features:  # of all prompts, or of none
+    if features:  # all prompts have them, or none
         images = torch.cat(features).to(device)
     elif with_images:
         images = torch.cat([prompt.patches_SC for prompt in with_images]).to(device)
@@ -54,9 +54,10 @@ def collate(prompts: Sequence[Prompt], device: str | torch.device = "cpu") -> Pr
 
 @torch.no_grad()
 def with_image_features(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts with the vision tower's features of their images.
+    """The prompts, with the vision tower's features of their images added.
 
-    For a frozen tower: all models and passes of a step then share what it computed once.
+    For a frozen tower: its features are computed once and shared by policy, reference and all
+    passes of a step.
     """
     device = model.embed.weight.device
     encoded = []
@@ -70,9 +71,9 @@ def with_image_features(model: Qwen2VL, prompts: Sequence[Prompt]) -> list[Promp
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some of a rollout's groups: one forward and backward.
+    """Some of a rollout's groups, for one forward and backward pass.
 
-    `groups` says which of the N they are; T is the longest completion among them.
+    `groups` is their slice of the N groups; T is the length of their longest completion.
     """
 
     groups: slice
@@ -87,11 +88,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """G completions of each of N prompts, as sampled; T is the longest one, not the limit.
+    """G sampled completions o_1 ... o_G of each of N prompts.
 
-    `mask_NGT` is true up to and including the first end of turn; `logp_NGT` is the log-probability
-    under the policy that sampled; `ended_NG` is false for truncated completions; `texts` have no
-    end of turn.
+    T is the length of the longest completion, not the limit. `mask_NGT` is True up to and including
+    the first end of turn. `logp_NGT` is log pi_old(o_t | q, o_<t), under the policy that sampled.
+    `ended_NG` is False for truncated completions. `texts` leave out the end of turn.
     """
 
     prompts: Sequence[Prompt]
@@ -102,7 +103,7 @@ class Rollout:
     texts: list[list[str]]
 
     def micro_batches(self, tokens_each: int) -> Iterator[MicroBatch]:
-        """Whole groups in their order, as many as `tokens_each` allows, but at least one."""
+        """Whole groups in order, as many at a time as `tokens_each` allows, but at least one."""
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
         for groups in self._slices(tokens_each):
             longest = max(longest_N[groups])
@@ -114,16 +115,17 @@ class Rollout:
             )
 
     def smaller_micro_batches(self, tokens_each: int) -> int:
-        """The budget, halved until it makes other micro-batches.
+        """The budget, halved until it splits the rollout differently.
 
-        InputError if each holds one group already.
+        Raises:
+            InputError: every micro-batch holds a single group already.
         """
         slices = self._slices(tokens_each)
         if len(slices) == len(self.prompts):
             raise InputError(
                 "out of memory with a single group in a micro-batch; set activation_checkpointing "
-                "or offload_optimizer, or begin anew in another run_dir with a smaller group_size, "
-                "max_new_tokens or max_pixels"
+                "or offload_optimizer, or start again in another run_dir with a smaller "
+                "group_size, max_new_tokens or max_pixels"
             )
         while self._slices(tokens_each) == slices:
             tokens_each //= 2
@@ -138,9 +140,9 @@ class Rollout:
 def micro_batch_slices(
     prompt_sizes: Sequence[int], longest_N: Sequence[int], group_size: int, tokens_each: int
 ) -> list[slice]:
-    """Which groups go together, from the size of each one's prompt and longest completion.
+    """Split the groups, given the size of each one's prompt and longest completion.
 
-    What counts against `tokens_each` is the size with padding, as attention computes it.
+    `tokens_each` limits the size with padding, because attention computes padding too.
     """
     slices, start = [], 0
     for stop in range(1, len(prompt_sizes) + 1):
@@ -148,7 +150,7 @@ def micro_batch_slices(
             width = max(prompt_sizes[start : stop + 1])
             width += group_size * max(longest_N[start : stop + 1])
             if (stop + 1 - start) * width <= tokens_each:
-                continue  # the next group fits in too
+                continue  # the next group fits too
         slices.append(slice(start, stop))
         start = stop
     return slices
@@ -160,7 +162,7 @@ def written_rollout(
     texts: Sequence[Sequence[str]],
     device: str | torch.device,
 ) -> Rollout:
-    """A rollout of given completions, each closed by the end of turn; `logp_NGT` is 0."""
+    """A rollout of given texts, each followed by an end of turn; `logp_NGT` is 0."""
     end = vocabulary.end_ids[0]
     ids = [[[*vocabulary.encode(text), end] for text in group] for group in texts]
     tokens_NGT, mask_NGT = padded(ids, end, device)
@@ -177,7 +179,7 @@ def written_rollout(
 def padded(
     ids: Sequence[Sequence[Sequence[int]]], fill: int, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Groups of completions, as ids -> tokens (N, G, T) and mask; any sizes may differ."""
+    """Pad groups of completions, given as ids: tokens (N, G, T) and their mask."""
     group_size = max(len(group) for group in ids)
     longest = max(len(row) for group in ids for row in group)
     tokens_NGT = torch.full((len(ids), group_size, longest), fill)
@@ -192,10 +194,10 @@ def padded(
 def completion_logprobs(
     model: Qwen2VL, batch: MicroBatch, allowed_V: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """log pi of every completion token (N, G, T), and the entropy there; both 0 outside the mask.
+    """log pi(o_t | q, o_<t) of every completion token, and the entropy of pi(. | q, o_<t).
 
-    Image and prompt run once per group; only real tokens meet the head. Policy and reference share
-    this function.
+    Both are (N, G, T), and 0 outside the mask. Images and prompt run once per group, and only the
+    states that predict completion tokens reach the head. Policy and reference share this function.
     """
     tokens_NGT, mask_NGT = batch.tokens_NGT, batch.mask_NGT
     hidden_MD = model.completion_hidden(*batch.prompts.parts(), tokens_NGT, mask_NGT)

@@ -1,10 +1,10 @@
-"""Grouped rollouts: a prompt with its image is run once, and G completions grow from its cache.
+"""Grouped rollouts: each prompt runs once with its images, and G completions grow from its cache.
 
-What is sampled is exactly the distribution that is trained: the temperature, and the ids that can't
-be sampled, are in the loss's normaliser too, and there is no top-k or top-p. All random numbers are
-drawn beforehand, a block (G, T) for each (seed, step, place in the step), and turned into tokens
-through the inverse of the cumulative distribution. So a completion does not depend (up to rounding)
-on what else is in the batch, and a resumed run needs no generator's state.
+The sampler draws from exactly the distribution that is trained: the loss applies the same
+temperature and excludes the same forbidden ids, and there is no top-k or top-p. All random numbers
+are drawn in advance, a block (G, T) for each (seed, step, place in the step), and turned into
+tokens by inverting the cumulative distribution. So a completion does not depend on the rest of the
+batch (up to rounding), and a resumed run has no generator state to restore.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,27 +23,25 @@ from model.logprobs import masked_logits
 
 from .rollout import PromptBatch, Rollout, collate
 
-ASK_EVERY = 8
-"""Decoding steps between two looks at which completions have ended: each makes the host wait for
-the device.
-"""
+CHECK_EVERY = 8
+"""Decoding steps between checks for finished completions. A check makes the host wait for the GPU."""
 
 IDS_IN_BLOCK = 128
-"""Ids that are summed before the choice among them begins: about the root of a vocabulary."""
+"""Ids per block in `inverse_cdf`: roughly the square root of the vocabulary's size."""
 
 SHRINK_AT = 0.75
-"""Finished completions leave the batch when no more than this share of its rows would stay."""
+"""Finished completions leave the batch once at most this share of its rows would remain."""
 
 SPAN_STEP = 64
-"""On a GPU, attention looks at so many slots more at a time, and prompts have room to such sizes:
-every size has its own captured graph.
+"""On a GPU, the slots that attention reads and the room for prompts grow in steps of this size,
+because every size has its own captured graph.
 """
 
 
 def sampling_noise(
     seed: int, step: int, places: Sequence[int], group_size: int, max_new_tokens: int
 ) -> Tensor:
-    """Uniform numbers in [0, 1), float32 (N, G, T); `places` are the prompts' in the step."""
+    """Uniform numbers in [0, 1), float32 (N, G, T), for the prompts at `places` in the step."""
     blocks = []
     for place in places:
         stream = np.random.default_rng([seed, step, place])
@@ -52,16 +50,19 @@ def sampling_noise(
 
 
 def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token whose cumulative probability exceeds the noise: of logits (R, V) and noise
-    (R,).
+    """Sample o_t: the first token whose cumulative probability exceeds the noise.
 
-    One running sum over 150,000 ids would be slow, and in float32 would shift the chances of the
-    last ones. Here ids are summed in blocks, a float64 running sum over the blocks' masses finds
-    the block, and one over its ids the token. A token of probability 0 is never chosen, because it
-    does not raise its running sum. `naive_inverse_cdf` is the twin.
+    A single running sum over 150,000 ids would be slow, and in float32 it would distort the
+    probabilities of the last ids. So ids are summed in blocks: a float64 running sum over the
+    blocks finds the block, another over its ids finds the token. A token of probability 0 is never
+    chosen, because it does not raise the running sum. `naive_inverse_cdf` is the slow twin.
+
+    Args:
+        logits: (R, V); overwritten.
+        noise: (R,), uniform in [0, 1).
 
     Returns:
-        The ids (R,), and their log-probabilities, float32 (R,). `logits` are overwritten.
+        The ids (R,) and their log-probabilities, float32 (R,).
     """
     V, size = logits.shape[1], IDS_IN_BLOCK
     highest = logits.amax(dim=-1, keepdim=True)
@@ -75,8 +76,8 @@ def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     threshold = noise.double()[:, None] * mass
     block = torch.searchsorted(blocks, threshold, right=True).clamp(max=blocks.shape[1] - 1)
 
-    # How far into its block the threshold lies, as a share: the ids' running sum may be rounded
-    # otherwise than the block's mass.
+    # The threshold's position in its block, as a share of the block's mass: the running sum over
+    # the ids may round differently from that mass.
     share = (threshold - blocks.gather(-1, block)) / masses.gather(-1, block).double() + 1
     share = share.clamp(0, 1 - 1e-12)  # below 1, so that some id's running sum exceeds it
     ids = block * size + torch.arange(size, device=logits.device)
@@ -89,7 +90,7 @@ def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def naive_inverse_cdf(logp: Tensor, noise: Tensor) -> Tensor:
-    """The twin of `inverse_cdf`: one running sum over all ids. logp (R, V), noise (R,) -> (R,)."""
+    """The slow twin of `inverse_cdf`: one running sum. logp (R, V), noise (R,) -> ids (R,)."""
     cumulative = logp.double().exp().cumsum(dim=-1)
     threshold = noise.double()[:, None] * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
@@ -107,13 +108,13 @@ def sample_groups(
     max_new_tokens: int = 0,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
-    """Sample G completions of at most T tokens for each prompt.
+    """Sample a group o_1 ... o_G ~ pi_old(. | q) of at most T tokens each for every prompt q.
 
     Args:
-        noise_NGT: from `sampling_noise`; its shape says G and T. None decodes one completion of at
-            most `max_new_tokens` greedily.
-        temperature: divides the logits, in sampling and in the log-probabilities returned.
-        watch: called with each step's tokens (N, G) as they are chosen, for showing them.
+        noise_NGT: from `sampling_noise`; its shape determines G and T. None decodes one completion
+            of at most `max_new_tokens` greedily.
+        temperature: divides the logits, both for sampling and in the returned log-probabilities.
+        watch: called with the tokens (N, G) of every decoding step, to display them.
     """
     N, G, T = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
     batch = collate(prompts, model.embed.weight.device)
@@ -126,14 +127,14 @@ def sample_groups(
                 watch(growing.tokens.view(N, G, T)[..., t])
             if t + 1 == T:
                 break
-            if (t + 1) % ASK_EVERY == 0 and not growing.drop_finished(written=t):
+            if (t + 1) % CHECK_EVERY == 0 and not growing.drop_finished(written=t):
                 break
             growing.advance(model, t)
     return growing.rollout(prompts)
 
 
 class RolloutKind(NamedTuple):
-    """What decides the buffers and the graphs of a rollout, beside its model and vocabulary."""
+    """The settings that a rollout's buffers and graphs depend on, besides model and vocabulary."""
 
     shape: tuple[int, int, int]  # N, G, T
     temperature: float
@@ -141,13 +142,14 @@ class RolloutKind(NamedTuple):
 
 
 class Growing:
-    """The completions that are still growing: R rows, as many of each group that is left.
+    """The state of a rollout: R rows, an equal number for every group that is still growing.
 
-    Results lie in `tokens` and `logps` (N * G, T) of all completions; `row_R` says which of them
-    each row is. Beside rows that grow, a group may hold some that have ended: groups are kept
-    equally wide, since they share products. Like the cache's, its tensors are written in place,
-    never replaced; of those named _R the first `rows` count. The model, which may keep this object,
-    is given to every call and not kept here: a cycle would outlive both.
+    `tokens` and `logps` (N * G, T) collect the results of all completions, and `row_R` maps each
+    row to its completion. All groups have the same number of rows because they share matrix
+    products, so a group may include finished rows. Like those of the cache, the tensors are written
+    in place and never replaced. Only the first `rows` entries of the tensors named _R are in use.
+    The model may keep this object, so it is passed to every call and not stored here: a reference
+    cycle would keep both alive.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class Growing:
         self.warmed_up: set[tuple[int, int, int]] = set()
 
     def fits(self, vocabulary: Vocabulary, kind: RolloutKind, prompt_size: int) -> bool:
-        """Whether this state can serve such a rollout too."""
+        """Whether this state can be reused for such a rollout."""
         room = self.cache.prompt_bias.shape[-1]
         return self.vocabulary is vocabulary and self.kind == kind and prompt_size <= room
 
@@ -183,29 +185,29 @@ class Growing:
         self.logps.zero_()
         self.done_R.zero_()
         self.row_R.copy_(torch.arange(self.rows))
-        # All completions of a prompt go on after the largest of its three positions.
+        # The completions of a prompt continue after the largest of its three-part positions.
         after_prompt_N = batch.positions_3NP.amax(dim=(0, 2)) + 1
         self.position_R.copy_(after_prompt_N.repeat_interleave(G))
         last_ND = model.prefill(*batch.parts(), self.cache)
         self._choose(model, last_ND.repeat_interleave(G, dim=0))
 
     def advance(self, model: Qwen2VL, t: int) -> None:
-        """Token t of every row goes into the cache, and token t + 1 is chosen.
+        """Write token t of every row to the cache, and choose token t + 1.
 
-        On a GPU a step's launches are captured once for each number of rows and span, and then
-        replayed together.
+        On a GPU, the kernel launches of a decoding step are captured in a graph, one for each
+        number of rows and span, and then replayed together.
         """
         if not self.tokens.is_cuda:
             self.decode_and_choose(model, span=t + 1)
             return
         span = min((t // SPAN_STEP + 1) * SPAN_STEP, self.tokens.shape[1])
         shape = self.cache.groups, self.rows, span
-        if shape not in self.warmed_up:  # what the libraries do at first can't be captured
+        if shape not in self.warmed_up:  # libraries initialise on first use; that can't be captured
             self.warmed_up.add(shape)
             self.decode_and_choose(model, span, padded=True)
             return
         if shape not in self.graphs:
-            # One pool of memory: the graphs run one at a time.
+            # The graphs run one at a time, so they can share one memory pool.
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -214,7 +216,7 @@ class Growing:
         self.graphs[shape].replay()
 
     def decode_and_choose(self, model: Qwen2VL, span: int, padded: bool = False) -> None:
-        """The device's share of a step: no host in it, and of the step only its `span`."""
+        """One decoding step on the device: no wait for the host, and no size but `span` changes."""
         row_R, step = self.row_R[: self.rows], self.cache.step
         position_R = self.position_R[: self.rows] + step
         tokens_R = self.tokens[row_R, step]
@@ -234,9 +236,9 @@ class Growing:
         self.done_R[: self.rows] |= (chosen_R[:, None] == self.ends).any(dim=-1)
 
     def drop_finished(self, written: int) -> bool:
-        """Let groups and rows go that have ended, where enough have. False if all have.
+        """Drop finished groups and rows, if enough have finished. Returns False if all have.
 
-        `written` slots of the cache are filled: the token chosen last is not in it yet.
+        `written` slots of the cache are filled; the latest token is not in it yet.
         """
         growing = (~self.done_R[: self.rows]).view(self.cache.groups, -1).cpu()
         groups = growing.any(dim=1).nonzero()[:, 0]
@@ -244,7 +246,7 @@ class Growing:
             return False
         width = int(growing.sum(dim=1).max())
         if len(groups) * width <= SHRINK_AT * growing.numel():
-            # Those that grow come first, in their order; ended ones fill up.
+            # Growing rows come first, in order; finished rows fill the group up to `width`.
             members = growing[groups].int().argsort(dim=1, descending=True, stable=True)[:, :width]
             rows = (groups[:, None] * growing.shape[1] + members).flatten().to(self.row_R.device)
             self.cache.keep(groups.to(rows.device), rows, written)
@@ -254,23 +256,24 @@ class Growing:
         return True
 
     def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
-        """What was sampled, out of the buffers, which the next rollout may use again.
+        """The sampled completions, copied from the buffers, which the next rollout may reuse.
 
-        InputError if the model's probabilities are not finite.
+        Raises:
+            InputError: the model's probabilities are not finite.
         """
         N, G, T = self.kind.shape
         tokens, logps = self.tokens.view(N, G, T), self.logps.view(N, G, T)
         ends = torch.isin(tokens, self.ends)
-        mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end before it
+        mask = ends.cumsum(dim=-1) - ends.long() == 0  # no end of turn before the token
         if not logps[mask].isfinite().all():
             raise InputError(
                 "the model's probabilities are not finite: its weights are damaged (copy them "
-                "again), or training has diverged (begin anew in another run_dir with a lower "
+                "again), or training has diverged (start again in another run_dir with a lower "
                 "learning_rate)"
             )
         longest = int(mask.sum(-1).max())
         mask, ends = mask[..., :longest], ends[..., :longest]
-        # Behind a completion there are ends and zeros.
+        # Pad behind each completion: tokens with ends of turn, log-probabilities with zeros.
         tokens = tokens[..., :longest].masked_fill(~mask, self.vocabulary.end_ids[0])
         logps = logps[..., :longest].masked_fill(~mask, 0.0)
         texts = []
@@ -283,13 +286,13 @@ class Growing:
 def growing_rows(
     model: Qwen2VL, vocabulary: Vocabulary, kind: RolloutKind, prompt_size: int
 ) -> Growing:
-    """A rollout's state. On a GPU the model keeps the latest one, with its graphs."""
+    """The state for a rollout. On a GPU the model keeps the latest one, with its graphs."""
     kept = model.rollout_state
     if kept is not None and kept.fits(vocabulary, kind, prompt_size):
         return kept
-    model.rollout_state = None  # its memory goes before the new one's comes
+    model.rollout_state = None  # free its memory before the new state is allocated
     if not model.embed.weight.is_cuda:
         return Growing(model, vocabulary, kind, prompt_size)
-    prompt_size = -(-prompt_size // SPAN_STEP) * SPAN_STEP  # with room for prompts somewhat longer
+    prompt_size = -(-prompt_size // SPAN_STEP) * SPAN_STEP  # room for slightly longer prompts
     model.rollout_state = Growing(model, vocabulary, kind, prompt_size)
     return model.rollout_state

@@ -198,9 +198,9 @@ def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others
     monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 0.0)
     slow, _ = sampled(model, prompts, **options)
     assert len(set(sizes)) == 1
-    for ask_every in (1, 3):
+    for check_every in (1, 3):
         sizes.clear()
-        monkeypatch.setattr(grpo.sampler, "ASK_EVERY", ask_every)
+        monkeypatch.setattr(grpo.sampler, "CHECK_EVERY", check_every)
         monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
         fast, _ = sampled(model, prompts, **options)
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > (1 if greedy else 3)
@@ -314,7 +314,7 @@ def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_
     """What a captured graph relies on: every tensor that a step reads or writes lies where it
     lay.
     """
-    monkeypatch.setattr(grpo.sampler, "ASK_EVERY", 2)
+    monkeypatch.setattr(grpo.sampler, "CHECK_EVERY", 2)
     monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
     options = dict(group_size=6, max_new_tokens=40, ends=tuple(range(0, 300, 12)))
     model = tiny_model()
