@@ -24,7 +24,7 @@ from model.logprobs import masked_logits
 from .rollout import PromptBatch, Rollout, collate
 
 CHECK_EVERY = 8
-"""Decoding steps between checks for finished completions. A check makes the host wait for the GPU."""
+"""Decoding steps between checks for finished completions; each makes the host wait for the GPU."""
 
 IDS_IN_BLOCK = 128
 """Ids per block in `inverse_cdf`: roughly the square root of the vocabulary's size."""
@@ -216,7 +216,10 @@ class Growing:
         self.graphs[shape].replay()
 
     def decode_and_choose(self, model: Qwen2VL, span: int, padded: bool = False) -> None:
-        """One decoding step on the device: no wait for the host, and no size but `span` changes."""
+        """Decode one token per row and choose the next, without making the host wait.
+
+        `span` is all that Python knows of the step, so that a captured graph serves other steps.
+        """
         row_R, step = self.row_R[: self.rows], self.cache.step
         position_R = self.position_R[: self.rows] + step
         tokens_R = self.tokens[row_R, step]

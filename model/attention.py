@@ -1,27 +1,27 @@
-"""Attention where G completions share one prompt: each fast form beside the obvious one that tests
+"""Attention for G completions that share one prompt.
+
+A decoder layer computes queries, keys and values and passes them to an `attend` function. Which
+tokens attend to which is decided here and nowhere else. Each fast form has a slow twin that tests
 compare it with.
 
-A decoder layer computes queries, keys and values and hands them to an `attend` function; which
-tokens attend to which is decided here and nowhere else.
-
 Letters: N prompts of P tokens, G completions of T tokens each, S keys of a completion; H query
-heads and K key-value heads of size d. Each KV head serves H / K query heads in a row (grouped-query
-attention, arXiv 2305.13245).
+heads and K key-value heads of size d. Each KV head serves H / K consecutive query heads
+(grouped-query attention, arXiv 2305.13245).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Off for the whole process: torch tries cuDNN's kernel first on Hopper GPUs. Its backward can give
-# NaN where there is a mask (pytorch/pytorch#196678, huggingface/trl#7181), and it builds a plan for
-# every new shape, of which packed completions have a new one in each micro-batch. Flash and
-# memory-efficient kernels stay.
+# cuDNN's kernel, which torch tries first on Hopper GPUs, is off for the whole process. Its backward
+# pass can return NaN with a mask (pytorch/pytorch#196678, huggingface/trl#7181), and it builds a
+# plan for every new shape, that is, for almost every micro-batch of packed completions. The flash
+# and memory-efficient kernels stay on.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of every token to itself and its past.
+    """Attention of every token to itself and the tokens before it.
 
     Args:
         q: (B, H, L, d).
@@ -30,7 +30,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, H, L, d).
     """
-    # Right-padding needs no mask: it lies after all real tokens, so that none attends to it.
+    # Right padding needs no mask: it comes after all real tokens, so none of them attends to it.
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
@@ -44,18 +44,17 @@ def two_part_attention(
     prompt_bias: Tensor,
     own_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query a completion to a prompt that a group shares and to the completion's
-    own tokens, without copies of the prompt.
+    """Attention of one query per completion to the group's prompt and the completion's own tokens.
 
-    The scores are two matrix products, the first over all G completions at once ("bifurcated
-    attention", arXiv 2403.08845); one softmax runs over both.
+    The prompt is not copied: the scores are two matrix products, that with the prompt over all G
+    completions at once ("bifurcated attention", arXiv 2403.08845). One softmax runs over both.
 
     Args:
         q: queries (N, G, K, H / K, d).
         prompt_k, prompt_v: (N, K, P, d), stored once per group.
         own_k, own_v: (N * G, K, S, d), the completion's own keys and values.
         prompt_bias: (N, 1, 1, P), 0 or, on padding, -inf.
-        own_mask: bool (S,), True on the own keys that count; None if all do.
+        own_mask: bool (S,), True on the own keys to attend to; None for all.
 
     Returns:
         (N, G, K, H / K, d).
@@ -75,7 +74,7 @@ def two_part_attention(
 
 
 def _by_prompt(x: Tensor) -> Tensor:
-    """(N, G, K, R, ...) -> (N, K, G * R, ...): the rows of a whole group, for one product."""
+    """(N, G, K, R, ...) -> (N, K, G * R, ...): all rows of a group, for a single product."""
     return x.transpose(1, 2).flatten(2, 3)
 
 
@@ -85,11 +84,11 @@ def _by_completion(x: Tensor, G: int) -> Tensor:
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product of scores, at least fp32 whatever comes in."""
-    # In bf16, whose steps near 30 are an eighth, sampler and trainer would disagree.
+    """Batched matrix product for scores, in fp32 even for bf16 inputs."""
+    # Near 30, neighbouring bf16 numbers are 1/8 apart: sampler and trainer would disagree.
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
-    if a.is_cuda:  # without fp32 copies of what comes in
+    if a.is_cuda:  # no fp32 copies of the inputs
         out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
         return out.unflatten(0, a.shape[:-2])
     return a.float() @ b.float()
@@ -103,31 +102,32 @@ def merged_attention(
     own_v: Tensor,
     prompt_bias: Tensor,
 ) -> Tensor:
-    """`two_part_attention`, its twin, of all own keys and without gradient, by torch's fused kernel
-    for processors.
+    """`two_part_attention` by torch's fused CPU kernel: over all own keys, without gradient.
+
+    `two_part_attention` is its slow twin.
     """
     G = q.shape[1]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    # Beside its output the kernel gives the logarithm of its sum of exponentials.
+    # The kernel returns its output and the logarithm of its sum of exponentials.
     from_prompt, prompt_sum = attend(_by_prompt(q), prompt_k, prompt_v, attn_mask=prompt_bias)
     from_own, own_sum = attend(q.flatten(0, 1), own_k, own_v)
     from_prompt = _by_completion(from_prompt, G).flatten(0, 1)  # (N * G, K, H / K, d)
     prompt_sum = _by_completion(prompt_sum, G).flatten(0, 1)  # (N * G, K, H / K)
 
-    # One softmax over both would weigh the outputs in proportion to their sums, that is by the
-    # sigmoid of the logarithms' difference.
+    # One softmax over both parts would weight the outputs in proportion to their sums. The prompt's
+    # share is the sigmoid of the difference of the logarithms.
     prompt_share = torch.sigmoid(prompt_sum - own_sum)[..., None]
     merged = torch.lerp(from_own, from_prompt, prompt_share.to(q.dtype))
     return merged.unflatten(0, (-1, G))
 
 
 class SharedPrefix:
-    """The update's `attend`: N prompts and their G completions each, packed into one row of real
-    tokens only.
+    """The `attend` of the update: N prompts with G completions each, packed without padding.
 
-    A prompt's token attends to its past; a completion's to its whole prompt and its own past, never
-    to its sisters. Gradients of all G flow into the prompt's one set of keys and values. The twin
-    is the plain forward of G sequences, each with a prompt of its own.
+    A prompt token attends to its past. A completion token attends to its whole prompt and to its
+    own past, never to the other completions of the group. The gradients of all G completions flow
+    into one set of prompt keys and values. The slow twin is the plain forward of G sequences, each
+    with its own copy of the prompt.
     """
 
     def __init__(
@@ -137,24 +137,24 @@ class SharedPrefix:
         heads_each: int,
         dtype: torch.dtype,
     ) -> None:
-        """Plan the attention of all layers.
+        """Prepare the masks, which all layers share.
 
         Args:
-            prompt_NP: the prompts' padding mask, bool (N, P), True on real tokens.
-            own_NGT: the completions', bool (N, G, T).
-            heads_each: query heads of a KV head, H / K.
-            dtype: that of queries and keys.
+            prompt_NP: padding mask of the prompts, bool (N, P), True on real tokens.
+            own_NGT: padding mask of the completions, bool (N, G, T).
+            heads_each: query heads per KV head, H / K.
+            dtype: of queries and keys.
         """
         self.prompts = _Packing(prompt_NP)
         self.completions = _Packing(own_NGT)
-        # What is added to the completions' scores: 0 or -inf, (N * G, 1, H / K * T, P + T).
+        # Added to the completions' scores: 0 or -inf, (N * G, 1, H / K * T, P + T).
         N, G, T = own_NGT.shape
         P = prompt_NP.shape[1]
-        # CUDA's kernels would copy rows of another stride, once for every layer.
+        # If the row stride is not a multiple of 8, CUDA's kernels copy the bias in every layer.
         aligned = (P + T + 7) // 8 * 8
         bias = torch.zeros(N, T, aligned, dtype=dtype, device=own_NGT.device)
         bias[..., :P].masked_fill_(~prompt_NP[:, None], float("-inf"))
-        # The past of a real token holds no padding, so that one triangle serves all completions.
+        # There is no padding before a real token, so one triangle serves all completions.
         future = torch.full((T, T), float("-inf"), device=own_NGT.device).triu(1)
         bias[..., P : P + T] = future
         rows = bias.repeat(1, heads_each, 1)  # (N, H / K * T, aligned)
@@ -162,24 +162,23 @@ class SharedPrefix:
         self.bias = rows[:, None, :, : P + T]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (1, H, L, d), k and v (1, K, L, d) -> (1, H, L, d), L the number of packed tokens: all
-        prompts' first, then all completions'.
+        """q (1, H, L, d), k and v (1, K, L, d) -> (1, H, L, d).
+
+        L counts the packed tokens: first those of all prompts, then those of all completions.
         """
-        # Padding exists within attention alone: the rest of a layer runs on the packed row.
+        # Padding exists only inside attention; the rest of the layer runs on the packed row.
         prompt_q, own_q = self._split(q)
         prompt_k, own_k = self._split(k)
         prompt_v, own_v = self._split(v)
         out = causal_attention(prompt_q, prompt_k, prompt_v)
         out = self.prompts.pack(out.transpose(1, 2))
-        if len(self.completions.places):  # none where every completion is a single token
+        if len(self.completions.places):  # none if every completion is a single token
             own = _prefixed_attention(own_q, prompt_k, prompt_v, own_k, own_v, self.bias)
             out = torch.cat((out, self.completions.pack(own)))
         return out.transpose(0, 1)[None]
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, heads, L, d) -> the prompts' (N, heads, P, d) and the completions' (N, G, T, heads,
-        d), padded.
-        """
+        """(1, heads, L, d) -> padded prompts (N, heads, P, d), completions (N, G, T, heads, d)."""
         tokens = x[0].transpose(0, 1)  # (L, heads, d)
         sizes = [len(self.prompts.places), len(self.completions.places)]
         prompt_tokens, own_tokens = tokens.split(sizes)
@@ -189,22 +188,22 @@ class SharedPrefix:
 
 
 class _Packing:
-    """The way from a row of M real tokens to a padded batch of them and back."""
+    """Converts between a packed row of M real tokens and a padded batch of them."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
         self.places = mask.flatten().nonzero()[:, 0]
-        self.full = len(self.places) == mask.numel()  # then both ways are free
+        self.full = len(self.places) == mask.numel()  # no padding: nothing to copy
 
     def pad(self, packed: Tensor) -> Tensor:
-        """(M, heads, d) -> the mask's shape and (heads, d), zeros on padding."""
+        """(M, heads, d) -> (*mask.shape, heads, d), zeros on padding."""
         if not self.full:
             padded = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
             packed = padded.index_copy(0, self.places, packed)
         return packed.unflatten(0, self.mask.shape)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """The mask's shape and (heads, d) -> (M, heads, d)."""
+        """(*mask.shape, heads, d) -> (M, heads, d)."""
         tokens = padded.flatten(0, -3)
         return tokens if self.full else tokens.index_select(0, self.places)
 
@@ -217,8 +216,9 @@ def _prefixed_attention(
     own_v: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """As `two_part_attention` for many queries, by the fused kernel, which never holds the scores
-    of all heads.
+    """`two_part_attention` for T queries per completion, by torch's fused kernel.
+
+    The kernel never holds the scores of all heads.
 
     Args:
         q: queries (N, G, T, H, d).
@@ -231,12 +231,12 @@ def _prefixed_attention(
     """
     G, T = q.shape[1:3]
     K = prompt_k.shape[1]
-    # The query heads of a KV head go in as further queries of that one head, so that one bias, as
-    # large as the scores of one head, serves all heads and layers.
+    # The query heads of a KV head are passed as further queries of a single head. So one bias, the
+    # size of one head's scores, serves all heads and layers.
     by_head = q.unflatten(3, (K, -1)).permute(0, 1, 3, 4, 2, 5)  # (N, G, K, H / K, T, d)
     queries = by_head.flatten(3, 4).flatten(0, 1)  # (N * G, K, H / K * T, d)
-    # The kernel takes one set of keys, so that each layer keeps G copies of the prompt's for
-    # backward; with few KV heads that is little beside scores of H heads.
+    # The kernel takes one set of keys, so each layer keeps G copies of the prompt's keys for the
+    # backward pass. With few KV heads these are small compared with the scores of H heads.
     k = _joined(prompt_k, own_k)
     v = _joined(prompt_v, own_v)
     out = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias)
@@ -245,9 +245,7 @@ def _prefixed_attention(
 
 
 def _joined(prompt: Tensor, own: Tensor) -> Tensor:
-    """Keys (N, K, P, d) of prompts before those (N, G, T, K, d) of each of their completions: (N *
-    G, K, P + T, d).
-    """
+    """Prompt keys (N, K, P, d) joined with own keys (N, G, T, K, d): (N * G, K, P + T, d)."""
     G = own.shape[1]
     prompts = prompt.expand(G, *prompt.shape).transpose(0, 1)
     joined = torch.cat((prompts, own.transpose(2, 3)), dim=3)

@@ -1,9 +1,9 @@
-"""The shape of a Qwen2-VL, read from `config.json` in either layout that people have.
+"""The shape of a Qwen2-VL, read from its `config.json`.
 
 Two layouts are in use: the flat one of the published checkpoints (text fields at the top level,
 `rope_scaling: {"type": "mrope", "mrope_section": [...]}`) and the nested one that transformers 5
-writes (`text_config`, `rope_parameters`). Both are read into one `Qwen2VLConfig`; fields that do
-not change the computation are ignored.
+writes (`text_config`, `rope_parameters`). Both become the same `Qwen2VLConfig`. Fields that do not
+affect the computation are ignored.
 """
 
 import os
@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.files import read_json
 from common.hub import MODEL_ADVICE
 
-# Fields with their bounds, several times those of any published model.
+# Field types with their bounds, several times the values of any published model.
 Size = Annotated[int, range(1, 1_000_001)]
 Layers = Annotated[int, range(1, 1_001)]
 Few = Annotated[int, range(1, 101)]
@@ -24,9 +24,7 @@ TokenId = Annotated[int, range(1_000_001)]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: a ViT over 14x14x2 patches, then a merger that turns 2x2 patches into one
-    token.
-    """
+    """The vision tower: a ViT over 14x14x2 patches, and a merger of 2x2 patches into one token."""
 
     depth: Layers
     embed_dim: Size
@@ -39,12 +37,13 @@ class VisionConfig:
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one flattened patch, C x t x p x p (1176 in the published models)."""
+        """Values in one flattened patch, C x t x p x p (1176 in the published models)."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     def __post_init__(self) -> None:
         _check_bounds(self, "vision_config.")
-        if self.embed_dim % (4 * self.num_heads):  # a head has a row's and a column's angles, twice
+        # A head holds a row angle and a column angle per frequency, twice.
+        if self.embed_dim % (4 * self.num_heads):
             raise InputError(
                 f"vision_config.embed_dim {self.embed_dim} must be a multiple of"
                 f" 4 x num_heads {self.num_heads}"
@@ -53,9 +52,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLConfig:
-    """The language model's shape, the vision tower's, and the token ids that the model itself must
-    know.
-    """
+    """The shapes of language model and vision tower, and the token ids that the model needs."""
 
     vocab_size: Size
     hidden_size: Size
@@ -75,12 +72,12 @@ class Qwen2VLConfig:
 
     @property
     def head_dim(self) -> int:
-        """Size of a query or key head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def vision_token_ids(self) -> list[int]:
-        """The tokens that stand for an image or a video, or mark where one begins and ends."""
+        """The tokens that stand for an image or a video, or mark its beginning or end."""
         marks = [self.vision_start_token_id, self.vision_end_token_id]
         return [self.image_token_id, self.video_token_id, *marks]
 
@@ -90,15 +87,15 @@ class Qwen2VLConfig:
         kv_heads = self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
             raise InputError(
-                f"hidden_size {self.hidden_size}, num_attention_heads {heads} and"
-                f" num_key_value_heads {kv_heads} must divide one another in turn"
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads},"
+                f" and that a multiple of num_key_value_heads {kv_heads}"
             )
         section = self.mrope_section
         whole = all(type(bands) is int and bands >= 0 for bands in section)
         if len(section) != 3 or not whole or 2 * sum(section) != self.head_dim:
             raise InputError(
-                f"mrope_section {list(section)} must be 3 whole numbers, together half the head"
-                f" size {self.head_dim}"
+                f"mrope_section {list(section)} must be 3 whole numbers that add up to half the"
+                f" head size {self.head_dim}"
             )
 
 
@@ -116,13 +113,13 @@ def _check_bounds(config: VisionConfig | Qwen2VLConfig, prefix: str = "") -> Non
 
 
 def read_config(folder: str | Path) -> Qwen2VLConfig:
-    """Read `config.json` of a checkpoint folder.
+    """Read the `config.json` of a checkpoint folder.
 
     Raises:
-        InputError: it is absent, torn, or not a Qwen2-VL's.
+        InputError: the file is missing, truncated, or not that of a Qwen2-VL.
     """
     path = Path(folder) / "config.json"
-    if not os.path.exists(path):  # which is false, and no error, for a name that no file can have
+    if not os.path.exists(path):  # False, not an error, for a name that no file can have
         raise InputError(f"{path}: no such file; {MODEL_ADVICE}")
     raw = read_json(path, "copy or download it again")
     kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -135,11 +132,11 @@ def read_config(folder: str | Path) -> Qwen2VLConfig:
 
 
 def parse_config(raw: dict[str, Any]) -> Qwen2VLConfig:
-    """Turn the JSON object of either layout into a Qwen2VLConfig. InputError names the field."""
+    """Convert the JSON object of either layout. Raises an InputError that names the field."""
     text = _entry(raw, "text_config", {}) or raw
     vision = _entry(raw, "vision_config", {})
     rope = _entry(text, "rope_scaling", {}) | _entry(text, "rope_parameters", {})
-    # A model that computes something else must not load as if it were the same.
+    # A model that computes something else must not load unnoticed.
     for name, value, implemented in (
         ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
         ("rope scaling", rope.get("rope_type", rope.get("type", "mrope")), ("mrope", "default")),
@@ -149,7 +146,7 @@ def parse_config(raw: dict[str, Any]) -> Qwen2VLConfig:
         if value not in implemented:
             raise InputError(f"{name} is {value!r}; only {implemented[0]!r} is implemented")
 
-    # An absent epsilon is what transformers takes it to be, not what Qwen published.
+    # The default epsilon is that of transformers, not the value that Qwen published.
     values = {"rms_norm_eps": 1e-5} | text | rope
     values["num_key_value_heads"] = text.get("num_key_value_heads") or text.get(
         "num_attention_heads"
@@ -163,24 +160,24 @@ def parse_config(raw: dict[str, Any]) -> Qwen2VLConfig:
 
 
 def _entry(raw: dict[str, Any], key: str, default: Any) -> Any:
-    """The object or list under `key`, which may be absent or null."""
+    """The object or list under `key`, or the default if it is missing or null."""
     value = raw.get(key) or default
     if not isinstance(value, type(default)):
-        raise InputError(f"{key} is {value!r}; it must be of the form {default!r}")
+        raise InputError(f"{key} is {value!r}; it must have the form {default!r}")
     return value
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:
-    """A config of that kind, of its own fields among the values."""
+    """A config of that kind, from those of the values that are its fields."""
     known = {}
     for field in fields(kind):
-        if field.name in values or field.default is MISSING:  # None is out of all bounds
+        if field.name in values or field.default is MISSING:  # None fails the checks
             known[field.name] = values.get(field.name)
     return kind(**known)
 
 
 def config_json(config: Qwen2VLConfig) -> dict[str, Any]:
-    """The flat JSON object of the published checkpoints (read by transformers 4 and 5 alike)."""
+    """The flat JSON object of the published checkpoints, which transformers 4 and 5 both read."""
     raw = asdict(config)
     vision = raw.pop("vision") | {"model_type": "qwen2_vl", "hidden_act": "quick_gelu"}
     section = list(raw.pop("mrope_section"))
@@ -190,7 +187,7 @@ def config_json(config: Qwen2VLConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rope_scaling": {"type": "mrope", "mrope_section": section},
         "use_sliding_window": False,
-        "bos_token_id": None,  # which tokens begin and end a text stands in generation_config.json
+        "bos_token_id": None,  # generation_config.json has the first and last token of a text
         "eos_token_id": None,
         "vision_config": vision | {"hidden_size": config.hidden_size},
     }

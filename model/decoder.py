@@ -1,8 +1,8 @@
 """The language model's block: RMSNorm, attention with rotary positions, SwiGLU.
 
-Query, key and value projections are one matrix, gate and up projections another: fewer, larger
-matrix products. The checkpoint's separate tensors are fused on loading and split on saving
-(weights.py).
+The query, key and value projections form one matrix, the gate and up projections another: this
+makes fewer, larger matrix products. weights.py fuses the checkpoint's separate tensors on loading
+and splits them on saving.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from .linear import Linear
 from .rope import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q (B, H, L, d), k (B, K, L, d), v (B, K, L, d)) -> (B, H, L, d): which tokens attend to
-which, see attention.py.
+"""(layer, q (B, H, L, d), k (B, K, L, d), v (B, K, L, d)) -> (B, H, L, d). It decides which tokens
+attend to which; see attention.py.
 """
 
 
@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
         heads = qkv.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)
         H = self.config.num_attention_heads
         K = self.config.num_key_value_heads
-        # Values have no position: queries and keys are rotated in one go, and they alone.
+        # Only queries and keys have positions: they are rotated in one call.
         q_and_k, v = heads.split((H + K, K), dim=1)
         rotated = rotate(q_and_k, cos, sin)
         q, k = rotated.split((H, K), dim=1)

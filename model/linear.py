@@ -1,8 +1,8 @@
 """Matrix products, where most of the time goes.
 
-On a processor, fp32 products go to oneDNN (torch's mkldnn), the library that torch itself uses for
-bf16 there, in place of MKL, which is slow on AMD processors. BENCHMARKS.md has what that is worth
-in a step. Everything else is torch's own `linear`, the twin.
+On a CPU, fp32 products use oneDNN (torch's mkldnn) instead of MKL, which is slow on AMD processors.
+torch itself uses oneDNN for bf16 there. BENCHMARKS.md says how much time this saves per step.
+Everything else is torch's own `linear`, the slow twin.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by way of `linear`."""
+    """`nn.Linear`, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -27,12 +27,11 @@ class Linear(nn.Linear):
 
 @contextmanager
 def arranged(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
-    """Within, `linear` without gradient finds these weights in oneDNN's own order, best for so many
-    rows of input.
+    """Context in which `linear` without gradient uses copies of the weights in oneDNN's own layout.
 
-    Decoding multiplies the same weights by a few rows again and again; oneDNN would rearrange them
-    every time. They must not change within, and each is held twice. On a GPU, and in bf16, this
-    does nothing.
+    Decoding multiplies the same weights by a few rows again and again, and oneDNN would otherwise
+    rearrange them every time. The layout is chosen for `rows` rows of input. Inside the context the
+    weights must not change, and each is in memory twice. On a GPU, and in bf16, this does nothing.
     """
     weights = [weight for weight in weights if _suits_onednn(weight)]
     try:
@@ -50,9 +49,7 @@ def _suits_onednn(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out), differentiable
-    in all three.
-    """
+    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out), differentiable."""
     if not (_suits_onednn(x) and _suits_onednn(weight) and x.numel()):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
@@ -61,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `linear`; strides may be any, so that a transposed matrix need not be copied."""
+    """`linear` by oneDNN, for any strides, so that a transposed matrix need not be copied."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -88,18 +85,16 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for the next tensor of the process, in place of returning
-    each to the system.
+    """Make glibc keep large freed blocks for later tensors instead of returning them to the system.
 
-    A step on a processor makes and frees thousands of tensors of the same sizes; handing every one
-    of them back and faulting its pages in again costs time (BENCHMARKS.md). Elsewhere than on
-    Linux it does nothing.
+    A step on a CPU allocates and frees thousands of tensors of the same sizes. Returning each block
+    and faulting its pages in again costs time (BENCHMARKS.md). Does nothing outside Linux.
     """
     if sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None)  # glibc: torch is built for no other
+    libc = ctypes.CDLL(None)  # glibc: torch is not built for any other
     M_TRIM_THRESHOLD = -1
     M_MMAP_THRESHOLD = -3
     if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions accept
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,11 +1,11 @@
-"""Log-probabilities of chosen tokens, without ever holding the logits of all ids.
+"""Log-probabilities of given tokens, without ever holding the logits of all ids.
 
-At the published vocabulary a batch of 4,096 completion tokens has 622 million logits, 2.5 GB in
-fp32, several times over with their gradient. Here all positions meet the head a block of ids at a
-time, with a running maximum and sum (as in online softmax, Milakov and Gimelshein 2018, arXiv
-1805.02867); the backward pass makes each block's logits anew from the hidden states and the saved
-log-normaliser, and writes that block of the head's gradient once. `naive_logprobs` is the obviously
-right twin.
+With the published vocabulary, 4,096 completion tokens have 622 million logits: 2.5 GB in fp32, and
+several times that with their gradients. Here the logits of all positions are computed for one block
+of ids at a time, with a running maximum and sum (as in online softmax, Milakov and Gimelshein 2018,
+arXiv 1805.02867). The backward pass recomputes each block's logits from the hidden states and the
+saved log-normaliser, and writes that block of the head's gradient once. `naive_logprobs` is the
+slow twin, correct at a glance.
 """
 
 import torch
@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from .linear import linear
 
-# What one block of fp32 logits may take; two or three are alive at once. Larger ones leave the
-# cache.
+# The size limit of one block of fp32 logits. Two or three blocks are alive at once, and larger ones
+# do not fit the CPU's cache.
 LOGITS_BYTES = 1 << 24
 
-# A forbidden id's logit: its probability is exactly 0, and 0 times it is 0 where 0 times -inf would
-# be NaN.
+# The logit of a forbidden id. Its probability is exactly 0, and 0 times it is 0, where 0 times -inf
+# would be NaN.
 _NEVER = -1e30
 
 
@@ -31,21 +31,19 @@ def token_logprobs(
     temperature: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """log pi(token) under the very distribution that is sampled from: temperature applied,
-    forbidden ids left out.
+    """log pi(token) under the distribution that is sampled: with temperature, no forbidden ids.
 
     Args:
         hidden_MD: final hidden states of M positions.
         head_VD: the head's weight.
-        tokens_M: the token at each position; it must be an allowed one.
-        allowed_V: bool, False for ids that may not be sampled; they are left out of the normaliser
-            too.
+        tokens_M: the token at each position, which must be allowed.
+        allowed_V: bool, False for ids that may not be sampled; the normaliser excludes them too.
         temperature: divides the logits; above 0.
         logits_bytes: memory for one block of logits.
 
     Returns:
-        Log-probabilities (M,) with gradients to `hidden_MD` and `head_VD`, and the entropies (M,)
-        in nats of the distributions, without gradient. Both fp32.
+        The log-probabilities (M,), with gradients for `hidden_MD` and `head_VD`, and the entropies
+        (M,) of the distributions in nats, without gradient. Both are fp32.
     """
     return _BlockedLogProbs.apply(
         hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes
@@ -59,19 +57,17 @@ def naive_logprobs(
     allowed_V: Tensor,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The twin of `token_logprobs`: all logits at once, gradients by autograd."""
+    """The slow twin of `token_logprobs`: all logits at once, gradients by autograd."""
     logits_MV = (hidden_MD @ head_VD.T).float() / temperature
     logp_MV = logits_MV.masked_fill(~allowed_V, float("-inf")).log_softmax(dim=-1)
     logp_M = logp_MV.gather(-1, tokens_M[:, None]).squeeze(-1)
-    # Forbidden ids count for nothing, where 0 times -inf would be NaN.
+    # Forbidden ids must contribute 0, but 0 times -inf would be NaN.
     terms_MV = logp_MV.exp() * logp_MV.masked_fill(~allowed_V, 0.0)
     return logp_M, -terms_MV.sum(dim=-1).detach()
 
 
 def masked_logits(hidden: Tensor, head_VD: Tensor, allowed_V: Tensor, temperature: float) -> Tensor:
-    """fp32 logits (..., V) divided by the temperature, forbidden ones out of reach. Sampler and
-    loss share it.
-    """
+    """fp32 logits (..., V) over the temperature, forbidden ids masked. Sampler and loss share it."""
     logits = linear(hidden, head_VD).float()
     if temperature != 1.0:
         logits.div_(temperature)
@@ -83,8 +79,8 @@ class _BlockedLogProbs(torch.autograd.Function):
     def forward(ctx, hidden_MD, head_VD, tokens_M, allowed_V, temperature, logits_bytes):
         ctx.temperature = temperature
         ctx.blocks = _blocks(len(hidden_MD), len(head_VD), logits_bytes)
-        # Of the ids so far: the highest logit, and relative to it the sums of exp(logit) and of
-        # exp(logit) * logit.
+        # Over the ids so far: the highest logit, and the sums of exp(logit) and exp(logit) * logit
+        # with logits relative to it.
         highest = hidden_MD.new_full(tokens_M.shape, float("-inf"), dtype=torch.float32)
         mass, moment, chosen = highest.new_zeros(3, len(highest))
         for ids in ctx.blocks:
@@ -95,12 +91,12 @@ class _BlockedLogProbs(torch.autograd.Function):
             higher = torch.maximum(highest, logits.amax(dim=-1))
             rescale = (highest - higher).exp()
             odds = logits.sub_(higher[:, None]).exp()
-            # Both sums move to the new maximum; moving the logits' origin by `shift` moves the
-            # moment by mass times that. Before the first block there is no mass, and 0 times -inf
+            # Make both sums relative to the new maximum. Shifting all logits by `shift` adds
+            # mass * shift to the moment. Before the first block the mass is 0, and 0 times -inf
             # would be NaN.
             shift = torch.where(mass > 0, highest - higher, 0.0)
             moved = moment + mass * shift
-            # As a product of matrices, because it needs no tensor of odds * logits.
+            # As a matrix product, because that needs no tensor of odds * logits.
             weighted = torch.bmm(odds.unsqueeze(1), logits.unsqueeze(2)).flatten()
             moment = moved * rescale + weighted
             mass = mass * rescale + odds.sum(dim=-1)
@@ -121,7 +117,7 @@ class _BlockedLogProbs(torch.autograd.Function):
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], ctx.temperature)
             here, place = _within(tokens_M, ids)
-            # d logp(token) / d logits = onehot(token) - softmax; the temperature divides once more.
+            # d logp(token) / d logits = onehot(token) - softmax, over the temperature (in `scale`).
             softmax = logits.sub_(normaliser[:, None]).exp_()
             grad = softmax.mul_(-scale[:, None])
             onehot = torch.where(here, scale, 0.0)
@@ -133,8 +129,9 @@ class _BlockedLogProbs(torch.autograd.Function):
 
 
 def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
-    """The vocabulary in slices whose fp32 logits at all positions fit into `logits_bytes`; the last
-    may reach beyond the end.
+    """Slices of the vocabulary whose fp32 logits at all positions fit into `logits_bytes`.
+
+    The last slice may reach beyond the end.
     """
     size = max(1, logits_bytes // (4 * max(1, positions)))
     size = size // 64 * 64 or size  # round sizes suit matrix products
@@ -142,9 +139,7 @@ def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
 
 
 def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
-    """Which tokens lie in the block (M,), and their places in it (M, 1), any place for the
-    others.
-    """
+    """Which tokens are in the block (M,), and their places in it (M, 1), arbitrary for the rest."""
     here = (tokens_M >= ids.start) & (tokens_M < ids.stop)
     place = tokens_M.clamp(ids.start, ids.stop - 1) - ids.start
     return here, place[:, None]

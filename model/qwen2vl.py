@@ -1,11 +1,10 @@
-"""Qwen2-VL, assembled: vision tower, token embeddings, decoder, head; and the three ways in which
-GRPO runs it.
+"""Qwen2-VL: vision tower, token embeddings, decoder and head, with three ways to run them.
 
-- `forward`: right-padded sequences, logits everywhere. Plain and slow; the twin that the fast ways
-  are tested against.
-- `prefill` and `decode`: the rollout. Prompts once per group, then one token per completion and
+- `forward`: right-padded sequences, logits at every position. Plain and slow, the twin that the
+  other two are tested against.
+- `prefill` and `decode`: the rollout. Prompts once per group, then one token per completion in each
   call.
-- `completion_hidden`: the update. Each prompt once, its G completions after it (shared prefix).
+- `completion_hidden`: the update. Each prompt once, followed by its G completions (shared prefix).
 """
 
 from functools import partial
@@ -31,12 +30,12 @@ class Qwen2VL(nn.Module):
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
         self.config = config
-        # Whether backward makes each block's activations anew in place of keeping them.
+        # Whether the backward pass recomputes each block's activations instead of keeping them.
         self.recompute = False
-        # What the sampler keeps from one step to the next, on a GPU. It must not hold the model:
-        # the cycle would keep a dropped model's memory until the garbage collector comes by.
+        # The sampler's buffers and graphs, kept between steps on a GPU. They must not refer to the
+        # model: the cycle would hold a dropped model's memory until the next garbage collection.
         self.rollout_state: Any = None
-        # Files that it was loaded with and is saved with, by name: `read_companions`.
+        # Files of the checkpoint that are saved along with the model, by name (`read_companions`).
         self.companions: dict[str, bytes] = {}
         self.visual = VisionTower(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -49,9 +48,7 @@ class Qwen2VL(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D): the matrix that turns hidden states into logits, tied to the embeddings or
-        not.
-        """
+        """(V, D): the matrix that maps hidden states to logits; the embedding itself if tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def decoding_weights(self) -> list[Tensor]:
@@ -67,14 +64,14 @@ class Qwen2VL(nn.Module):
         grids_I3: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V) of right-padded sequences; rows of padding hold nothing of meaning.
+        """Logits (B, L, V) of right-padded sequences; those of padding are meaningless.
 
         Args:
-            tokens_BL: int64 token ids, images expanded to their image tokens.
-            patches_SC: patches of all images in reading order, as the Hugging Face image processor
-                lays them out.
-            grids_I3: patches of each image as (t, h, w).
-            lengths_B: tokens of each row without padding; None if all rows are full.
+            tokens_BL: int64 token ids, with every image expanded to its image tokens.
+            patches_SC: the patches of all images in reading order, in the layout of the Hugging
+                Face image processor.
+            grids_I3: the grid of patches of each image, (t, h, w).
+            lengths_B: tokens in each row without padding; None if there is none.
         """
         if lengths_B is None:
             lengths_B = torch.full(tokens_BL.shape[:1], tokens_BL.shape[1])
@@ -96,9 +93,7 @@ class Qwen2VL(nn.Module):
         )
 
     def encode_images(self, patches_SC: Tensor, grids_I3: Tensor) -> Tensor:
-        """What the vision tower makes of images: one row (D,) for each of their tokens, in reading
-        order.
-        """
+        """The vision tower's features, one row (D,) per image token in reading order."""
         return self.visual(patches_SC, grids_I3, recompute=self.recompute)
 
     def embed_prompt(
@@ -107,11 +102,10 @@ class Qwen2VL(nn.Module):
         images: Tensor | None,
         grids_I3: Tensor | None,
     ) -> Tensor:
-        """Token embeddings (B, L, D), the image tokens' rows replaced by what the vision tower
-        makes of the images.
+        """Token embeddings (B, L, D), with the rows of image tokens replaced by image features.
 
-        `images` are patches with their grids, or, if `grids_I3` is None, what `encode_images` made
-        of them before.
+        `images` are patches with their grids. If `grids_I3` is None, they are the features that
+        `encode_images` has already computed.
         """
         x_BLD = self.embed(tokens_BL)
         if images is None or not len(images):
@@ -129,8 +123,7 @@ class Qwen2VL(nn.Module):
         grids_I3: Tensor | None,
         cache: GroupCache,
     ) -> Tensor:
-        """Run right-padded prompts once into the cache; returns each one's last hidden state (N,
-        D).
+        """Run right-padded prompts into the cache. Returns their last hidden states (N, D).
 
         `images` and `grids_I3`: see `embed_prompt`.
         """
@@ -148,18 +141,17 @@ class Qwen2VL(nn.Module):
         span: int,
         padded: bool = False,
     ) -> Tensor:
-        """Add one token to every growing completion: ids (R,) at M-RoPE positions (R,) -> hidden
-        states (R, D).
+        """Run one token of every growing completion: ids (R,), positions (R,) -> hidden (R, D).
 
-        Attention reads the first `span` slots of each row: as many as are filled now, this token's
-        among them, or with `padded` some more, which a mask made on the device leaves out.
+        Attention reads the first `span` slots of each row. These are the filled ones, this token's
+        included, or with `padded` some more, which are masked on the device.
         """
-        # Nothing here makes the host wait, and with `padded` nothing changes a shape, so that a
-        # CUDA graph can capture the call.
+        # Nothing here makes the host wait, and with `padded` no shape changes from call to call, so
+        # a CUDA graph can capture the call.
         own_mask = cache.slots[:span] <= cache.step if padded else None
         attend = partial(cache.decode, span=span, own_mask=own_mask)
         x_R1D = self.embed(tokens_R[:, None])
-        positions_3R1 = positions_R[:, None].expand(3, -1, -1)  # text: all three are equal
+        positions_3R1 = positions_R[:, None].expand(3, -1, -1)  # text: all three positions equal
         hidden_R1D = self._run_layers(x_R1D, positions_3R1, attend)
         cache.step += 1
         return hidden_R1D[:, 0]
@@ -174,19 +166,19 @@ class Qwen2VL(nn.Module):
         completions_NGT: Tensor,
         mask_NGT: Tensor,
     ) -> Tensor:
-        """Hidden states (M, D) that predict the M completion tokens of the mask, in its order.
+        """Hidden states (M, D) that predict the M completion tokens in the mask, in mask order.
 
-        Image and prompt are run once per group, and of all tokens only the real ones: `mask_NGT` is
-        true on the first ones of every completion. The prompt's last state predicts a completion's
-        first token, so that a completion's own last token is never run.
+        Images and prompt run once per group, and padding never runs. `mask_NGT` must be True on the
+        leading tokens of each completion. The last state of the prompt predicts the first token of
+        a completion, so the last token of a completion never runs.
         """
         device = tokens_NP.device
         prompt_NP = torch.arange(tokens_NP.shape[1], device=device) < lengths_N[:, None]
-        run_NGT = mask_NGT[..., 1:]  # a token is run where there is one after it to predict
+        run_NGT = mask_NGT[..., 1:]  # a token runs only if it has a successor to predict
         own_tokens = completions_NGT[..., :-1][run_NGT]
         tokens_L = torch.cat((tokens_NP[prompt_NP], own_tokens))
 
-        # A completion goes on after the largest of its prompt's positions, as text: one number.
+        # A completion continues after its prompt's largest position, as text: one number is enough.
         largest_N = positions_3NP.amax(dim=(0, 2))
         steps = torch.arange(1, mask_NGT.shape[2], device=device)
         after_N1T = largest_N[:, None, None] + steps
@@ -209,9 +201,9 @@ class Qwen2VL(nn.Module):
 
 
 def _predictors(mask_NGT: Tensor, lengths_N: Tensor) -> Tensor:
-    """Places (M,), in the packed row, of the states that predict the mask's tokens."""
-    # A completion's first token is predicted by its prompt's last state, any other by the state of
-    # the token before it, which lies behind all prompts.
+    """Places (M,) in the packed row of the states that predict the tokens in the mask."""
+    # The prompt's last state predicts a completion's first token. The state of the token before
+    # predicts any other; the completions come after all prompts.
     N, G, _ = mask_NGT.shape
     last_N11 = lengths_N.cumsum(0).view(N, 1, 1) - 1
     last_NG1 = last_N11.expand(N, G, 1)

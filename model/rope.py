@@ -1,8 +1,9 @@
 """Multimodal rotary positions (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-A token has three positions: temporal, height, width. For text all three are equal and this is
-ordinary RoPE. An image token carries its row and column; what follows an image starts after the
-largest of them. The head's frequency bands are dealt out to the three streams by `mrope_section`.
+A token has three positions: temporal, height and width. For text all three are equal, which is
+ordinary RoPE. An image token has the position of its row and column, and the text after an image
+starts after the largest of these. `mrope_section` divides the head's frequency bands among the
+three positions.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,12 @@ def mrope_positions(tokens_L: Tensor, grids_I3: Tensor | None, config: Qwen2VLCo
 
     Args:
         tokens_L: token ids (L,), every image expanded to its h/merge * w/merge image tokens.
-        grids_I3: patches of each image as (t, h, w), in reading order; None or empty without
-            images.
-        config: says which id is `<|image_pad|>`, and how many patches a token spans along an axis.
+        grids_I3: grid of patches of each image, (t, h, w), in reading order; None or empty if there
+            are no images.
+        config: for the id of `<|image_pad|>` and the number of patches per token along an axis.
 
     Raises:
-        ValueError: the runs of image tokens and the grids do not match.
+        ValueError: the image tokens do not match the grids.
     """
     length = torch.tensor([len(tokens_L)])
     return batch_positions(tokens_L[None], length, grids_I3, config)[:, 0]
@@ -35,8 +36,9 @@ def batch_positions(
     grids_I3: Tensor | None,
     config: Qwen2VLConfig,
 ) -> Tensor:
-    """Positions (3, B, L) of a right-padded batch; images are dealt to the rows in reading order;
-    padding gets 0. Otherwise as `mrope_positions`.
+    """`mrope_positions` of a right-padded batch, (3, B, L), 0 on padding.
+
+    The images belong to the rows in reading order.
     """
     positions_3BL = torch.zeros(3, *tokens_BL.shape, dtype=torch.int64)
     grids = iter([] if grids_I3 is None else grids_I3.tolist())
@@ -44,12 +46,12 @@ def batch_positions(
         tokens = tokens_BL[row, :length].tolist()
         positions_3BL[:, row, :length] = _positions(tokens, grids, config)
     if next(grids, None):
-        raise ValueError("more images were given than the tokens have place for")
+        raise ValueError("there are more images than the image tokens have room for")
     return positions_3BL.to(tokens_BL.device)
 
 
 def _positions(tokens: list[int], grids: Iterator[list[int]], config: Qwen2VLConfig) -> Tensor:
-    """Positions (3, L) of one row, which takes from `grids` as many as it has images."""
+    """Positions (3, L) of one row; takes one grid from `grids` for each of its images."""
     image_token_id = config.image_token_id
     pieces: list[Tensor] = []
     start = 0  # the first token of the next piece
@@ -74,26 +76,26 @@ def _positions(tokens: list[int], grids: Iterator[list[int]], config: Qwen2VLCon
 
 
 def text_rotary(positions_3BL: Tensor, config: Qwen2VLConfig) -> Tensor:
-    """cos and sin of the language model's rotation, float32 (2, B, 1, L, head_dim)."""
+    """cos and sin of the rotation in the language model, float32 (2, B, 1, L, head_dim)."""
     frequencies = _frequencies(config.rope_theta, config.head_dim, positions_3BL.device)
     angles = positions_3BL[..., None].float() * frequencies  # (3, B, L, head_dim / 2)
-    # So many of the bands turn with each of the three positions.
+    # `mrope_section` is the number of bands that rotate with each of the three positions.
     temporal, height, width = angles.split(config.mrope_section, dim=-1)
     angles = torch.cat((temporal[0], height[1], width[2]), dim=-1)
     return _cos_and_sin(angles[:, None])
 
 
 def vision_rotary(grids_I3: Tensor, config: VisionConfig) -> Tensor:
-    """cos and sin of the vision tower's 2-D rotation, float32 (2, 1, S, head_dim)."""
+    """cos and sin of the 2-D rotation in the vision tower, float32 (2, 1, S, head_dim)."""
     merge = config.spatial_merge_size
     places = []
     for t, h, w in grids_I3.tolist():
         rows_and_columns = torch.cartesian_prod(torch.arange(h), torch.arange(w))
-        # Patches come in merge blocks: the merge x merge ones that become a token are neighbours.
+        # Patches are ordered by block: the merge x merge patches of a token are adjacent.
         blocks = rows_and_columns.view(h // merge, merge, w // merge, merge, 2)
         frame = blocks.transpose(1, 2).reshape(-1, 2)
         places.append(frame.repeat(t, 1))
-    # Half of the frequencies turn with a patch's row and half with its column.
+    # Half of the bands rotate with a patch's row, half with its column.
     frequencies = _frequencies(10000.0, config.embed_dim // config.num_heads // 2)
     places_S2 = torch.cat(places).float()
     angles = places_S2[..., None] * frequencies  # (S, 2, head_dim / 4)
@@ -107,15 +109,15 @@ def _frequencies(theta: float, size: int, device: torch.device | None = None) ->
 
 
 def _cos_and_sin(angles: Tensor) -> Tensor:
-    """Of angles (..., head_dim / 2), which both halves of a head turn by: (2, ..., head_dim)."""
+    """Angles (..., head_dim / 2) -> (2, ..., head_dim): both halves of a head share the angles."""
     angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., L, head_dim), rotated by the angles (..., L, head_dim)."""
-    # Qwen and Llama pair each number of a head's first half with its peer in the second, where the
-    # RoPE paper (arXiv 2104.09864) pairs neighbours.
+    """Rotate x (..., L, head_dim) by the angles with these cos and sin (..., L, head_dim)."""
+    # Qwen and Llama pair each value in a head's first half with its counterpart in the second half;
+    # the RoPE paper (arXiv 2104.09864) pairs neighbours.
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)  # each pair by a quarter turn
-    return x * cos + turned * sin
+    quarter_turn = torch.cat((-second, first), dim=-1)  # each pair, rotated by 90 degrees
+    return x * cos + quarter_turn * sin

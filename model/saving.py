@@ -1,4 +1,4 @@
-"""Checkpoints out: a folder in Hugging Face layout, which `load_model` and transformers load."""
+"""Write a model as a folder in Hugging Face layout, which `load_model` and transformers read."""
 
 import json
 import os
@@ -20,9 +20,9 @@ SHARD_BYTES = 5_000_000_000
 
 
 def published_tensors(model: Qwen2VL) -> dict[str, Tensor]:
-    """A copy of the weights as they are now, on the CPU, in the published naming."""
+    """A copy of the current weights on the CPU, under their published names."""
     views = published_views(model.state_dict(), model.config)
-    # A copy even where they lie on the CPU already: training goes on while it is written.
+    # A copy even if they are on the CPU already: training continues while they are written.
     return {name: view.to("cpu", copy=True) for name, view in views.items()}
 
 
@@ -31,14 +31,13 @@ def save_model(
     folder: str | Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a folder that `load_model` and transformers load: config, weights in the published
-    naming, tokenizer files.
+    """Write the config, the weights under their published names, and the tokenizer files.
 
-    Files appear under their names only when they are whole; config.json comes last.
+    A file gets its final name only when it is complete; config.json is written last.
 
     Args:
-        weights: `published_tensors` of some moment before; None takes the model's as they are, a
-            file's worth at a time.
+        weights: `published_tensors` of an earlier moment; None takes the current weights, one file
+            at a time.
 
     Raises:
         OSError: a file can't be written.
@@ -55,7 +54,7 @@ def save_model(
         tensors = {name: weights[name].cpu() for name in names}
         write_tensors(tensors, folder / f"{file}.partial")
         os.replace(folder / f"{file}.partial", folder / file)
-    # What an earlier save left in the other form would be read in place of this one.
+    # Delete the other form, which an earlier save may have left: it could be read instead.
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / INDEX, index)
@@ -66,7 +65,7 @@ def save_model(
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file. OSError if it can't be written, of whichever library."""
+    """Write a safetensors file. Raises OSError if that fails, in this library or in the system."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -74,9 +73,9 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _config(model: Qwen2VL) -> dict[str, Any]:
-    """The config.json that the model was loaded with, or one of ours, with the dtype it has now."""
-    written = model.companions.get("config.json")
-    raw = json.loads(written) if written else config_json(model.config)
+    """The config.json that the model was loaded with, or a new one, with the current dtype."""
+    loaded = model.companions.get("config.json")
+    raw = json.loads(loaded) if loaded else config_json(model.config)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype  # transformers 5 and 4
     for section in ("text_config", "vision_config"):

@@ -1,4 +1,4 @@
-"""The vision tower: patches in, one language-model token per 2x2 patches out (arXiv 2409.12191,
+"""The vision tower: from patches to one language-model token per 2x2 patches (arXiv 2409.12191,
 section 2.1).
 """
 
@@ -17,12 +17,12 @@ _NORM_EPS = 1e-6
 
 
 def run_block(recompute: bool, block: nn.Module, *inputs: Any) -> Tensor:
-    """The block's output; with `recompute`, backward runs the block once more in place of keeping
-    what is within it (activation checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    """Run a block; with `recompute`, run it again in the backward pass instead of keeping its
+    activations (activation checkpointing, Chen et al. 2016, arXiv 1604.06174).
     """
     if not (recompute and torch.is_grad_enabled()):
         return block(*inputs)
-    # A block draws no random numbers, so that there is no generator's state to keep.
+    # A block draws no random numbers, so there is no generator state to save.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -41,11 +41,11 @@ class VisionBlock(nn.Module):
         self.fc2 = Linear(config.mlp_ratio * width, width)
 
     def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
-        """x (S, E), the patches of all images, whose numbers of patches are `sizes`."""
+        """x (S, E), the patches of all images, -> (S, E). `sizes`: the number of patches in each."""
         qkv = self.qkv(self.norm1(x_SE))
         heads = qkv.unflatten(1, (3, self.num_heads, -1))
         q_and_k, v = heads.permute(1, 2, 0, 3).split((2, 1))  # (2, heads, S, d) and (1, ...)
-        # In fp32, as the published model was trained; bf16 would round the angles' cos and sin.
+        # In fp32, as in the published model's training: bf16 would round cos and sin.
         q, k = rotate(q_and_k.float(), cos, sin).to(v.dtype)
         attended = _attend_within_images(q, k, v[0], sizes)
         attended_SE = attended.transpose(0, 1).flatten(1)
@@ -56,7 +56,7 @@ class VisionBlock(nn.Module):
 
 
 def _attend_within_images(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
-    """(heads, S, d) -> (heads, S, d); images of one size go as a batch, others one by one."""
+    """(heads, S, d) -> (heads, S, d): one batch if all images have the same size, else a loop."""
     if len(set(sizes)) == 1:
         shape = len(sizes), sizes[0]
         q, k, v = (x.unflatten(1, shape).transpose(0, 1) for x in (q, k, v))
@@ -71,8 +71,8 @@ def _attend_within_images(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> 
 
 
 class VisionTower(nn.Module):
-    """ViT and merger. The patch embedding is one matmul: a convolution whose stride equals its
-    kernel is no more.
+    """ViT and merger. The patch embedding is a single matrix product: a convolution whose stride
+    equals its kernel size is nothing else.
     """
 
     def __init__(self, config: Qwen2VLConfig) -> None:
@@ -86,16 +86,14 @@ class VisionTower(nn.Module):
         self.merger_fc2 = Linear(merged, config.hidden_size)
 
     def forward(self, patches_SC: Tensor, grids_I3: Tensor, recompute: bool = False) -> Tensor:
-        """Patches of all images in reading order (S, C) and their grids (I, 3) -> (S / merge^2,
-        hidden).
-        """
+        """Patches of all images in reading order (S, C), grids (I, 3) -> (S / merge^2, hidden)."""
         x_SE = self.patch_embed(patches_SC.to(self.patch_embed.weight.dtype))
         cos, sin = vision_rotary(grids_I3, self.config).to(x_SE.device)
-        # A video's frames attend within themselves only, hence t images of h * w patches.
+        # Frames of a video attend only within themselves: they count as t images of h * w patches.
         frames, heights, widths = grids_I3.unbind(dim=1)
         sizes = (heights * widths).repeat_interleave(frames).tolist()
         for block in self.blocks:
             x_SE = run_block(recompute, block, x_SE, cos, sin, sizes)
-        # The merge^2 patches of a token are neighbours, so that merging them is a view.
+        # The merge^2 patches of a token are adjacent, so merging them is a view.
         merged = self.merger_norm(x_SE).view(-1, self.merger_fc1.in_features)
         return self.merger_fc2(F.gelu(self.merger_fc1(merged)))

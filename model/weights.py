@@ -1,5 +1,6 @@
-"""Checkpoints in: a folder in Hugging Face layout, strictly checked, one tensor in memory at a
-time. `saving` is the way out.
+"""Load a checkpoint folder in Hugging Face layout, strictly checked, one tensor at a time.
+
+saving.py writes such folders.
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,7 @@ from common.hub import weight_files
 from .config import Qwen2VLConfig, read_config
 from .qwen2vl import Qwen2VL
 
-# What a model folder holds beside weights and config.json; it goes along unchanged when a trained
-# model is saved.
+# The other files of a checkpoint folder, which a trained model is saved with, unchanged.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,8 +34,7 @@ COMPANIONS = (
     "video_preprocessor_config.json",
 )
 
-# Last name of a module of ours -> those of the published modules that it holds, one below the
-# other.
+# Last part of our module's name -> names of the published modules whose tensors it stacks.
 _TEXT = {
     "embed": "embed_tokens",
     "attention_norm": "input_layernorm",
@@ -61,8 +60,9 @@ _HEAD = "lm_head.weight"
 
 
 def published_views(tensors: dict[str, Tensor], config: Qwen2VLConfig) -> dict[str, Tensor]:
-    """Published tensor name (`model.*`, `visual.*`, `lm_head.weight`) -> a view of our tensor in
-    the published shape.
+    """Views of our tensors in the published shapes, by published name.
+
+    Published names are `model.*`, `visual.*` and `lm_head.weight`.
 
     Args:
         tensors: the model's `state_dict`, or tensors of the same names and shapes (gradients).
@@ -73,7 +73,7 @@ def published_views(tensors: dict[str, Tensor], config: Qwen2VLConfig) -> dict[s
     for name, tensor in tensors.items():
         owner, _, kind = name.rpartition(".")  # kind: weight or bias
         stem, dot, leaf = owner.rpartition(".")
-        if leaf == "patch_embed":  # a convolution there, a matrix here
+        if leaf == "patch_embed":  # published as a convolution, a matrix here
             patch = vision.temporal_patch_size, vision.patch_size, vision.patch_size
             tensor = tensor.unflatten(1, (vision.in_channels, *patch))
         table = _VISION if name.startswith("visual.") else _TEXT
@@ -93,23 +93,22 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
 ) -> Qwen2VL:
-    """Load a checkpoint folder: config.json and one or several safetensors files, in any published
+    """Load a checkpoint folder: config.json and one or more safetensors files, in any published
     naming.
 
-    Every tensor is read from disk straight into its place, so that memory holds one copy of the
-    model and one tensor.
+    Every tensor is read from disk straight into the model, so memory holds one copy of the model
+    and one tensor.
 
     Raises:
-        InputError: a file is missing or torn, or a tensor missing, unexpected, misshapen or
-            quantised.
+        InputError: a file is missing or truncated, or a tensor is missing, unexpected, quantised or
+            of the wrong shape.
     """
     folder = Path(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = read_config(folder)
     with torch.device("meta"):
         model = Qwen2VL(config).to(dtype)
-    # Before memory is asked for: a config.json may claim any size, and only the files say that
-    # there is so much.
+    # Before any memory is allocated: config.json may claim any size, and the files must confirm it.
     places = _tensor_places(folder, model)
     written_head = places.pop(_HEAD, None) if config.tie_word_embeddings else None
     model = model.to_empty(device=device)
@@ -120,33 +119,29 @@ def load_model(
         head = _read_tensor(*written_head).to(model.embed.weight)
         if not torch.equal(head, model.embed.weight):
             raise InputError(
-                f"{written_head[0]}: lm_head.weight is not the embedding, but config.json says it"
-                " is tied; set tie_word_embeddings to false there"
+                f"{written_head[0]}: lm_head.weight differs from the embedding, but config.json"
+                " ties them; set tie_word_embeddings to false there"
             )
     model.companions = read_companions(folder)
     return model
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """config.json and the tokenizer's files of a checkpoint folder: what a trained model is saved
-    with.
-    """
+    """The files of a checkpoint folder besides the weights, which a trained model is saved with."""
     files = (folder / name for name in ("config.json", *COMPANIONS))
     return {file.name: read_bytes(file) for file in files if file.is_file()}
 
 
 def _tensor_places(folder: Path, model: Qwen2VL) -> dict[str, tuple[Path, str]]:
-    """Published name -> the file that holds the tensor, and the tensor's key there.
-
-    Read from the headers of the files alone.
+    """The file and the key of every tensor, by published name. Reads only the files' headers.
 
     Raises:
-        InputError: they hold other tensors than the model has.
+        InputError: the files do not hold exactly the model's tensors.
     """
     views = published_views(model.state_dict(), model.config)
     expected = {name: list(view.shape) for name, view in views.items()}
     if model.lm_head is None:
-        expected[_HEAD] = expected[_EMBEDDING]  # some savers write it all the same
+        expected[_HEAD] = expected[_EMBEDDING]  # some programs save a tied head all the same
     places = {}
     for file in weight_files(folder):
         for key, shape in _shapes(file).items():
@@ -174,20 +169,19 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _published_name(key: str) -> str:
-    """transformers 5 nests both halves below `model.`; the published files do not."""
+    """The published name of a key: transformers 5 puts both halves below `model.`."""
     key = key.replace("model.language_model.", "model.")
     return key.replace("model.visual.", "visual.")
 
 
 def _read_tensor(file: Path, key: str) -> Tensor:
-    # The file is opened anew for each: what was read through one mapping stays resident until it
-    # is closed.
+    # Open the file anew for each tensor: all that was read stays in memory until it is closed.
     with _opened(file) as tensors:
         tensor = tensors.get_tensor(key)
-    # Numbers of 8 bits or fewer mean nothing unscaled.
+    # Values of 8 bits or fewer are meaningless without their scale.
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise InputError(
-            f"{file}: {key} is {tensor.dtype}; quantised checkpoints can't be trained, take the"
+            f"{file}: {key} is {tensor.dtype}; quantised checkpoints can't be trained, use the"
             " bf16 one"
         )
     return tensor
