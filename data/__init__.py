@@ -1,6 +1,4 @@
-"""Questions and images: readers, the one prompt template, image preprocessing, tokens, the stream
-of prompts.
-"""
+"""Question readers, the prompt template, image preprocessing, the tokenizer, the prompt stream."""
 
 from .encode import Prompt, PromptEncoder
 from .images import load_image

@@ -1,4 +1,4 @@
-"""What a config chooses of question files, and how its model reads them."""
+"""The questions of a run, and the encoder for its model, as the config selects them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from .vocabulary import Vocabulary
 
 
 class Questions(NamedTuple):
-    """Questions to train on, to validate on and to test on."""
+    """Questions for training, validation and test."""
 
     train: list[Question]
     validation: list[Question]
@@ -25,25 +25,25 @@ class Questions(NamedTuple):
 
 
 def load_questions(config: Config) -> Questions:
-    """The questions of a run, as the config chooses them.
+    """Read and select the questions of a run.
 
-    Those of validation and test are ordered by modality; what is held out for validation is of
-    `train_modality`.
+    Validation and test questions are ordered by modality. Questions that are held out for
+    validation are of `train_modality`.
 
     Raises:
-        InputError: a file is wrong, or there are too few questions.
+        InputError: a file is invalid, or there are too few questions.
     """
-    # Only in training may a missing image be skipped: by the other sets runs are compared.
+    # Missing images may be skipped in training only: the other sets compare runs.
     train = read_questions(config.train_questions, config.image_dir, config.bad_images == "error")
     validation = _read_all(config.validation_questions, config.image_dir)
     test = _read_all(config.test_questions, config.image_dir)
-    # The test set first: whether a run validates does not change what it is tested on.
+    # Split off the test set first, so that it does not depend on whether a run validates.
     if config.test_fraction:
         train, held_out = split_by_image(train, config.test_fraction, config.seed)
         test += held_out
     if config.validation_fraction:
         train, held_out = split_by_image(train, config.validation_fraction, config.seed)
-        # Of other modalities nothing is trained on, so that there is nothing to validate.
+        # The other modalities are not trained on, so there is nothing to validate.
         validation += choose_questions(held_out, config.train_modality)
     train = choose_questions(train, config.train_modality, config.train_count, config.seed)
     if config.images == "other":
@@ -70,21 +70,21 @@ def _of_each_modality(questions: list[Question], count: int, seed: int) -> list[
 
 
 def refuse_overlap(questions: Questions) -> None:
-    """InputError if two of the three share an image."""
-    # By images, not by words: to another question on a known image the answer may be known.
+    """Raise an InputError if two of the three sets share an image."""
+    # Images matter, not wording: a model may know the answer to a new question on a known image.
     first_use: dict[Path, str] = {}
     for use, sharing in zip(("trained", "validated", "tested"), questions, strict=True):
         for question in sharing:
             for image in question.images:
                 if first_use.setdefault(image, use) != use:
                     raise InputError(
-                        f"{question.source}: its image {image} is {first_use[image]} on too; such "
-                        "a test would be worth nothing, leave one out"
+                        f"{question.source}: its image {image} is {first_use[image]} on too, so "
+                        "the test would be worthless; leave one of the two out"
                     )
 
 
 def prompt_encoder(vocabulary: Vocabulary, shape: Qwen2VLConfig, config: Config) -> PromptEncoder:
-    """The way from questions to prompts for a model of this shape, within the config's limits."""
+    """An encoder from questions to prompts for a model of this shape, with the config's limits."""
     return PromptEncoder(
         vocabulary.tokenizer,
         shape,

@@ -1,8 +1,8 @@
-"""From a question to what the model reads.
+"""Encode a question as a prompt: tokens, patches and positions.
 
-The question's words are tokenised apart from the chat template, with control tokens switched off:
-"<|im_end|>" or "<|image_pad|>" in a question file stays text. Because Qwen's template has a control
-token on either side of the words, harmless ones give the very tokens of transformers'
+The question's text is tokenised apart from the chat template, with control tokens disabled:
+"<|im_end|>" or "<|image_pad|>" in a question file stays text. Qwen's template has a control token
+on either side of the text, so harmless text gives exactly the tokens of transformers'
 `Qwen2VLProcessor`.
 """
 
@@ -31,22 +31,21 @@ if TYPE_CHECKING:
 
 LoadImage = Callable[[Path], Image]
 Patches = list[tuple[Tensor, Grid]]
-"""Of each image of a question: its patches (S, C) and their grid."""
-_PLACEHOLDER = "(the words)"  # holds their place while the template is rendered
+"""For each image of a question, its patches (S, C) and their grid."""
+_PLACEHOLDER = "(the words)"  # stands for the text while the template is rendered
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as the model reads it; never truncated.
+    """A question encoded for the model; never truncated.
 
     Attributes:
-        question: what it was made from.
+        question: the question itself.
         tokens_P: int64 (P,), with every image expanded to its image tokens.
         patches_SC: float32 (S, C), the patches of all images in reading order.
-        grids_I3: int64 (I, 3), each image's patches as (1, rows, columns).
-        positions_3P: int64 (3, P), each token's temporal, height and width position.
-        features_ID: the vision tower's output, one row for each image token, where the images are
-            encoded already.
+        grids_I3: int64 (I, 3), the grid of patches of each image, (1, rows, columns).
+        positions_3P: int64 (3, P), the temporal, height and width position of each token.
+        features_ID: the vision tower's output, one row per image token, if it has been computed.
     """
 
     question: Question
@@ -57,8 +56,8 @@ class Prompt:
     features_ID: Tensor | None = None
 
     def continued(self, ids: Sequence[int]) -> Prompt:
-        """The prompt with the beginning of an answer behind it, for the model to go on from."""
-        # Not the length: an image of many tokens takes as many positions as its longer side.
+        """The prompt followed by the beginning of a completion, for the model to continue."""
+        # Not the length: an image takes as many positions as its longer side has tokens.
         next_position = int(self.positions_3P.max()) + 1
         positions_T = next_position + torch.arange(len(ids))
         return replace(
@@ -69,8 +68,10 @@ class Prompt:
 
 
 class Selection(NamedTuple):
-    """The questions that can be used, in their order; how many others have prompts that are too
-    long; and, for each of those kept though an image can't be used, the error that says why.
+    """The usable questions in order, and why others are not usable.
+
+    `too_long` counts the questions left out because their prompts are too long. `unreadable` has
+    one error for each question that was kept although one of its images can't be used.
     """
 
     questions: list[Question]
@@ -83,15 +84,14 @@ class PromptEncoder:
     """Turns questions into prompts for one checkpoint.
 
     Attributes:
-        tokenizer: the checkpoint's, of transformers, with its chat template.
-        shape: the checkpoint's config, for its image token and the sizes of its patches.
-        min_pixels, max_pixels: limits of a resized image's area.
+        tokenizer: the checkpoint's tokenizer from transformers, with its chat template.
+        shape: the checkpoint's config, for its image token and patch sizes.
+        min_pixels, max_pixels: limits on the area of a resized image.
         max_prompt_tokens: the longest prompt allowed, image tokens included.
-        too_long: what `select` does about a longer one, "error" or "skip".
+        too_long: how `select` treats longer prompts, "error" or "skip".
 
     Raises:
-        InputError: the tokenizer's chat template is missing or has no place for an image and the
-            words.
+        InputError: the tokenizer's chat template is missing, or has no place for image and text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -103,27 +103,28 @@ class PromptEncoder:
     too_long: str = "error"
 
     def __post_init__(self) -> None:
-        # By the number of images, as rendering costs more than all the rest.
+        # Cached by number of images: rendering takes longer than everything else.
         self._template = cache(self._rendered)
-        self._template(1)  # a template of no use is refused before anything else begins
+        self._template(1)  # refuse an unusable template before anything else happens
 
     def encode(self, question: Question, load: LoadImage = load_image) -> Prompt:
-        """The whole prompt; `load` reads an image file.
+        """Encode a whole prompt; `load` reads an image file.
 
         Raises:
-            InputError: the prompt is too long (whatever `too_long` says), or an image can't be
+            InputError: the prompt is too long (regardless of `too_long`), or an image can't be
                 used.
         """
         return self.assemble(question, self.patchify(question, load))
 
     def patchify(self, question: Question, load: LoadImage = load_image) -> Patches:
-        """Patches and grid of each image: the slow half of `encode`, safe in any thread."""
+        """The patches and grid of each image: the slow half of `encode`, safe in any thread."""
         sizes = self.shape.vision, self.min_pixels, self.max_pixels
         return [preprocess(load(path), *sizes) for path in question.images]
 
     def assemble(self, question: Question, images: Patches) -> Prompt:
-        """The other half of `encode`: words around the images, which are what `patchify` gave. Only
-        one thread at a time may use the tokenizer.
+        """The other half of `encode`: put text around the images that `patchify` returned.
+
+        Only one thread at a time may use the tokenizer.
         """
         grids = [grid for _, grid in images]
         tokens_P = torch.tensor(self._tokens(question, grids))
@@ -131,32 +132,33 @@ class PromptEncoder:
             raise self._too_long_error(question, len(tokens_P))
         grids_I3 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
         positions_3P = mrope_positions(tokens_P, grids_I3, self.shape)
-        # None at first, as a question without images has patches of the right width too.
+        # Start with no patches, so that a question without images gets a tensor of the right width.
         no_patches = torch.empty(0, self.shape.vision.patch_values)
         patches_SC = torch.cat([no_patches, *(patches for patches, _ in images)])
         return Prompt(question, tokens_P, patches_SC, grids_I3, positions_3P)
 
     def count_tokens(self, question: Question) -> int:
-        """Length of the prompt, by the headers of its image files alone. Raises InputError."""
+        """The length of the prompt, from the image files' headers alone. Raises InputError."""
         return len(self._tokens(question, self.grids(question)))
 
     def grids(self, question: Question) -> list[Grid]:
-        """The grid that `patchify` will make of each image, by the headers of their files. Raises
-        InputError.
+        """The grids that `patchify` will return, from the image files' headers alone.
+
+        Raises InputError.
         """
         sizes = self.shape.vision, self.min_pixels, self.max_pixels
         return [fitted_grid(image_size(path), *sizes) for path in question.images]
 
     def select(self, questions: Sequence[Question], keep_unreadable: bool = False) -> Selection:
-        """The questions whose prompts fit.
+        """Select the questions whose prompts are not too long.
 
-        With `keep_unreadable` a question whose image can't be used keeps its place in the order, so
-        that a resumed run, which may meet more such images, trains on the same questions at the
-        same steps. It is left out when its step comes.
+        With `keep_unreadable`, a question whose image can't be used keeps its place in the order
+        and is left out at its step. So a resumed run trains on the same questions at the same
+        steps, even if more images have become unreadable.
 
         Raises:
             InputError: a prompt is too long and `too_long` is "error"; an image can't be used and
-                is not kept; or no question can be used.
+                `keep_unreadable` is False; or no question can be used.
         """
         kept: list[Question] = []
         unreadable: list[InputError] = []
@@ -168,7 +170,7 @@ class PromptEncoder:
                 if not keep_unreadable:
                     raise
                 unreadable.append(error)
-                length = 0  # it keeps its place below
+                length = 0  # so that it is kept below
             if length <= self.max_prompt_tokens:
                 kept.append(question)
             elif self.too_long == "error":
@@ -178,8 +180,8 @@ class PromptEncoder:
         if questions and len(kept) == len(unreadable):
             raise InputError(
                 f"none of the {len(questions)} prompts can be used: {too_long} are longer than "
-                "max_prompt_tokens (raise it or lower max_pixels), and of "
-                f"{len(unreadable)} an image can't be read"
+                "max_prompt_tokens (raise it or lower max_pixels), "
+                f"{len(unreadable)} have an image that can't be read"
             )
         return Selection(kept, too_long, unreadable)
 
@@ -198,14 +200,14 @@ class PromptEncoder:
         for token in before:
             copies = lengths.pop(0) if token == self.shape.image_token_id else 1
             tokens += [token] * copies
-        # Split, so that a control token in a question file is so many letters.
+        # With special tokens split, a control token in a question file is just letters.
         words = self.tokenizer(
             prompt_text(question), add_special_tokens=False, split_special_tokens=True
         )
         return [*tokens, *words.input_ids, *after]
 
     def _rendered(self, image_count: int) -> tuple[list[int], list[int]]:
-        """Tokens before and after the words, with one image token for each image."""
+        """The template's tokens before and after the text, with one image token per image."""
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": _PLACEHOLDER}]
         message: dict[str, Any] = {"role": "user", "content": content}
         try:
@@ -218,7 +220,7 @@ class PromptEncoder:
                 self.tokenizer(side, add_special_tokens=False).input_ids
                 for side in chat.split(_PLACEHOLDER)
             ]
-        except Exception as error:  # a template is a program, which may do anything wrong
+        except Exception as error:  # a template is a program: it can raise anything
             raise InputError(
                 "the tokenizer's chat template can't be rendered or tokenised "
                 f"({reason(error)}): use the template of Qwen2-VL (chat_template.jinja)"
@@ -226,6 +228,6 @@ class PromptEncoder:
         if len(sides) != 2 or sides[0].count(self.shape.image_token_id) != image_count:
             raise InputError(
                 "the tokenizer's chat template does not render one image token for each image and "
-                "then the words: use the template of Qwen2-VL"
+                "then the text: use the template of Qwen2-VL"
             )
         return sides[0], sides[1]

@@ -1,10 +1,10 @@
-"""From an image file to the patches that the vision tower reads.
+"""Load an image file and cut it into the patches that the vision tower reads.
 
-Equal to the Pillow image processor of transformers (`Qwen2VLImageProcessorPil`): the same sizes,
-bicubic resampling, normalisation and order of patches. Departures, all in `load_image`: the EXIF
-rotation is applied; an image of more than 8 bits is scaled to 8 bits where Pillow would clip it; a
-file beyond Pillow's limit of pixels is refused, and so is every format but the usual ones, because
-for some Pillow runs another program (EPS) and others nobody has tested.
+The result equals that of transformers' Pillow image processor (`Qwen2VLImageProcessorPil`): the
+same sizes, bicubic resampling, normalisation and order of patches. Departures, all in `load_image`:
+the EXIF rotation is applied. An image of more than 8 bits is scaled to 8 bits, where Pillow would
+clip it. A file beyond Pillow's pixel limit is refused, and so is every unusual format: for some of
+them Pillow runs another program (EPS), and the others are untested.
 """
 
 import math
@@ -23,29 +23,29 @@ from common.files import check_file
 from model import VisionConfig
 
 Grid = tuple[int, int, int]
-"""An image's patches: (1, rows, columns); the 1 is the frames of a video's, over two."""
+"""An image's grid of patches, (1, rows, columns). For a video, the 1 would be half its frames."""
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_ASPECT_RATIO = 200  # as transformers has it
-# As the contents say, whatever the file is called; MPO goes as JPEG.
+MAX_ASPECT_RATIO = 200  # as in transformers
+# Recognised by content, not by file name. MPO counts as JPEG.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-_BIT_DEPTHS = (8, 10, 12, 14, 16)  # those of DICOM's "bits stored"
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our error says it
+_BIT_DEPTHS = (8, 10, 12, 14, 16)  # the usual values of "bits stored" in DICOM
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # we raise an error
 
 
 def load_image(path: Path | str) -> Image.Image:
-    """An upright 8-bit RGB image.
+    """Load an image as upright 8-bit RGB.
 
-    Transparency is laid on white. Integers of up to 16 bits are scaled from the smallest usual bit
-    depth (8, 10, 12, 14 or 16) that holds the image's largest value, because scanners store 12 bits
-    in files of 16, which would turn black if all 16 were assumed. Integers outside 0..65535
-    (Hounsfield units) and floats have no agreed range: their own minimum and maximum become 0 and
-    255.
+    Transparent images get a white background. Integers of up to 16 bits are scaled from the
+    smallest usual bit depth (8, 10, 12, 14 or 16) that holds the image's largest value: scanners
+    store 12 bits in 16-bit files, which would turn black if all 16 were assumed. Integers outside
+    0..65535 (Hounsfield units) and floats have no standard range, so their own minimum and maximum
+    become 0 and 255.
 
     Raises:
-        InputError: the file is missing, is no image of a usual format, is truncated, has too many
-            pixels, is too thin or holds NaN or infinity.
+        InputError: the file is missing, truncated or not an image of a usual format, or the image
+            has too many pixels, is too thin, or holds NaN or infinity.
     """
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -58,17 +58,15 @@ def load_image(path: Path | str) -> Image.Image:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(width, height) as the file's header has it, before any EXIF rotation; decodes no pixel.
-    Raises InputError.
-    """
+    """(width, height) from the file's header, before any EXIF rotation. Raises InputError."""
     with _opened(path) as image:
         return image.size
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The image, not decoded yet. Whatever is raised while it is used becomes an InputError that
-    names the file.
+    """The image, not decoded yet. Any error while it is used becomes an InputError that names the
+    file.
     """
     try:
         check_file(path)
@@ -79,19 +77,19 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
-    except Exception as error:  # a damaged file makes decoders raise whatever there is
+    except Exception as error:  # on a damaged file, decoders raise all kinds of errors
         raise InputError(
             f"{path}: not a readable image ({reason(error)}): replace the file"
         ) from None
 
 
 def _check_size(width: int, height: int, path: Path | str) -> None:
-    # Pillow itself only warns up to twice its limit. Warnings made into errors would be no help:
-    # several threads load images, and the filters of warnings are common to all.
+    # Pillow itself only warns up to twice its limit. Turning the warning into an error is not an
+    # option: several threads load images, and warning filters are shared by all threads.
     limit = Image.MAX_IMAGE_PIXELS or math.inf
     if width * height > limit:
         raise InputError(
-            f"{path}: more than {limit:,} pixels, which is not decoded: give a smaller copy"
+            f"{path}: the image has more than {limit:,} pixels, the limit: use a smaller copy"
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise InputError(
@@ -115,15 +113,15 @@ def _from_deep(image: Image.Image, path: Path | str) -> Image.Image:
 def fitted_grid(
     size: tuple[int, int], vision: VisionConfig, min_pixels: int, max_pixels: int
 ) -> Grid:
-    """The patches of an image of this (width, height) once it is resized: whole tokens, an area
-    within the limits, nearly the same shape.
+    """The grid of an image of this (width, height) after resizing.
 
-    The `smart_resize` of Qwen2-VL, to the pixel.
+    It has whole tokens, an area within the limits, and almost the same aspect ratio: exactly the
+    result of Qwen2-VL's `smart_resize`.
     """
     factor = vision.patch_size * vision.spatial_merge_size
     width, height = size
     sides = height, width
-    # Python rounds half to even, as there. A side may become 0, whose area then is too small.
+    # This rounds half to even, as `smart_resize` does. If a side becomes 0, the area is too small.
     fitted = [round(side / factor) * factor for side in sides]
     if math.prod(fitted) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -137,16 +135,16 @@ def fitted_grid(
 def preprocess(
     image: Image.Image, vision: VisionConfig, min_pixels: int, max_pixels: int
 ) -> tuple[Tensor, Grid]:
-    """Resize, normalise and cut into patches.
+    """Resize and normalise an image, and cut it into patches.
 
     Args:
-        image: RGB, as `load_image` gives it.
-        vision: the checkpoint's vision tower, for the sizes of its patches.
-        min_pixels, max_pixels: limits of the resized image's area.
+        image: RGB, from `load_image`.
+        vision: config of the vision tower, for its patch sizes.
+        min_pixels, max_pixels: limits on the area of the resized image.
 
     Returns:
-        patches_SC, float32 (S, 3 * temporal * patch * patch), where each merge x merge patches that
-        become one token are neighbours, and the grid of patches.
+        patches_SC, float32 (S, 3 * temporal * patch * patch), in which the merge x merge patches of
+        a token are adjacent; and the grid of patches.
     """
     size, merge = vision.patch_size, vision.spatial_merge_size
     grid = fitted_grid(image.size, vision, min_pixels, max_pixels)

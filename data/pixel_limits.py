@@ -1,5 +1,5 @@
-"""The limits of an image's area that belong to a checkpoint: "min_pixels" and "max_pixels" of its
-preprocessor_config.json, which transformers obeys too.
+"""A checkpoint's limits on image area: "min_pixels" and "max_pixels" in preprocessor_config.json,
+which transformers obeys too.
 """
 
 import json
@@ -11,31 +11,31 @@ from common.files import read_json
 from model.weights import read_companions
 
 FILE = "preprocessor_config.json"
-_REMEDY = "mend it, or copy or download it again"
-# What transformers calls them where it writes the file itself: {"size": {"shortest_edge": ...}}.
+_REMEDY = "fix it, or copy or download it again"
+# The names that transformers uses when it writes the file: {"size": {"shortest_edge": ...}}.
 _SIZE_NAMES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 
 
 def with_pixel_limits(folder: Path, min_pixels: int, max_pixels: int) -> dict[str, bytes]:
-    """The companion files of a checkpoint folder (`read_companions`) with these limits.
+    """The companion files of a checkpoint folder (`read_companions`), with these limits set.
 
-    A trained model carries the limits that it was trained with, so that whoever loads it, here or
-    elsewhere, shows it images as it knows them. Without the file one is made that says no more.
+    A trained model carries the limits it was trained with, so that it gets images of the same sizes
+    wherever it is loaded. If the file is missing, a new one holds just the limits.
 
     Raises:
-        InputError: the file is no JSON object.
+        InputError: the file is not a JSON object.
     """
     raw = _fields(folder) or {"image_processor_type": "Qwen2VLImageProcessor"}
-    raw.pop("size", None)  # the other place of the same limits
+    raw.pop("size", None)  # the other place for the same limits
     raw |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
     return read_companions(folder) | {FILE: (json.dumps(raw, indent=2) + "\n").encode()}
 
 
 def read_pixel_limits(folder: Path) -> dict[str, int]:
-    """Those of "min_pixels" and "max_pixels" that a checkpoint folder knows.
+    """The "min_pixels" and "max_pixels" of a checkpoint folder, each only if it is set.
 
     Raises:
-        InputError: its preprocessor_config.json is no JSON object, or a limit is no whole number.
+        InputError: preprocessor_config.json is not a JSON object, or a limit is not a whole number.
     """
     raw = _fields(folder)
     size = raw.get("size")
@@ -51,7 +51,7 @@ def read_pixel_limits(folder: Path) -> dict[str, int]:
 
 
 def _fields(folder: Path) -> dict[str, Any]:
-    """Those of the file, none where there is no file."""
+    """The fields of the file; none if there is no file."""
     file = folder / FILE
     if not file.exists():
         return {}

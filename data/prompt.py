@@ -1,10 +1,10 @@
-"""The one prompt template, used by training and evaluation alike.
+"""The prompt template, the same for training and evaluation.
 
 It is the text of Figure 1 of MedVLM-R1 (arXiv 2502.19634). Departures from the code published with
-the paper: there, a line break precedes the question, every line of the task is indented (by eight
-spaces in training, by four in evaluation), some lines end in a space, and an indented empty line
-closes the text. Here lines begin at the margin, nothing trails, and training and evaluation send
-the same bytes.
+the paper: there, the question follows a line break, every line of the task is indented (by eight
+spaces in training, by four in evaluation), some lines end in a space, and the text ends with an
+indented empty line. Here lines have no indentation and no trailing spaces, and training and
+evaluation send the same bytes.
 """
 
 from rewards import LETTERS
@@ -20,9 +20,7 @@ tags.
 
 
 def prompt_text(question: Question) -> str:
-    """The user's words: the question, one line `A) ...` for each option, the task. Images are not
-    part of it.
-    """
+    """The text of the user's turn: the question, one line `A) ...` per option, the task."""
     lettered = zip(LETTERS, question.options, strict=False)
     options = [f"{letter}) {option}" for letter, option in lettered]
     return "\n".join([question.question, *options, TASK])

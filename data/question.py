@@ -1,11 +1,11 @@
-"""What a question is, and what its imaging modality is called."""
+"""The `Question` type, and the canonical names of imaging modalities."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Names of OmniMedVQA, whose files say "Mag-netic" and "ultrasound" and leave the parenthesis of
-# "OCT (..." open, of the data sets derived from it, and of everyday use.
+# Names used by OmniMedVQA (whose files have "Mag-netic", "ultrasound" and the unclosed "OCT (..."),
+# by the data sets derived from it, and in everyday language.
 _NAMES = {
     "MRI": (
         "MRI",
@@ -45,7 +45,7 @@ MODALITIES = tuple(_NAMES)
 
 
 def _plain(name: str) -> str:
-    """The name as it is compared: without case, spaces and punctuation."""
+    """The name without case, spaces and punctuation, for comparison."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
@@ -54,16 +54,16 @@ _CANONICAL = {_plain(name): modality for modality, names in _NAMES.items() for n
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A multiple-choice question: text only, cheap to keep and to pickle.
+    """A multiple-choice question. It holds only text, so it is cheap to keep and to pickle.
 
     Attributes:
-        images: resolved paths, in the order in which the prompt shows them.
-        question: the question itself, without its options.
+        images: resolved paths, in the order of the prompt.
+        question: the text of the question, without its options.
         options: 2 to 10 texts; the first is A.
-        answer: the right option's letter.
+        answer: the letter of the correct option.
         modality: canonical name ("MRI", "CT", "X-ray", ...).
-        question_type: the file's own word for it ("Disease Diagnosis", ...), or "".
-        source: where it was read, "test.json row 12"; for messages and logs.
+        question_type: as in the file ("Disease Diagnosis", ...), or "".
+        source: where it was read, e.g. "test.json row 12"; for messages and logs.
     """
 
     images: tuple[Path, ...]
@@ -76,9 +76,8 @@ class Question:
 
 
 def canonical_modality(name: str) -> str:
-    """One name for each modality: "MR (Mag-netic Resonance Imaging)" -> "MRI".
+    """The canonical name of a modality: "MR (Mag-netic Resonance Imaging)" -> "MRI".
 
-    A name that is not known is kept as it is (surrounding white space aside); an empty one becomes
-    "unknown".
+    An unknown name is only stripped of surrounding white space; an empty one becomes "unknown".
     """
     return _CANONICAL.get(_plain(name), name.strip() or "unknown")

@@ -1,4 +1,4 @@
-"""One row of a file of questions: its fields, checked, with errors that say where they are."""
+"""One row of a question file: checked access to its fields, with errors that name the place."""
 
 import os
 import re
@@ -18,19 +18,19 @@ _KINDS = {
     float: "a number",
     type(None): "null",
 }
-"""What JSON calls the values that Python reads."""
+"""How error messages call the values of a JSON file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object of a file of questions.
+    """One object in a question file.
 
     Attributes:
         fields: the object itself.
-        file: the file.
+        file: the question file.
         place: "row 12" or "line 12".
         image_root: resolved folder that no image path may leave.
-        check_images: whether an image must exist.
+        check_images: whether every image must exist.
     """
 
     fields: dict[str, Any]
@@ -42,8 +42,8 @@ class Row:
     def __post_init__(self) -> None:
         if not isinstance(self.fields, dict):
             raise InputError(
-                f"{self.file} {self.place}: is {_KINDS[type(self.fields)]}: give an object with "
-                "`question`, `options`, ..."
+                f"{self.file} {self.place}: this is {_KINDS[type(self.fields)]}: give an object "
+                "with `question`, `options`, ..."
             )
 
     @property
@@ -54,32 +54,32 @@ class Row:
         raise InputError(f"{self.file} {self.place}: `{field}` {problem}: {remedy}")
 
     def has(self, field: str) -> bool:
-        """Whether the field is there and holds something; null and "" count as absent."""
+        """Whether the field has a value; null and "" count as missing."""
         return self.fields.get(field) not in (None, "")
 
     def string(self, field: str) -> str:
-        """A text that is not empty, without surrounding white space."""
+        """The field's text without surrounding white space, which must not be empty."""
         return self._text(field, self._value(field))
 
     def optional_string(self, field: str) -> str:
-        """The text, or "" where the field is absent."""
+        """The field's text, or "" if the field is missing."""
         return self.string(field) if self.has(field) else ""
 
     def strings(self, field: str) -> tuple[str, ...]:
-        """A list of texts, at least one."""
+        """The field's list of texts, which must not be empty."""
         values = self._value(field)
         if not values or not isinstance(values, list):
             self.fail(field, f"is {_KINDS[type(values)]}", "give a list of at least one text")
         return tuple(self._text(field, value) for value in values)
 
     def images(self, field: str) -> tuple[Path, ...]:
-        """The resolved paths of one image, or of a list of them, that lie in the image folder."""
-        one = isinstance(self.fields.get(field), str)
-        names = (self.string(field),) if one else self.strings(field)
+        """The resolved paths of the field's image or list of images, all in the image folder."""
+        single = isinstance(self.fields.get(field), str)
+        names = (self.string(field),) if single else self.strings(field)
         return tuple(self._image(field, name) for name in names)
 
     def _image(self, field: str, name: str) -> Path:
-        # Links are followed first: one within the folder may lead out of it.
+        # Follow links first: a link inside the folder may lead out of it.
         resolved = Path(os.path.realpath(self.image_root / name))
         if ".." in Path(name).parts or not resolved.is_relative_to(self.image_root):
             problem = f"leaves the image folder ({name!r} is {resolved})"
@@ -102,9 +102,9 @@ class Row:
             self.fail(field, "holds no text", "give a text")
         if len(text) > LONGEST_TEXT:
             self.fail(field, f"holds {len(text):,} characters", f"shorten it to {LONGEST_TEXT:,}")
-        # No file can have such a name, and no tokenizer takes the latter.
+        # No file name can contain these, and no tokenizer accepts a surrogate.
         if re.search("[\0\ud800-\udfff]", text):
             self.fail(
-                field, "holds NUL or half of a surrogate pair", "give text that UTF-8 can have"
+                field, "holds NUL or half of a surrogate pair", "give text that UTF-8 can encode"
             )
         return text

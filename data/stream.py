@@ -1,6 +1,4 @@
-"""Which questions a step trains on: a pure function of (seed, step), so that a resume has nothing
-to restore.
-"""
+"""The questions of each step: a pure function of (seed, step), with no state to restore."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +11,15 @@ from .encode import LoadImage, Patches, Prompt, PromptEncoder
 from .images import load_image
 from .question import Question
 
-_DECODERS = 4  # threads; Pillow and NumPy release the interpreter while they work
+_DECODERS = 4  # threads; Pillow and NumPy release the interpreter lock while they work
 
 
-@lru_cache(maxsize=4)  # a step's questions need one or two; sorting all anew takes longer
+@lru_cache(maxsize=4)  # a step needs one or two; sorting again at every step would take longer
 def permutation(length: int, seed: str) -> tuple[int, ...]:
     """A permutation of range(length), the same on every machine.
 
-    It sorts by draws of `random.random`, whose sequence for a seed Python guarantees between
-    versions; `shuffle`, NumPy and torch give no such promise.
+    It sorts by draws from `random.random`, whose sequence for a given seed Python guarantees across
+    versions. `shuffle`, NumPy and torch make no such promise.
     """
     draw = random.Random(seed)
     keys = [draw.random() for _ in range(length)]
@@ -33,9 +31,9 @@ def questions_of_step(
 ) -> list[Question]:
     """The `prompts_per_step` questions of a step (counted from 0).
 
-    Every epoch is a permutation of all questions, drawn from (seed, epoch); steps walk through the
-    epochs one after the other. A step may begin in one epoch and end in the next: no question is
-    dropped, and none is shown twice within an epoch.
+    Every epoch is a permutation of all questions, drawn from (seed, epoch), and the steps run
+    through the epochs in order. A step may begin in one epoch and end in the next: no question is
+    dropped, and none occurs twice within an epoch.
     """
     total = len(questions)
     chosen = []
@@ -55,38 +53,39 @@ def prompts_of_steps(
     unreadable: Callable[[InputError], None] | None = None,
     load: LoadImage = load_image,
 ) -> Iterator[list[Prompt]]:
-    """The prompts of each of the `steps` in turn; threads decode the next step's images while a
-    step is worked on.
+    """Yield the prompts of each step in turn, while threads decode the images of the next step.
 
-    A question whose image can't be used is left out of its step if `unreadable` takes the error;
-    `load` reads an image file.
+    Args:
+        unreadable: called with the error if a question has an image that can't be used; the
+            question is left out of its step.
+        load: reads an image file.
 
     Raises:
         InputError: an image of the step can't be used and `unreadable` is None.
     """
     pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
     chosen = (questions_of_step(questions, step, prompts_per_step, seed) for step in steps)
-    begun = (_begin(pool, encoder, batch, load) for batch in chosen)  # each when it is asked for
+    pending = (_start_decoding(pool, encoder, batch, load) for batch in chosen)  # a lazy generator
     try:
-        coming = next(begun, None)
-        while coming is not None:
-            now, coming = coming, next(begun, None)
+        following = next(pending, None)
+        while following is not None:
+            current, following = following, next(pending, None)
             prompts = []
-            for question, images in now:
+            for question, images in current:
                 try:
-                    # Here and not in the pool: tokenizers are not made for several threads.
+                    # Here and not in the pool: tokenizers are not thread-safe.
                     prompts.append(encoder.assemble(question, images.result()))
                 except InputError as error:
                     if unreadable is None:
-                        remedy = "or go on without such images, by --bad_images skip"
+                        remedy = "or continue without such images (--bad_images skip)"
                         raise InputError(f"{error}; {remedy}") from None
                     unreadable(error)
             yield prompts
     finally:
-        pool.shutdown(cancel_futures=True)  # who stops does not wait for images that nobody needs
+        pool.shutdown(cancel_futures=True)  # on a stop, don't decode images that nobody needs
 
 
-def _begin(
+def _start_decoding(
     pool: ThreadPoolExecutor, encoder: PromptEncoder, questions: list[Question], load: LoadImage
 ) -> list[tuple[Question, Future[Patches]]]:
     return [(question, pool.submit(encoder.patchify, question, load)) for question in questions]

@@ -1,4 +1,4 @@
-"""Choosing some of a file's questions, and splitting them into train and test."""
+"""Choose a subset of questions, and split questions into training and test sets."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ def choose_questions(
     count: int = 0,
     seed: int = 0,
 ) -> list[Question]:
-    """`count` questions of one modality, drawn with a seed, in the order in which they were given.
+    """Draw `count` questions of one modality with a seed, and return them in their original order.
 
-    "" means all modalities, 0 all questions. With one seed a smaller choice is part of every larger
-    one.
+    A modality of "" means all modalities, a count of 0 all questions. With the same seed, a smaller
+    subset is contained in every larger one.
 
     Raises:
         InputError: there are fewer than `count` such questions, or none at all.
@@ -31,10 +31,10 @@ def choose_questions(
         available = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
         raise InputError(
             f"only {len(matching)} questions of {wanted or 'any modality'} for a count of "
-            f"{count or 'all'} (available: {available or 'none'}): ask for fewer, correct the "
+            f"{count or 'all'} (available: {available or 'none'}): lower the count, correct the "
             "modality, or give another question file"
         )
-    # The beginning of one permutation, so that a larger count keeps what a smaller one has.
+    # The start of one permutation: a larger count keeps the questions of a smaller one.
     drawn = permutation(len(matching), f"subset {seed}")[: count or None]
     return [matching[index] for index in sorted(drawn)]
 
@@ -42,12 +42,12 @@ def choose_questions(
 def split_by_image(
     questions: Sequence[Question], test_fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
-    """Train and test questions that share no image, each in the order in which they were given.
+    """Split questions into training and test sets without common images, in their original order.
 
     Questions that share an image, directly or through a chain of questions with several images,
-    stay together. Such clusters are taken for the test set in an order drawn with the seed, as long
-    as they fit into `test_fraction` of all questions; so the test set may be a little smaller than
-    asked for, never larger.
+    form a cluster and stay together. Clusters go to the test set in an order drawn with the seed,
+    as long as they fit into `test_fraction` of all questions. So the test set may be slightly
+    smaller than requested, but never larger.
 
     Raises:
         InputError: one of the two sets would be empty.
@@ -56,23 +56,21 @@ def split_by_image(
     room = round(test_fraction * len(questions))
     in_test: set[int] = set()
     for index in permutation(len(clusters), f"split {seed}"):
-        # One that does not fit is passed over: a smaller one behind it may.
+        # Skip a cluster that does not fit: a later, smaller one may.
         if len(in_test) + len(clusters[index]) <= room:
             in_test.update(clusters[index])
     train = [question for index, question in enumerate(questions) if index not in in_test]
     test = [questions[index] for index in sorted(in_test)]
     if not train or not test:
         raise InputError(
-            f"{len(questions)} questions on {len(clusters)} unconnected groups of images can't be "
+            f"{len(questions)} questions on {len(clusters)} unconnected sets of images can't be "
             f"split with test fraction {test_fraction}: choose another fraction or give more images"
         )
     return train, test
 
 
 def _clusters(questions: Sequence[Question]) -> list[list[int]]:
-    """Indices of the questions, grouped by images that they share, the first question's group
-    first.
-    """
+    """The indices of the questions, clustered by shared images, in order of first question."""
     # A union-find forest: questions that share an image have the same root.
     parents = list(range(len(questions)))
     first_with: dict[Path, int] = {}
@@ -88,6 +86,6 @@ def _clusters(questions: Sequence[Question]) -> list[list[int]]:
 
 def _root(parents: list[int], index: int) -> int:
     while parents[index] != index:
-        parents[index] = parents[parents[index]]  # halves the way of whoever comes next
+        parents[index] = parents[parents[index]]  # path halving: later look-ups are shorter
         index = parents[index]
     return index

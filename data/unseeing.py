@@ -1,7 +1,8 @@
-"""Questions without their images: what a model that can't see would be shown in their place.
+"""Questions without their images: substitutes that hide the image from the model.
 
-Asked so, a trained model is its own blind baseline; trained so, it shows how much of a gain needs
-no sight. The prompt keeps its length: every substitute has the size of the image that it replaces.
+A trained model that is evaluated on them is its own blind baseline. A model that is trained on them
+shows how much of a gain needs no sight. A substitute has the size of the image it replaces, so the
+prompt keeps its length.
 """
 
 import random
@@ -23,22 +24,22 @@ def blank_image(path: Path) -> Image.Image:
 
 
 def noise_image(path: Path) -> Image.Image:
-    """Uniform noise of the same size, the same each time for a file of that name."""
+    """Uniform noise of the same size; always the same for a file of the same name."""
     width, height = load_image(path).size
-    # Seeded with the name and not in a row: noise must not depend on what was asked before.
+    # Seeded with the name: a single stream would make noise depend on the order of the images.
     generator = np.random.default_rng(list(path.name.encode()))
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def with_other_images(questions: Sequence[Question]) -> list[Question]:
-    """Every question with the images of another one of the list, of whatever modality.
+    """Every question with the images of another question in the list, of any modality.
 
-    All images are still used, and nobody keeps its own, unless all questions show the same.
+    All images are still used, and no question keeps its own, unless all have the same images.
     """
-    # Distinct: with an image twice in the cycle, a question could be given its own.
+    # Distinct: if images occurred twice in the cycle, a question could get its own.
     images = list(dict.fromkeys(question.images for question in questions))
     random.Random("other image").shuffle(images)
-    other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle through them all
+    other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle through all images
     return [replace(question, images=other[question.images]) for question in questions]
 
 
@@ -46,6 +47,6 @@ LOADERS: dict[str, LoadImage] = {
     "own": load_image,
     "blank": blank_image,
     "noise": noise_image,
-    "other": load_image,  # of the questions that `with_other_images` gives
+    "other": load_image,  # applied to the questions from `with_other_images`
 }
-"""By the values of the config's `images`: how an image file is read for training."""
+"""How an image file is read for training, by the value of `images` in the config."""

@@ -1,6 +1,4 @@
-"""The tokens of a model: its tokenizer, which ids end a completion, and which may be sampled at
-all.
-"""
+"""A model's tokenizer, the ids that end a completion, and the ids that may be sampled."""
 
 from __future__ import annotations
 
@@ -31,8 +29,8 @@ _VISION_TOKENS = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`end_ids` end a completion; `allowed_V` is False for image tokens and for embedding rows that
-    no token uses.
+    """The tokenizer and its ids: `end_ids` end a completion; `allowed_V` is False for image tokens
+    and for embedding rows that no token uses.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,23 +38,21 @@ class Vocabulary:
     allowed_V: Tensor
 
     def encode(self, completion: str) -> list[int]:
-        """A completion's ids, without an end of turn; control tokens written in the text stay
-        text.
-        """
+        """The ids of a completion, without end of turn. Control tokens in the text stay text."""
         tokens = self.tokenizer(completion, add_special_tokens=False, split_special_tokens=True)
         return tokens.input_ids
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of a completion (T,) up to, and without, its first end-of-turn token.
+        """The text of a completion (T,) before its first end-of-turn token.
 
-        Other control tokens stay visible: a reward must judge what was really written.
+        Other control tokens remain visible: a reward must judge what the model really wrote.
         """
         kept = []
         for token in tokens.tolist():
             if token in self.end_ids:
                 break
             kept.append(token)
-        # Without the tidying of blanks before punctuation that some tokenizers are set to.
+        # Some tokenizers are configured to remove spaces before punctuation.
         return str(
             self.tokenizer.decode(
                 kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -65,18 +61,17 @@ class Vocabulary:
 
 
 def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cpu") -> Vocabulary:
-    """Read the tokenizer of a checkpoint folder, and run no code that lies there.
+    """Load the tokenizer of a checkpoint folder, without running any code from it.
 
     Raises:
-        InputError: the folder has no tokenizer that can be used, or one that does not fit the
-            model.
+        InputError: the tokenizer is missing, unusable, or does not fit the model.
     """
-    # Here, as importing it takes seconds, which a mistake in the config need not wait for.
+    # Imported here because it takes seconds: an error in the config should not have to wait.
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     remedy = "copy tokenizer.json and tokenizer_config.json"
-    # Without either of them transformers would invent one.
+    # If both are missing, transformers would make one up.
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise InputError(f"{folder}: no tokenizer; {remedy}")
     for name in COMPANIONS:
@@ -86,26 +81,24 @@ def load_vocabulary(folder: str | Path, config: Qwen2VLConfig, device: str = "cp
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        tokenizer.get_vocab()  # some classes have none
-    except Exception as error:  # the tokenizers library has no class of its own for errors
+        tokenizer.get_vocab()  # some classes don't implement it
+    except Exception as error:  # the tokenizers library has no exception class of its own
         raise InputError(f"{folder}: no usable tokenizer ({reason(error)}); {remedy}") from None
     allowed_V = allowed_tokens_V(tokenizer, config.vocab_size, config.vision_token_ids)
     return Vocabulary(tokenizer, _end_ids(folder, tokenizer), allowed_V.to(device))
 
 
 def _end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """As generation_config.json says, the published models' way; else the tokenizer's own
-    end-of-sequence token.
-    """
+    """The ids in generation_config.json, as in the published models, or the tokenizer's EOS id."""
     ids: Any = tokenizer.eos_token_id
     file = folder / "generation_config.json"
     if file.exists():
         fields = read_json(file, "copy or download it again")
         if not isinstance(fields, dict):
-            raise InputError(f"{file}: no JSON object; copy or download it again")
+            raise InputError(f"{file}: not a JSON object; copy or download it again")
         ids = fields.get("eos_token_id", ids)
     ids = tuple(ids) if isinstance(ids, list) else (ids,)
-    # Not isinstance, by which true is the token 1.
+    # Not isinstance, which would accept true as token 1.
     if not ids or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
         raise InputError(
             f"{folder}: no valid end-of-turn token (eos_token_id is {ids}) in "
@@ -117,14 +110,13 @@ def _end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
 def allowed_tokens_V(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, forbidden_ids: Iterable[int] = ()
 ) -> Tensor:
-    """bool (V,): which ids may be sampled.
+    """The ids that may be sampled, bool (V,).
 
-    Not those of vision tokens, not the `forbidden_ids` (the checkpoint's own image and video
-    tokens), and not rows of the embedding that no token uses.
+    Excluded are vision tokens, `forbidden_ids` (the checkpoint's own image and video tokens), and
+    embedding rows that no token uses.
 
     Raises:
-        InputError: an id of the tokenizer, or one of `forbidden_ids`, lies beyond the embedding's
-            rows.
+        InputError: an id of the tokenizer or of `forbidden_ids` is beyond the embedding's rows.
     """
     id_of = tokenizer.get_vocab()
     used = list(id_of.values())
@@ -132,11 +124,10 @@ def allowed_tokens_V(
     largest = max(used + forbidden)
     if largest >= vocab_size:
         raise InputError(
-            f"{tokenizer.name_or_path}: the ids of tokens go up to {largest}, but the checkpoint "
-            f"has {vocab_size} rows of embedding: use the tokenizer and config.json that belong "
-            "to it"
+            f"{tokenizer.name_or_path}: token ids go up to {largest}, but the checkpoint's "
+            f"embedding has {vocab_size} rows: use the tokenizer and config.json that belong to it"
         )
-    # The published models have some hundred rows more than tokens, with weights of no meaning.
+    # The published models have a few hundred more rows than tokens, with meaningless weights.
     allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
     allowed_V[used] = True
     allowed_V[forbidden] = False

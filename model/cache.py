@@ -1,5 +1,4 @@
-"""The KV cache of a rollout: each prompt once per group, each completion in a buffer of fixed size.
-"""
+"""The KV cache of a rollout: prompts once per group, completions in buffers of fixed size."""
 
 import torch
 from torch import Tensor

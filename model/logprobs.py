@@ -67,7 +67,7 @@ def naive_logprobs(
 
 
 def masked_logits(hidden: Tensor, head_VD: Tensor, allowed_V: Tensor, temperature: float) -> Tensor:
-    """fp32 logits (..., V) over the temperature, forbidden ids masked. Sampler and loss share it."""
+    """fp32 logits (..., V) over the temperature, forbidden ids masked; for sampler and loss."""
     logits = linear(hidden, head_VD).float()
     if temperature != 1.0:
         logits.div_(temperature)

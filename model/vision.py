@@ -41,7 +41,7 @@ class VisionBlock(nn.Module):
         self.fc2 = Linear(config.mlp_ratio * width, width)
 
     def forward(self, x_SE: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> Tensor:
-        """x (S, E), the patches of all images, -> (S, E). `sizes`: the number of patches in each."""
+        """x (S, E), the patches of all images; `sizes` is the number of patches in each."""
         qkv = self.qkv(self.norm1(x_SE))
         heads = qkv.unflatten(1, (3, self.num_heads, -1))
         q_and_k, v = heads.permute(1, 2, 0, 3).split((2, 1))  # (2, heads, S, d) and (1, ...)

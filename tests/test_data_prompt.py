@@ -190,7 +190,7 @@ def test_a_question_with_an_unreadable_image_keeps_its_place_only_where_it_may(q
     assert [str(error) for error in unreadable] == ["gone.png: no such image file"]
     with pytest.raises(InputError, match="gone.png"):
         encoder().select([question, gone])
-    with pytest.raises(InputError, match="none of the 1 prompts .* of 1 an image can't be read"):
+    with pytest.raises(InputError, match="none of the 1 prompts .* 1 have an image that can't be"):
         encoder().select([gone], keep_unreadable=True)
 
 

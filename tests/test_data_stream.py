@@ -167,13 +167,13 @@ def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_
     assert list(prompts_of_steps(encoder, questions, range(3, 3), 2, 0)) == []
 
 
-def test_who_stops_does_not_wait_for_images_that_nobody_will_see(prompts):
+def test_stopping_does_not_wait_for_images_that_are_no_longer_needed(prompts):
     encoder, questions = tiny_encoder(), [prompt.question for prompt in prompts] * 20
-    patchify, begun = encoder.patchify, []
-    encoder.patchify = lambda question: (
-        begun.append(question) or time.sleep(0.05) or patchify(question)
+    patchify, started = encoder.patchify, []
+    encoder.patchify = lambda question, load: (
+        started.append(question) or time.sleep(0.05) or patchify(question, load)
     )
-    told = prompts_of_steps(encoder, questions, range(2), 30, 0)
-    next(told)
-    told.close()
-    assert 30 <= len(begun) < 50
+    stream = prompts_of_steps(encoder, questions, range(2), 30, 0)
+    next(stream)
+    stream.close()
+    assert 30 <= len(started) < 50

@@ -121,11 +121,11 @@ LONG = "x" * (LONGEST_LINE - 1000)
 def test_a_list_takes_25_times_its_limit_at_most_and_a_longer_one_is_not_parsed(tmp_path):
     file = question_file(tmp_path, LISTS)
     tracemalloc.start()
-    refused(read_questions, file, "row 1: is a list")
+    refused(read_questions, file, "row 1: this is a list")
     peak = tracemalloc.get_traced_memory()[1]
     question_file(tmp_path, "[" + " " * MOST_LIST_BYTES + "]")
     tracemalloc.reset_peak()
-    refused(read_questions, file, "a JSON list of more than 64 MB: write it as JSON lines")
+    refused(read_questions, file, "the JSON list is larger than 64 MB: write it as JSON lines")
     peak_of_refusal = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40 * len(LISTS) and peak_of_refusal < 3 * MOST_LIST_BYTES
@@ -160,7 +160,7 @@ def test_a_row_just_within_the_limit_is_read_and_one_beyond_is_not(tmp_path):
             "[" + json.dumps(ROW | {"question": "x" * (LONGEST_TEXT + 1)}) + "]",
             "`question` holds 20,001 characters",
         ),
-        (json.dumps([ROW | {"options": ["x"] * 10_000}]), "`options` makes 10000 options"),
+        (json.dumps([ROW | {"options": ["x"] * 10_000}]), "`options` has 10000 options"),
         (json.dumps([ROW | {"question": "\udc80"}]), "half of a surrogate"),
         (json.dumps([ROW | {"question": "\0"}]), "`question` holds NUL"),
         (
