@@ -1,3 +1,4 @@
-"""What a GRPO step costs, beside other ways of doing the same work. Figures and their discussion:
-BENCHMARKS.md.
+"""Time and memory of a GRPO step, compared with other ways of doing the same work.
+
+The figures and their discussion are in BENCHMARKS.md.
 """

@@ -1,8 +1,9 @@
-"""All figures of BENCHMARKS.md, measured on this machine: `make bench`, or `python -m benchmarks
-[--rounds 3]`.
+"""Measure all figures of BENCHMARKS.md on this machine.
 
-Writes benchmarks/results.json after every part, and the tables between the marks in BENCHMARKS.md
-at the end.
+    make bench, or python -m benchmarks [--rounds 3]
+
+Writes benchmarks/results.json after every part, and at the end the tables between the marks in
+BENCHMARKS.md.
 """
 
 import argparse
@@ -29,7 +30,8 @@ RESULTS = Path(__file__).resolve().parent / "results.json"
 PAGE = RESULTS.parent.parent / "BENCHMARKS.md"
 MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-# Lengths as of dice: 64 tokens on average, up to 256. Where completions end alike, none can leave.
+# Random lengths: 64 tokens on average, at most 256. With equal lengths no completion could leave
+# the batch early.
 RAGGED: dict[str, Any] = {
     "prompts": 4,
     "group": 16,
@@ -40,7 +42,7 @@ RAGGED: dict[str, Any] = {
 }
 DROPPING = "dropping the finished"
 
-# What is measured: by part and name, the arguments that differ.
+# The arguments that differ from the defaults, by part and name.
 PEERS = "ours", *installed_peers()
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "peers 448": {name: {} for name in PEERS},
@@ -53,14 +55,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def measure(rounds: int, device: str) -> None:
-    """All parts, in turn; the file of results holds those that are done."""
+    """Measure all parts in turn, saving the results after each."""
     began = time.perf_counter()
     results: dict[str, Any] = {"date": date.today().isoformat(), "rounds": rounds}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(checkpoint_folder("46m", Path(folder)))
         flags = ["--checkpoint", checkpoint, "--steps", "2", "--device", device]
         args = argument_parser("", "").parse_args(flags)
-        # One part after the other, so that an hour of measuring survives the failure of the next.
+        # One part after the other, so that a failure does not lose the parts before it.
         for part, variants in VARIANTS.items():
             results[part] = compare(args, variants, rounds)
             _save(results)
@@ -77,7 +79,7 @@ def _save(results: dict[str, Any]) -> None:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """The results as Markdown tables."""
     environment = Environment(
         loader=FileSystemLoader(RESULTS.parent),
         undefined=StrictUndefined,
@@ -96,24 +98,24 @@ def tables(results: dict[str, Any]) -> str:
 def write_tables(results: dict[str, Any], page: Path) -> None:
     """Put the tables between the marks of the page."""
     before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    behind = rest.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{behind}", encoding="utf-8")
+    after = rest.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def work() -> None:
-    """Measure and write as the command line says."""
+    """Run the command line: measure, and write the tables."""
     parser = argparse.ArgumentParser("python -m benchmarks", None, __doc__.split("\n")[0])
     add = parser.add_argument
-    add("--rounds", type=partial(at_least, 1), default=3, help="how often all is measured")
+    add("--rounds", type=partial(at_least, 1), default=3, help="how often to measure everything")
     add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--tables-only", action="store_true", help="measure nothing, write the tables anew")
+    add("--tables-only", action="store_true", help="only rewrite the tables")
     args = parser.parse_args()
     if not args.tables_only:
         peers = ", ".join(installed_peers())
-        print(f"peers: {peers}; with TRL it takes about an hour on 2 cores", file=sys.stderr)
+        print(f"peers: {peers}; with TRL this takes about an hour on 2 cores", file=sys.stderr)
         measure(args.rounds, args.device)
-    write_tables(read_json(RESULTS, "measure anew, without --tables-only"), PAGE)
-    print(f"{PAGE} and {RESULTS} hold the figures")
+    write_tables(read_json(RESULTS, "measure again, without --tables-only"), PAGE)
+    print(f"the figures are in {PAGE} and {RESULTS}")
 
 
 if __name__ == "__main__":

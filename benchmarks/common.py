@@ -1,6 +1,4 @@
-"""What the programs of this folder share: their arguments, what they measure on, and what they
-print.
-"""
+"""Shared by the programs of this folder: arguments, inputs and output."""
 
 import argparse
 import json
@@ -26,10 +24,10 @@ from training.step import Step
 
 from .shapes import SHAPES, make_checkpoint, make_questions
 
-# Steps that are not counted: libraries load, and the process's memory grows to what it needs.
+# Steps that are not counted: libraries load, and the memory of the process grows to its full size.
 WARM_UP = 2
 
-# What `benchmarks.grpo_step --without` can leave out.
+# The fast paths that `benchmarks.grpo_step --without` can replace.
 FAST_PATHS = (
     "oneDNN",
     "arranged weights",
@@ -39,22 +37,23 @@ FAST_PATHS = (
     "blocked log-probs",
 )
 
-# Arguments that are whole numbers: the lowest, the default, the help.
+# Arguments that are whole numbers: minimum, default, help.
 _NUMBERS = {
-    "--prompts": (1, 2, "prompts a step"),
-    "--group": (2, 8, "completions a prompt"),
-    "--tokens": (1, 64, "tokens a completion, exactly"),
-    "--side": (56, 448, "images are side x side pixels"),
-    "--steps": (1, 4, f"steps counted, after {WARM_UP} that are not"),
-    "--micro-batch-tokens": (1, 1024, "tokens of a forward and backward"),
+    "--prompts": (1, 2, "prompts per step"),
+    "--group": (2, 8, "completions per prompt"),
+    "--tokens": (1, 64, "tokens per completion, exactly"),
+    "--side": (56, 448, "images have side x side pixels"),
+    "--steps": (1, 4, f"steps to measure, after {WARM_UP} warm-up steps"),
+    "--micro-batch-tokens": (1, 1024, "tokens per forward and backward pass"),
 }
 
 Measurement = Callable[[argparse.Namespace, Path, Path], dict[str, object]]
 
 
 def run_measurement(program: str, description: str, measure: Measurement) -> int:
-    """Print `measure(arguments, checkpoint, folder for what it writes)`, as the command line of
-    `program` says, as one line of JSON. Returns the exit code.
+    """Run `measure(arguments, checkpoint, output folder)` with the arguments of the command line.
+
+    Prints the result as one line of JSON. Returns the exit code.
     """
     parser = argument_parser(f"python -m benchmarks.{program}", description)
     return run_program("benchmarks", partial(_print_measurement, parser, measure))
@@ -62,9 +61,9 @@ def run_measurement(program: str, description: str, measure: Measurement) -> int
 
 def _print_measurement(parser: argparse.ArgumentParser, measure: Measurement) -> None:
     args = parser.parse_args()
-    # Before anything else: a large checkpoint takes a while to make.
+    # Checked first, because a large checkpoint takes a while to make.
     if args.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"--device is {args.device!r}, but torch finds no CUDA GPU; give cpu")
+        raise InputError(f"--device is {args.device!r}, but torch finds no CUDA GPU; use cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result = measure(args, checkpoint_folder(args.checkpoint, folder), folder / "work")
@@ -72,19 +71,19 @@ def _print_measurement(parser: argparse.ArgumentParser, measure: Measurement) ->
 
 
 def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The command line that all programs share which take steps."""
+    """The command line of all programs that run steps."""
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(program, None, description, formatter_class=with_defaults)
     shapes, fast_paths = ", ".join(SHAPES), ", ".join(map(repr, FAST_PATHS))
-    parser.add_argument("--checkpoint", default="46m", help=f"folder, or a shape: {shapes}")
+    parser.add_argument("--checkpoint", default="46m", help=f"a folder, or a shape: {shapes}")
     for name, (lowest, default, text) in _NUMBERS.items():
         parser.add_argument(name, type=partial(at_least, lowest), default=default, help=text)
-    parser.add_argument("--beta", type=float, default=0.04, help="0 leaves the reference out")
+    parser.add_argument("--beta", type=float, default=0.04, help="0: without the reference model")
     parser.add_argument(
         "--ending",
         type=float,
         default=0.0,
-        help="share of ids that end a completion; --tokens is then the limit",
+        help="share of ids that end a completion, up to --tokens tokens",
     )
     parser.add_argument(
         "--without",
@@ -92,7 +91,7 @@ def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
         default=[],
         choices=FAST_PATHS,
         metavar="WHAT",
-        help=f"replace by their slow twins: {fast_paths}",
+        help=f"replace these by their slow twins: {fast_paths}",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -100,24 +99,24 @@ def argument_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def at_least(lowest: int, text: str) -> int:
-    """The whole number of an argument; an error of the command line if it is below `lowest`."""
+    """Parse a whole number. An error of the command line if it is below `lowest`."""
     if int(text) < lowest:
-        raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
+        raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {text}")
     return int(text)
 
 
 def checkpoint_folder(name: str, folder: Path) -> Path:
-    """The checkpoint called on the command line, made under `folder` if it is a shape's name."""
+    """The checkpoint of that name; if it is a shape, one is made under `folder`."""
     if name in SHAPES:
         return make_checkpoint(name, folder / name)
     if not Path(name).is_dir():
         shapes = ", ".join(SHAPES)
-        raise InputError(f"--checkpoint {name}: no such folder, and none of the shapes {shapes}")
+        raise InputError(f"--checkpoint {name}: neither a folder nor one of the shapes {shapes}")
     return Path(name)
 
 
 def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Config:
-    """The run that the arguments describe; its questions are made in `folder`."""
+    """The config of the run that the arguments describe. Writes its questions to `folder`."""
     steps = args.steps + WARM_UP
     return Config(
         model=str(checkpoint),
@@ -130,24 +129,23 @@ def step_config(checkpoint: Path, folder: Path, args: argparse.Namespace) -> Con
         beta=args.beta,
         dtype=args.dtype,
         device=args.device,
-        max_pixels=args.side**2,  # images are neither shrunk nor enlarged
+        max_pixels=args.side**2,  # so that images are not resized
         micro_batch_tokens=args.micro_batch_tokens,
-        max_prompt_tokens=1024 + args.side**2,  # more than any image has
+        max_prompt_tokens=1024 + args.side**2,  # more than any prompt has
     )
 
 
 def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig, ending: float = 0.0) -> Vocabulary:
-    """Every row of the embedding may be sampled, as if the tokenizer used them all, but no end of
-    turn and no image.
+    """A vocabulary in which all embedding rows may be sampled, except end of turn and images.
 
-    With `ending`, that share of all rows ends a completion: under random weights, about that share
-    of its tokens.
+    With `ending`, that share of all rows ends a completion. Under random weights, each token then
+    ends its completion with about that probability.
     """
     allowed_V = torch.ones_like(vocabulary.allowed_V)
     allowed_V[[*vocabulary.end_ids, *shape.vision_token_ids]] = False
     if not ending:
         return replace(vocabulary, allowed_V=allowed_V)
-    # Spread over all rows, so that their share of the probability is as large.
+    # Spread over all rows, so that their probabilities add up to about the same share.
     ends = torch.arange(0, len(allowed_V), round(1 / ending))
     return replace(vocabulary, allowed_V=allowed_V, end_ids=tuple(ends[allowed_V[ends]].tolist()))
 
@@ -155,9 +153,7 @@ def endless(vocabulary: Vocabulary, shape: Qwen2VLConfig, ending: float = 0.0) -
 def measured(
     encoder: PromptEncoder, questions: Sequence[Question], args: argparse.Namespace
 ) -> Iterator[Step]:
-    """The steps of a measurement, warm-up included, for the caller to take; prints how long each
-    took.
-    """
+    """Yield the steps of a measurement, including warm-up, and print the time that each took."""
     numbers = range(args.steps + WARM_UP)
     batches = prompts_of_steps(encoder, questions, numbers, args.prompts, seed=0)
     for number, prompts in zip(numbers, batches, strict=True):
@@ -169,12 +165,15 @@ def measured(
 def summary(
     laps: list[dict[str, float]], counts: list[int], args: argparse.Namespace
 ) -> dict[str, object]:
-    """What is printed, of seconds by phase and completion tokens of each step: medians over the
-    steps after the warm-up, memory, the machine and the arguments.
+    """The result to print: medians over the steps after warm-up, memory, machine, arguments.
+
+    Args:
+        laps: seconds by phase of each step.
+        counts: completion tokens of each step.
     """
     counted = laps[WARM_UP:]
     seconds = {phase: statistics.median(lap[phase] for lap in counted) for phase in counted[0]}
-    # The sums of steps, as medians of phases do not add up to the median of a step.
+    # Separately, because the medians of the phases do not add up to the median of a step.
     steps = [sum(lap.values()) for lap in counted]
     tokens = statistics.median(counts[WARM_UP:])
     return {
@@ -190,10 +189,8 @@ def summary(
 
 
 def peak_memory(device: str) -> dict[str, float]:
-    """Most memory that this process has held, in MB (10^6 bytes): all of it, and on a GPU torch's
-    share of that.
-    """
-    # In KB, as Linux counts.
+    """Peak memory of this process in MB (10^6 bytes), and on a GPU that of torch's tensors."""
+    # Linux counts in KB.
     peak = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
     if device.startswith("cuda"):
         peak["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
@@ -201,10 +198,10 @@ def peak_memory(device: str) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, object]:
-    """What a figure was measured on."""
+    """The machine that a figure was measured on."""
     name, cpus = platform.processor(), Path("/proc/cpuinfo")
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
-    elif cpus.exists():  # where `platform` knows no more than the architecture
+    elif cpus.exists():  # on Linux, `platform` may know only the architecture
         name = re.findall(r"model name\s*: (.*)", cpus.read_text() + f"model name: {name}")[0]
     return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

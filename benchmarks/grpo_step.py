@@ -1,11 +1,10 @@
-"""Time whole GRPO steps (rollout, rewards, reference, update, optimiser), of the very code that
-train.py runs.
+"""Time whole GRPO steps (rollout, rewards, reference, update, optimiser), run by train.py's code.
 
     python -m benchmarks.grpo_step --checkpoint 46m --prompts 2 --group 8 --tokens 64 --side 448
     --steps 4
 
-Completions have a fixed length: the end of turn can't be sampled. Prints one JSON line; all seconds
-are medians over the steps after a warm-up of two.
+Completions have a fixed length: the end of turn can't be sampled. Prints one JSON line. All times
+are medians in seconds over the steps after a warm-up of two.
 """
 
 import argparse
@@ -27,12 +26,12 @@ from training.prepare import prepared
 from .common import endless, measured, run_measurement, step_config, summary
 
 
-# For what prepares something, as a call or as a context: its twin leaves all as it is.
+# The slow twin of a preparation, whether a call or a context: it does nothing.
 def _nothing(*_: object, **__: object) -> nullcontext:
     return nullcontext()
 
 
-# How each of FAST_PATHS is left out: whose attribute becomes which slow twin, in this process.
+# For each of FAST_PATHS, the module and attribute to replace, and its slow twin.
 WITHOUT: dict[str, tuple[Any, str, object]] = {
     "oneDNN": (model.linear, "_HAS_ONEDNN", False),
     "arranged weights": (grpo.sampler, "arranged", _nothing),
@@ -44,14 +43,12 @@ WITHOUT: dict[str, tuple[Any, str, object]] = {
 
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
-    """Run the steps that the arguments describe on a checkpoint; `folder` is for what a run
-    writes.
-    """
-    # For good: what is left out in a process stays out, so that a measurement has one of its own.
+    """Run the steps that the arguments describe; the run writes to `folder`."""
+    # This lasts until the process ends, so every measurement has a process of its own.
     for name in args.without:
         setattr(*WITHOUT[name])
     config = step_config(checkpoint, folder, args)
-    # What a run prints would stand before the line of JSON.
+    # The output of the run would mix with the line of JSON.
     laps, counts = [], []
     with redirect_stdout(sys.stderr), prepared(config) as run:
         run.vocabulary = endless(run.vocabulary, run.policy.config, args.ending)

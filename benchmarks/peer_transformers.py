@@ -1,9 +1,8 @@
-"""The same steps in the plain way: transformers' model and `generate`, and every prompt and image
-copied G times.
+"""Time the same steps with transformers' model and `generate`, copying prompt and image G times.
 
-Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. Rollout by `generate`
-with its key-value cache; reference and update run whole sequences, a prompt's group at a time, and
-hold the logits of their completions.
+Takes the arguments of `benchmarks.grpo_step` and prints the same kind of JSON line. The rollout
+uses `generate` with its KV cache. Reference and update run whole sequences, one group at a time,
+and hold the logits of their completions.
 """
 
 import argparse
@@ -45,37 +44,37 @@ def repeated(
 def logprobs(
     model: Any, inputs: dict[str, Any], completions_GT: Tensor, allowed_V: Tensor
 ) -> Tensor:
-    """log pi (G, T) of completions, by whole sequences and their logits."""
+    """log pi of completions (G, T), from whole sequences and their logits."""
     tokens = torch.cat((inputs["input_ids"], completions_GT), dim=1)
     kinds = torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(completions_GT)), dim=1)
     whole = inputs | {"input_ids": tokens, "mm_token_type_ids": kinds}
     whole["attention_mask"] = torch.ones_like(tokens)
-    # The state of the token before predicts a token: one position more, and the last left out.
+    # A token is predicted by the state before it: take one position more, and drop the last.
     kept = completions_GT.shape[1] + 1
     logits = model(**whole, logits_to_keep=kept, use_cache=False).logits[:, :-1].float()
-    # The same distribution as ours: what can't be sampled is not in its normaliser.
+    # The same distribution as ours: the normaliser excludes ids that can't be sampled.
     logits = logits.masked_fill(~allowed_V, float("-inf"))
     return logits.log_softmax(dim=-1).gather(-1, completions_GT[..., None]).squeeze(-1)
 
 
 def sampled(policy: Any, inputs: dict[str, Any], allowed_V: Tensor, length: int) -> Tensor:
-    """One completion of that length (rows, length) for each row of the inputs."""
+    """A completion of that length for each row of the inputs, (rows, length)."""
     tokens = policy.generate(
         **inputs,
-        do_sample=True,  # of all ids: the checkpoints' own defaults leave most of them out
+        do_sample=True,  # from all ids: the checkpoint's own defaults exclude most of them
         temperature=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=length,
         min_new_tokens=length,
         suppress_tokens=(~allowed_V).nonzero()[:, 0].tolist(),
-        pad_token_id=0,  # never needed, but asked for
+        pad_token_id=0,  # required, but never used
     )
     return tokens[:, -length:]
 
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
-    """As the function of that name in benchmarks/grpo_step.py."""
+    """Like the function of that name in benchmarks/grpo_step.py."""
     config, shape = step_config(checkpoint, folder, args), read_config(checkpoint)
     vocabulary = load_vocabulary(checkpoint, shape, args.device)
     encoder = prompt_encoder(vocabulary, shape, config)
@@ -99,16 +98,16 @@ def one_step(
     allowed_V: Tensor,
     args: argparse.Namespace,
 ) -> None:
-    """Rollout, reference, update and optimiser, with rewards at random."""
+    """Rollout, reference, update and optimiser, with random rewards."""
     inputs = args.group, policy.config.image_token_id, args.device
     groups = [repeated([prompt], *inputs) for prompt in step.prompts]
     with step.phase("rollout"):
-        # As one batch: the prompts of the bench are of one length.
+        # In one batch: all prompts of the benchmark have the same length.
         tokens = sampled(policy, repeated(step.prompts, *inputs), allowed_V, args.tokens)
     rollouts = list(zip(groups, tokens.split(args.group), strict=True))
     with step.phase("reference"), torch.no_grad():
         refs = [reference and logprobs(reference, *group, allowed_V) for group in rollouts]
-    # What a step costs does not depend on its rewards.
+    # The cost of a step does not depend on its rewards.
     advantages = group_advantages(torch.rand(args.prompts, args.group)).to(args.device)
     with step.phase("update"):
         for group, ref, advantages_G in zip(rollouts, refs, advantages, strict=True):

@@ -1,8 +1,8 @@
-"""The same steps by TRL's GRPOTrainer with transformers' generate (`pip install -e '.[bench]'`).
+"""Time the same steps with TRL's GRPOTrainer and transformers' generate.
 
-Takes the arguments of `benchmarks.grpo_step` and prints a JSON line like its. TRL gets what makes
-it fastest here: no gradient checkpointing, one update per rollout, the whole batch at once, no
-logging of completions.
+Needs `pip install -e '.[bench]'`. Takes the arguments of `benchmarks.grpo_step` and prints the same
+kind of JSON line. TRL gets the settings that are fastest here: no gradient checkpointing, one
+update per rollout, the whole batch at once, no logging of completions.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from .shapes import make_questions
 
 
 class ImageProcessor(Qwen2VLProcessor):
-    """Qwen2-VL's processor without its part for videos, which would need torchvision."""
+    """Qwen2-VL's processor without its video processor, which would need torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: object):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
     def check_argument_for_proper_class(self, name: str, argument: object) -> type:
-        if argument is None:  # the part for videos
+        if argument is None:  # the video processor
             return type(None)
         return super().check_argument_for_proper_class(name, argument)
 
 
 class Clock(TrainerCallback):
-    """Seconds of each whole step, rollout included."""
+    """Records the seconds of each whole step, rollout included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -49,7 +49,7 @@ class Clock(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        # Kernels are queued: the step has ended when the last is done.
+        # Kernels are queued: the step ends when the last one is done.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._began)
@@ -57,7 +57,7 @@ class Clock(TrainerCallback):
 
 
 def letters(completions: Sequence[object], **_: object) -> list[float]:
-    """Some reward that differs within a group."""
+    """An arbitrary reward that differs within a group."""
     return [float(len(str(completion)) % 7) for completion in completions]
 
 
@@ -78,13 +78,13 @@ def trl_config(args: argparse.Namespace, folder: Path, forbidden: list[int]) -> 
         use_cpu=args.device == "cpu",
         save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,  # stdout is for the line of JSON
+        disable_tqdm=True,  # keep stdout for the line of JSON
         generation_kwargs={"min_new_tokens": args.tokens, "suppress_tokens": forbidden},
     )
 
 
 def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, object]:
-    """As the function of that name in benchmarks/grpo_step.py, without the phases."""
+    """Like the function of that name in benchmarks/grpo_step.py, without times by phase."""
     file = make_questions(args.prompts * (args.steps + WARM_UP), args.side, folder)
     rows = []
     for question in read_questions(file):
@@ -93,7 +93,7 @@ def measured_steps(args: argparse.Namespace, checkpoint: Path, folder: Path) -> 
     dtype, load = getattr(torch, args.dtype), Qwen2VLForConditionalGeneration.from_pretrained
     model = load(checkpoint, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    # TRL pads with it; the tokenizer at hand may have none.
+    # TRL pads with it, but the tokenizer may have none.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, max_pixels=args.side**2)
     forbidden = read_config(checkpoint).vision_token_ids

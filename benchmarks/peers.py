@@ -1,12 +1,11 @@
-"""The same GRPO steps by us and by others, in turn, in processes of their own: ratios, pair by
-pair.
+"""Compare our GRPO steps with those of other libraries: ratios, pair by pair.
 
     python -m benchmarks.peers --side 448 --rounds 3
 
 Takes the arguments of `benchmarks.grpo_step`. Peers: "transformers" is its model with `generate`
 and a plain replicated update (benchmarks/peer_transformers.py); "trl" is TRL's GRPOTrainer
-(benchmarks/peer_trl.py), where the `bench` extra is installed. A ratio is theirs over ours, of one
-round: a machine that slows down slows both.
+(benchmarks/peer_trl.py), if the `bench` extra is installed. Each measurement has a process of its
+own. A ratio is theirs over ours in the same round: a machine that slows down slows both.
 """
 
 import argparse
@@ -31,18 +30,19 @@ MODULES = {"ours": "grpo_step", "transformers": "peer_transformers", "trl": "pee
 
 
 def memory_of(result: Result) -> float:
-    """MB at the peak: the GPU's where there is one."""
+    """Peak memory in MB: of the GPU if there is one."""
     return result["peak_gpu_mb" if "peak_gpu_mb" in result else "peak_rss_mb"]
 
 
 def compare(
     args: argparse.Namespace, variants: dict[str, dict[str, Any]], rounds: int
 ) -> dict[str, list[Result]]:
-    """Results of each variant by name, one of each a round, taking turns. A variant is what differs
-    from the arguments; one that bears a name of MODULES is that peer's.
+    """The results of each variant by name, one per round.
+
+    A variant lists the arguments that differ. If its name is in MODULES, that peer runs it.
     """
     results: dict[str, list[Result]] = {name: [] for name in variants}
-    # Taking turns: a machine that slows down slows all that are compared.
+    # The variants take turns: a machine that slows down slows all of them.
     for _ in range(rounds):
         for name, changed in variants.items():
             results[name].append(_run(name, vars(args) | changed))
@@ -52,35 +52,36 @@ def compare(
 def _run(name: str, options: dict[str, Any]) -> Result:
     flags = []
     for key, value in options.items():
-        if key not in ("rounds", "peers", "without"):  # those that all take, and with one value
+        if key not in ("rounds", "peers", "without"):  # two that programs don't take, and a list
             flags.append(f"--{key.replace('_', '-')}={value}")
     if options["without"]:
         flags += ["--without", *options["without"]]
     result = run_alone(MODULES.get(name, "grpo_step"), *flags)
-    print(f"  {name}: {result['seconds_per_step']:.2f} s a step", file=sys.stderr)
+    print(f"  {name}: {result['seconds_per_step']:.2f} s per step", file=sys.stderr)
     return result
 
 
 def run_alone(module: str, *flags: str) -> Result:
-    """What a program of this folder prints: the JSON of its last line. InputError if it fails."""
+    """Run a program of this folder and return the JSON of its last line. InputError if it fails."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *flags]
     print(" ".join(command[2:]), file=sys.stderr)
-    # A process of its own, because the most memory that one has held never goes down.
+    # In a process of its own, because the peak memory of a process never goes down.
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise InputError(f"{command[2]} failed, as it says above")
-    return json.loads(done.stdout.splitlines()[-1])  # TRL prints lines of its own before
+        raise InputError(f"{command[2]} failed; its error is above")
+    return json.loads(done.stdout.splitlines()[-1])  # TRL prints other lines before it
 
 
 def ratios(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, list[float]]:
-    """Theirs over ours, pair by pair, of each of `_costs`."""
+    """Theirs over ours, pair by pair, for each of `_costs`."""
     pairs = [(_costs(our), _costs(their)) for our, their in zip(ours, theirs, strict=True)]
     return {name: [their[name] / our[name] for our, their in pairs] for name in pairs[0][1]}
 
 
 def _costs(result: Result) -> dict[str, float]:
-    """What is better if it is less: seconds of a step, memory, and of those that time their phases
-    (TRL does not) seconds of a rollout's token and of the update.
+    """Quantities of which less is better: seconds per step and memory.
+
+    With times by phase (not from TRL), also seconds per rollout token and of the update.
     """
     costs = {"step": result["seconds_per_step"], "memory": memory_of(result)}
     if "seconds" in result:
@@ -90,21 +91,21 @@ def _costs(result: Result) -> dict[str, float]:
 
 
 def median_and_range(values: Sequence[float], digits: int = 1) -> str:
-    """As in "2.1 (1.9 to 2.4)"."""
+    """The values as "2.1 (1.9 to 2.4)"."""
     numbers = statistics.median(values), min(values), max(values)
     return "{} ({} to {})".format(*(f"{number:.{digits}f}" for number in numbers))
 
 
 def installed_peers() -> list[str]:
-    """The peers that can run here."""
+    """The peers whose library is installed."""
     return [name for name in ("transformers", "trl") if importlib.util.find_spec(name)]
 
 
 def work() -> None:
-    """Measure what the command line describes, and print each ratio and its pairs."""
+    """Run the command line: measure, and print each ratio and its pairs."""
     parser = argument_parser("python -m benchmarks.peers", __doc__.split("\n")[0])
-    peers, trl = installed_peers(), "trl is one where pip install -e '.[bench]' was done"
-    parser.add_argument("--rounds", type=partial(at_least, 1), default=3, help="pairs")
+    peers, trl = installed_peers(), "trl needs pip install -e '.[bench]'"
+    parser.add_argument("--rounds", type=partial(at_least, 1), default=3, help="pairs to measure")
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers, help=trl)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
-"""Checkpoints with random weights at named shapes, made on the fly: what a step costs does not
-depend on the values.
+"""Checkpoints with random weights and a named shape, made on the fly.
+
+The cost of a step does not depend on the values of the weights.
 """
 
 import json
@@ -14,11 +15,10 @@ from PIL import Image
 from model import Qwen2VL, Qwen2VLConfig, VisionConfig, read_config, save_model
 from model.weights import read_companions
 
-# Any tokenizer serves; the rows of the embedding that it does not use are as in the published
-# checkpoints.
+# Any tokenizer will do. It leaves embedding rows unused, as in the published checkpoints.
 TOKENIZER = Path(__file__).resolve().parent.parent / "miniature" / "base"
 
-# 46m is for a laptop's processor; 2b is Qwen2-VL-2B's shape.
+# 46m is for a laptop's CPU; 2b is the shape of Qwen2-VL-2B.
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 1024,
@@ -68,28 +68,26 @@ _QUESTION = {
 
 
 def shape(name: str) -> Qwen2VLConfig:
-    """The model shape called `name`, one of SHAPES, with the special tokens of the tokenizer at
-    hand.
-    """
+    """The shape called `name`, one of SHAPES, with the special tokens of our tokenizer."""
     return replace(read_config(TOKENIZER), tie_word_embeddings=True, **_SHAPES[name])
 
 
 def make_checkpoint(name: str, folder: Path) -> Path:
     """Write a checkpoint of that shape, with a tokenizer, in Hugging Face layout."""
-    torch.manual_seed(0)  # so that every peer, and every round, has the same weights
+    torch.manual_seed(0)  # the same weights for every peer and every round
     model = Qwen2VL(shape(name))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # norms and biases are fine as they are made
+            if parameter.dim() > 1:  # norms and biases keep their default values
                 parameter.normal_(0, 0.02)
     model.companions = read_companions(TOKENIZER)
-    del model.companions["config.json"]  # of another shape
+    del model.companions["config.json"]  # it describes another shape
     save_model(model, folder)
     return folder
 
 
 def make_questions(count: int, side: int, folder: Path) -> Path:
-    """A question file with `count` images of side x side pixels of noise; returns its path."""
+    """Write a question file with `count` noise images of side x side pixels. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(count):
