@@ -85,9 +85,9 @@ class _BlockedLogProbs(torch.autograd.Function):
         mass, moment, chosen = highest.new_zeros(3, len(highest))
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], temperature)
-            here, place = _within(tokens_M, ids)
+            inside, place = _within(tokens_M, ids)
             logit = logits.gather(-1, place).squeeze(-1)
-            chosen = torch.where(here, logit, chosen)
+            chosen = torch.where(inside, logit, chosen)
             higher = torch.maximum(highest, logits.amax(dim=-1))
             rescale = (highest - higher).exp()
             odds = logits.sub_(higher[:, None]).exp()
@@ -116,11 +116,11 @@ class _BlockedLogProbs(torch.autograd.Function):
         scale = grad_M / ctx.temperature
         for ids in ctx.blocks:
             logits = masked_logits(hidden_MD, head_VD[ids], allowed_V[ids], ctx.temperature)
-            here, place = _within(tokens_M, ids)
+            inside, place = _within(tokens_M, ids)
             # d logp(token) / d logits = onehot(token) - softmax, over the temperature (in `scale`).
             softmax = logits.sub_(normaliser[:, None]).exp_()
             grad = softmax.mul_(-scale[:, None])
-            onehot = torch.where(here, scale, 0.0)
+            onehot = torch.where(inside, scale, 0.0)
             grad.scatter_add_(-1, place, onehot[:, None])
             grad = grad.to(hidden_MD.dtype)
             grad_hidden_MD += linear(grad, head_VD[ids].T)
@@ -140,6 +140,6 @@ def _blocks(positions: int, ids: int, logits_bytes: int) -> list[slice]:
 
 def _within(tokens_M: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     """Which tokens are in the block (M,), and their places in it (M, 1), arbitrary for the rest."""
-    here = (tokens_M >= ids.start) & (tokens_M < ids.stop)
+    inside = (tokens_M >= ids.start) & (tokens_M < ids.stop)
     place = tokens_M.clamp(ids.start, ids.stop - 1) - ids.start
-    return here, place[:, None]
+    return inside, place[:, None]

@@ -1,10 +1,10 @@
-"""A training step written out plainly: the slow twin that whole runs of ours are compared with.
+"""A training step written out plainly: the slow twin that our runs are compared with.
 
-GRPO is Algorithm 1 of DeepSeekMath (arXiv 2402.03300) with its equations 3 and 4; the other
-averages and scales are those of DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783). The
-policy is transformers' own Qwen2-VL. Every completion is run by itself behind its whole prompt,
-all logits are kept, and plain autograd and AdamW do the rest. Nothing of ours is imported: the
-twin is given what was sampled, and the fields of the config.
+GRPO is Algorithm 1 of DeepSeekMath (arXiv 2402.03300) with equations 3 and 4. The other averages
+and scales are those of DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783). The policy is
+transformers' own Qwen2-VL. Every completion runs alone after its whole prompt, all logits are kept,
+and plain autograd and AdamW do the rest. The twin imports none of our code: it gets the sampled
+completions and the fields of the config.
 """
 
 import math
@@ -33,25 +33,25 @@ class Group(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a step came to; `scores`, `advantages` and `texts` by group and completion."""
+    """The results of a step; `scores`, `advantages` and `texts` by group and completion."""
 
     texts: list[list[str]] = field(default_factory=list)
     scores: list[list[tuple[float, ...]]] = field(default_factory=list)
     advantages: list[list[float]] = field(default_factory=list)
-    # One dict for each update, before the norm is clipped.
+    # One dict per update, before clipping.
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     clipped_below: int = 0
     clipped_above: int = 0
-    ratio_margin: float = math.inf  # how near a ratio came to the edge of the clip range
+    ratio_margin: float = math.inf  # smallest distance of a ratio from the edge of the clip range
 
 
 RULES = ("format", "accuracy")
 
 
 def rule_scores(text: str, letter: str) -> tuple[float, float]:
-    """Rules that random texts satisfy to different degrees; one of them depends on the question."""
+    """Scores that differ between random texts; the second depends on the question."""
     vowels = sum(character in "aeiou" for character in text) / max(1, len(text))
     return vowels, float(letter in text or len(text) % 3 == 0)
 
@@ -78,12 +78,12 @@ class StepTwin:
         )
 
     def grpo_step(self, step: int, groups: list[Group]) -> Outcome:
-        """Lines 6 to 11 of Algorithm 1, but for the sampling."""
+        """Lines 6 to 11 of Algorithm 1, except for the sampling."""
         knobs, outcome = self.knobs, Outcome()
         rewards = [self.score(group, outcome) for group in groups]
         outcome.advantages = [advantages(group, knobs.advantage_scale) for group in rewards]
 
-        # Line 3: the reference is the base. Line 6: the old policy is the policy as it stands.
+        # Line 3: the reference is the base. Line 6: the old policy is the current policy.
         with torch.no_grad():
             ref = [self.logprobs_of_group(self.reference, group) for group in groups]
             old = [self.logprobs_of_group(self.policy, group) for group in groups]
@@ -91,7 +91,7 @@ class StepTwin:
         outcome.lengths = [len(o) for group in groups for o in group.completions]
         for update in range(knobs.inner_updates):  # line 10
             means = self.accumulate(groups, outcome, old, ref)
-            if update == 0:  # nothing has moved: all that parts sampler and trainer is rounding
+            if update == 0:  # before the first update, sampler and trainer differ only by rounding
                 sampler_gap = means["policy_gap"]
             means |= self.update(step, outcome)  # line 11
         outcome.metrics = rollout_metrics(outcome, rewards, groups, self.end_ids) | means
@@ -99,7 +99,7 @@ class StepTwin:
         return outcome
 
     def score(self, group: Group, outcome: Outcome) -> list[float]:
-        """The rewards of a group: the rules' scores on its texts, weighted (line 8)."""
+        """The rewards r_i of a group (line 8): the weighted scores of its texts."""
         knobs = self.knobs
         weights = knobs.format_weight, knobs.accuracy_weight
         texts = []
@@ -118,7 +118,7 @@ class StepTwin:
         old: list[list[Tensor]],
         ref: list[list[Tensor]],
     ) -> dict[str, float]:
-        """Add up the gradient of minus equation 3; returns the loss, and means over tokens."""
+        """Accumulate the gradient of minus equation 3. Returns the loss and means over tokens."""
         knobs = self.knobs
         low, high = 1 - knobs.clip_low, 1 + knobs.clip_high
         loss, weight_sum, sums = 0.0, 0.0, defaultdict(float)
@@ -137,7 +137,7 @@ class StepTwin:
                 (-objective).backward()
                 loss -= objective.item()
 
-                cut_T = clipped_T < unclipped_T  # these tokens have no gradient, the clip took it
+                cut_T = clipped_T < unclipped_T  # the clip removed the gradient of these tokens
                 gap_T = (logp_T - group.sampled_logps[i]).abs()
                 values = {"ratio": ratio_T, "entropy": entropy_T, "policy_gap": gap_T}
                 values |= {
@@ -156,7 +156,7 @@ class StepTwin:
         return {"loss": loss, **{name: value / weight_sum for name, value in sums.items()}}
 
     def sft_step(self, step: int, groups: list[Group]) -> Outcome:
-        """Cross-entropy on the right answers, over all their tokens with the end of turn."""
+        """Cross-entropy on the correct answers, over all their tokens including the end of turn."""
         outcome = Outcome()
         targets = [self.target(group) for group in groups]
         token_count = sum(map(len, targets))
@@ -172,7 +172,7 @@ class StepTwin:
         return outcome
 
     def target(self, group: Group) -> list[int]:
-        """The ids of the right answer in the form that the config asks for."""
+        """The ids of the correct answer in the form that the config sets."""
         text = f"<answer>{group.letter}</answer>"
         if self.knobs.sft_answer == "bare":
             text = group.letter
@@ -191,16 +191,16 @@ class StepTwin:
             image_grid_thw=group.grids,
             mm_token_type_ids=(tokens == model.config.image_token_id).int(),
         ).logits[0]
-        # The logits at a token choose the next one.
+        # The logits at a token predict the next one.
         logits_TV = logits[len(group.prompt) - 1 : -1] / temperature
-        # What can't be sampled is no part of the distribution.
+        # The distribution is over the ids that may be sampled.
         logp_TA = logits_TV[:, self.allowed_ids].log_softmax(dim=-1)
         entropy_T = -(logp_TA.exp() * logp_TA).sum(dim=-1)
         places = torch.tensor([self.allowed_ids.index(token) for token in completion])
         return logp_TA.gather(-1, places[:, None]).squeeze(-1), entropy_T.detach()
 
     def logprobs_of_group(self, model: nn.Module, group: Group) -> list[Tensor]:
-        """log pi of the tokens of each completion."""
+        """log pi of the tokens of each completion in the group."""
         temperature = self.knobs.temperature
         return [self.logprobs(model, group, o, temperature)[0] for o in group.completions]
 
@@ -236,7 +236,7 @@ def published(name: str) -> str:
 
 
 def bf16_lost(before: dict[str, Tensor], after: dict[str, nn.Parameter]) -> float:
-    """Of the weights that an update changed, the share that it would have left alone in bf16."""
+    """The share of the changed weights that the update would not have changed in bf16."""
     changed_count = lost_count = 0
     for name, parameter in after.items():
         change, rounded = parameter.detach() - before[name], before[name].bfloat16()
@@ -247,7 +247,7 @@ def bf16_lost(before: dict[str, Tensor], after: dict[str, nn.Parameter]) -> floa
 
 
 def advantages(rewards: list[float], scale: str) -> list[float]:
-    """A_i = (r_i - mean) / std within a group; Dr. GRPO leaves the division out."""
+    """A_i = (r_i - mean) / std within a group; Dr. GRPO does not divide."""
     if max(rewards) == min(rewards):  # nothing to learn, and no 0 / 0
         return [0.0 for _ in rewards]
     mean = sum(rewards) / len(rewards)
@@ -272,7 +272,7 @@ def token_weight(length: int, lengths: list[int], knobs: SimpleNamespace) -> flo
 
 
 def learning_rate(step: int, knobs: SimpleNamespace) -> float:
-    """Linear to the peak over the warm-up, then to final_lr_ratio of it one step after the last."""
+    """Linear warm-up to the peak, then linear to final_lr_ratio of it, one step after the last."""
     if step < knobs.warmup_steps:
         return knobs.learning_rate * (step + 1) / knobs.warmup_steps
     done = (step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps)

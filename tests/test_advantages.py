@@ -75,7 +75,7 @@ def test_an_unknown_scale_is_an_error():
         group_advantages(REWARDS, scale="max")
 
 
-def test_rewards_of_a_single_group_are_the_weighted_scores_and_lie_on_the_runs_device():
+def test_rewards_of_a_single_group_are_the_weighted_scores_on_the_runs_device():
     verdicts_NG = [[(Verdict("format", 1.0, ""), Verdict("accuracy", 0.5, ""))] * 3]
     config = SimpleNamespace(format_weight=0.25, accuracy_weight=2.0, device="cpu")
     assert torch.equal(weighted_sum(verdicts_NG, config), torch.full((1, 3), 1.25))

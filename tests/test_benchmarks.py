@@ -1,4 +1,4 @@
-"""The benchmarks do the work that they say, ours and the peers' alike, and tell it whole."""
+"""The benchmarks, ours and the peers', do the work they claim and report all of it."""
 
 import json
 import subprocess
@@ -34,14 +34,14 @@ def arguments(*more: str):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes_have_as_many_parameters_as_their_names_say(name: str) -> None:
+def test_shapes_have_the_number_of_parameters_in_their_names(name: str) -> None:
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in Qwen2VL(shape(name)).parameters())
     assert count == {"tiny": 422_016, "46m": 45_944_320, "2b": 2_208_985_600}[name]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(
+def test_a_measurement_runs_whole_steps_of_fixed_length_and_reports_everything(
     checkpoint, tmp_path, dtype: str
 ) -> None:
     result = measured_steps(arguments("--dtype", dtype), checkpoint, tmp_path)
@@ -62,8 +62,8 @@ def test_a_measurement_takes_whole_steps_of_fixed_length_and_tells_everything(
     json.dumps(result)
 
 
-def test_every_fast_path_that_can_be_left_out_is_left_out(checkpoint) -> None:
-    """In a process of its own, because what is left out stays out."""
+def test_every_fast_path_can_be_left_out(checkpoint) -> None:
+    """In a process of its own, because a fast path that is left out stays out."""
     attributes = (
         "model.linear._HAS_ONEDNN, grpo.sampler.arranged, training.prepare.keep_freed_memory"
     )
@@ -85,9 +85,7 @@ assert not any(a is b for a, b in zip(before, after))
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_replicated_peer_computes_the_log_probabilities_that_we_do(
-    checkpoint, tmp_path
-) -> None:
+def test_the_replicated_peer_computes_the_same_log_probabilities(checkpoint, tmp_path) -> None:
     args = arguments()
     config = step_config(checkpoint, tmp_path, args)
     ours, theirs = (
@@ -120,12 +118,11 @@ def test_log_probabilities_need_a_fraction_of_the_memory_of_full_logits() -> Non
                 "extra_mb"
             ]
         )
-    assert (
-        5 * extra[0] < extra[1] > 600
-    )  # of the small part some 100 MB are code that is loaded on the way
+    # The smaller figure includes some 100 MB of code that is loaded.
+    assert 5 * extra[0] < extra[1] > 600
 
 
-def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path) -> None:
+def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_text(tmp_path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     ours = {
@@ -138,7 +135,7 @@ def test_the_page_gets_new_tables_between_its_marks_and_keeps_its_words(tmp_path
         "threads": 2,
         "seconds": {"rollout": 1.0, "reference": 0.2, "update": 0.7, "optimizer": 0.1},
     }
-    peer = {"seconds_per_step": 24.0, "peak_rss_mb": 5000.0}  # tells no phases, as TRL
+    peer = {"seconds_per_step": 24.0, "peak_rss_mb": 5000.0}  # without phases, like TRL
     pair = {"ours": [ours, ours], "trl": [peer, peer | {"seconds_per_step": 20.0}]}
     assert ratios(pair["ours"], pair["trl"]) == {"step": [12.0, 10.0], "memory": [5.0, 5.0]}
     results = {
@@ -187,11 +184,11 @@ def test_a_wrong_argument_is_one_line_with_exit_code_2(
     assert code == 2 and named in error
 
 
-def test_what_can_be_left_out_is_what_the_command_line_offers() -> None:
+def test_the_command_line_offers_every_fast_path() -> None:
     assert tuple(WITHOUT) == FAST_PATHS
 
 
-def test_the_tables_on_the_page_are_those_of_the_results_beside_it(tmp_path) -> None:
+def test_the_tables_on_the_page_match_the_saved_results(tmp_path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text())
     write_tables(json.loads(RESULTS.read_text()), page)

@@ -1,6 +1,4 @@
-"""Images: every kind of file becomes upright 8-bit RGB, and its patches are those of
-transformers.
-"""
+"""Images: every kind of file becomes upright 8-bit RGB, with the same patches as transformers."""
 
 import struct
 import zlib
@@ -81,7 +79,7 @@ def test_modes_are_converted_as_transformers_does(tmp_path, image):
         assert_same_patches(loaded, theirs)
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparent_images_get_a_white_background(tmp_path):
     image = np.zeros((4, 4, 4), np.uint8)
     image[:2] = (255, 0, 0, 255)
     Image.fromarray(image).save(tmp_path / "image.png")
@@ -133,7 +131,7 @@ def test_signed_and_float_images_take_their_own_range(tmp_path):
     assert (saved_gray(tmp_path / "image.tif", np.full((30, 30), -7), np.int32) == 0).all()
 
 
-def test_deep_image_is_turned_upright_too(tmp_path):
+def test_exif_rotation_is_applied_to_deep_images_too(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(
@@ -155,7 +153,7 @@ def refused(path, *parts):
     assert "\n" not in message and all(part in message for part in (str(path), *parts))
 
 
-def test_file_that_is_no_image_or_torn_is_one_line(tmp_path):
+def test_file_that_is_truncated_or_not_an_image_is_one_line(tmp_path):
     path = tmp_path / "image.png"
     refused(path, "no such image")
     for content in (b"", b"not an image\nat all", b"\x89PNG\r\n\x1a\n" + bytes(100)):
@@ -203,6 +201,6 @@ def test_a_fitted_grid_keeps_to_the_limits():
             assert rows % 2 == columns % 2 == 0 and 3136 <= rows * columns * 14**2 <= 401408
 
 
-def test_header_size_is_the_files_own(tmp_path):
+def test_image_size_is_that_of_the_header(tmp_path):
     Image.new("RGB", (31, 17)).save(tmp_path / "image.png")
     assert image_size(tmp_path / "image.png") == (31, 17)

@@ -1,6 +1,4 @@
-"""The prompt: its bytes, its tokens, and that nothing in a question file can pose as the chat
-template.
-"""
+"""The prompt: its bytes and tokens, and no question file can imitate the chat template."""
 
 import subprocess
 import sys
@@ -67,9 +65,9 @@ def test_tokens_patches_and_grids_are_those_of_transformers(question, tmp_path, 
     patches, grids = [], []
     for path in paths:
         with Image.open(path) as image:
-            found = Qwen2VLImageProcessorPil(**LIMITS)(images=[image], return_tensors="pt")
-        patches.append(found["pixel_values"])
-        grids.append(found["image_grid_thw"])
+            processed = Qwen2VLImageProcessorPil(**LIMITS)(images=[image], return_tensors="pt")
+        patches.append(processed["pixel_values"])
+        grids.append(processed["image_grid_thw"])
         pads = int(grids[-1].prod()) // 4
         chat = chat.replace("<|image_pad|>", "<|placeholder|>" * pads, 1)
     expected = tokenizer(
@@ -138,7 +136,7 @@ def test_question_that_looks_like_the_placeholder_is_a_question(question):
     assert tiny_tokenizer().decode(prompt.tokens_P).count("(the words)") == 1
 
 
-def test_prompt_that_is_too_long_is_an_error_and_never_cut(question):
+def test_prompt_that_is_too_long_is_an_error_and_never_truncated(question):
     length = len(encoder().encode(question).tokens_P)
     assert len(encoder(max_prompt_tokens=length).encode(question).tokens_P) == length
     for too_long in ("error", "skip"):
@@ -183,7 +181,7 @@ def test_image_that_is_too_thin_is_named(question, tmp_path):
             use(thin)
 
 
-def test_a_question_with_an_unreadable_image_keeps_its_place_only_where_it_may(question):
+def test_a_question_with_an_unreadable_image_keeps_its_place_only_if_allowed(question):
     gone = replace(question, images=(Path("gone.png"),))
     kept, too_long, unreadable = encoder().select([gone, question], keep_unreadable=True)
     assert kept == [gone, question] and too_long == 0
@@ -199,14 +197,14 @@ def test_a_question_with_an_unreadable_image_keeps_its_place_only_where_it_may(q
     [None, "{{ messages[0]['content'][-1]['text'] }}", "<|im_start|><|image_pad|>assistant"],
     ids=["none", "no image", "no words"],
 )
-def test_template_that_can_not_carry_the_question_is_refused_at_once(template):
+def test_template_without_a_place_for_the_question_is_refused_at_once(template):
     tokenizer = deepcopy(tiny_tokenizer())
     tokenizer.chat_template = template
     with pytest.raises(InputError, match="chat template"):
         encoder(tokenizer)
 
 
-def test_completion_ends_before_the_first_end_and_hides_nothing():
+def test_text_of_a_completion_stops_at_the_first_end_and_hides_nothing():
     tokenizer = tiny_tokenizer()
     text = "<think>ödem <|im_start|></think>\n<answer>B</answer> "
     tokens = tokenizer(text + "<|im_end|>A<|im_end|>", add_special_tokens=False).input_ids
@@ -235,7 +233,7 @@ def test_tokenizer_of_another_checkpoint_is_refused():
         allowed_tokens_V(tiny_tokenizer(), 300)
 
 
-def test_nobody_waits_for_transformers_who_loads_no_tokenizer():
+def test_transformers_is_imported_only_when_a_tokenizer_is_loaded():
     code = "import sys, data.choice; sys.exit(bool({'transformers', 'scipy'} & {*sys.modules}))"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,4 +1,4 @@
-"""Question files: every layout, and every way in which one can be wrong."""
+"""Question files: every dialect, and every way to get one wrong."""
 
 import json
 from collections import Counter
@@ -75,7 +75,7 @@ def test_medvlm_row_keeps_every_field(write, tmp_path):
     assert question.source == "test.json row 1"
 
 
-def test_json_lines_are_read_and_numbered_as_an_editor_does(write):
+def test_json_lines_are_numbered_as_in_an_editor(write):
     text = json.dumps(medvlm_row()) + "\n\n" + json.dumps(omni_row()) + "\n"
     questions = read_questions(write(name="anything.txt", text=text))
     assert [question.source for question in questions] == [
@@ -85,7 +85,7 @@ def test_json_lines_are_read_and_numbered_as_an_editor_does(write):
     assert [question.answer for question in questions] == ["C", "B"]
 
 
-def test_byte_order_mark_is_no_part_of_the_json(write):
+def test_byte_order_mark_is_skipped(write):
     assert len(read_questions(write(text="\ufeff" + json.dumps([medvlm_row()])))) == 1
 
 
@@ -102,7 +102,7 @@ def test_omnimedvqa_takes_two_to_four_options(write, letters, answer):
     assert question.question_type == "Anatomy Identification"
 
 
-def test_omnimedvqa_option_that_is_null_is_no_option(write):
+def test_omnimedvqa_option_that_is_null_is_ignored(write):
     [question] = read_questions(write(omni_row(option_C=None, option_D="")))
     assert question.options == ("Lung", "Liver")
 
@@ -118,7 +118,7 @@ def test_med_r1_options_may_hold_commas_parentheses_and_full_stops(write):
     assert (question.answer, question.modality) == ("B", "X-ray")
 
 
-def test_med_r1_options_on_lines_are_told_apart(write):
+def test_med_r1_options_may_be_on_separate_lines(write):
     [question] = read_questions(write(med_r1_row("What?\nA) Cyst\nB) Mass, large", "B")))
     assert (question.question, question.options) == ("What?", ("Cyst", "Mass, large"))
 
@@ -160,7 +160,7 @@ def test_med_r1_modality_comes_from_the_row_then_the_file_and_is_never_guessed(w
         ("", "unknown"),
     ],
 )
-def test_modality_names_as_they_occur_have_one_name_and_others_stay(name, modality):
+def test_known_modalities_get_their_canonical_name_and_others_stay(name, modality):
     assert canonical_modality(name) == modality
 
 
@@ -171,7 +171,7 @@ def test_answer_may_lack_the_options_full_stop_but_the_exact_option_wins(write):
     )
 
 
-def test_duplicate_options_are_settled_by_the_solution_only(write):
+def test_only_the_solution_decides_between_duplicate_options(write):
     twice = medvlm_row(options=["Cyst", "Mass", "Cyst"], answer="Cyst")
     one_line_error(write(twice), "row 1", "`answer`", "A, C", "`solution`")
     assert read_questions(write(twice | {"solution": "C"}))[0].answer == "C"
@@ -230,7 +230,7 @@ def test_wrong_row_is_one_line_that_names_file_row_and_field(write, row, parts):
         ("3", "a number"),
     ],
 )
-def test_file_that_is_no_list_of_questions_is_one_line(write, text, part):
+def test_file_that_is_not_a_list_of_questions_is_one_line(write, text, part):
     one_line_error(write(text=text), part)
 
 
@@ -248,7 +248,7 @@ def test_missing_image_names_row_and_path_unless_images_are_not_checked(write, t
     assert len(read_questions(file, check_images=False)[1].images) == 2
 
 
-def test_image_folder_may_lie_elsewhere(write, tmp_path):
+def test_image_folder_may_be_elsewhere(write, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "only_here.png").touch()
     [question] = read_questions(
@@ -292,7 +292,7 @@ def test_impossible_path_is_no_traceback(write, tmp_path, name):
         ("train_mri.jsonl", 553, {"MRI": 553}),
     ],
 )
-def test_published_questions_are_read_whole(name, count, modalities):
+def test_all_published_questions_are_read(name, count, modalities):
     if not RADIOLOGY.is_dir():
         pytest.skip(f"needs {RADIOLOGY}, which is not shipped")
     questions = read_questions(RADIOLOGY / name, check_images=name.endswith("jsonl"))

@@ -1,6 +1,4 @@
-"""Which questions are trained on: subsets, splits, and the stream that depends on seed and step
-alone.
-"""
+"""The choice of questions: subsets, splits, and a stream that depends only on seed and step."""
 
 import time
 from dataclasses import replace
@@ -33,18 +31,18 @@ def names(questions, steps, prompts_per_step, seed=0):
 
 def test_no_question_is_dropped_or_repeated_where_an_epoch_ends_within_a_step():
     questions = numbered(10)
-    seen = names(questions, range(10), 3)
-    epochs = [seen[:10], seen[10:20], seen[20:]]
+    order = names(questions, range(10), 3)
+    epochs = [order[:10], order[10:20], order[20:]]
     assert all(sorted(epoch, key=int) == [str(number) for number in range(10)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_step_may_hold_more_than_an_epoch():
-    seen = names(numbered(3), [0], 7)
-    assert len(seen) == 7 and sorted(seen[:3]) == sorted(seen[3:6]) == ["0", "1", "2"]
+    order = names(numbered(3), [0], 7)
+    assert len(order) == 7 and sorted(order[:3]) == sorted(order[3:6]) == ["0", "1", "2"]
 
 
-def test_a_resumed_run_sees_what_the_first_would_have_seen():
+def test_a_resumed_run_gets_the_same_questions():
     questions = numbered(11)
     permutation.cache_clear()
     later = names(questions, [7], 4)
@@ -61,7 +59,7 @@ def test_the_order_is_the_same_on_every_machine_and_version():
     assert names(numbered(8), [0], 8) == [str(number) for number in (0, 5, 6, 4, 3, 1, 2, 7)]
 
 
-def test_the_first_place_is_fair():
+def test_every_question_is_equally_likely_to_come_first():
     firsts = [permutation(4, f"epoch {seed} 0")[0] for seed in range(2000)]
     assert all(440 <= firsts.count(number) <= 560 for number in range(4))
 
@@ -91,7 +89,7 @@ def test_choice_is_seeded_by_modality_ordered_and_nested(many):
     assert choose_questions(many) == many
 
 
-def test_choice_of_more_than_there_are_names_what_is_there(many):
+def test_a_count_that_is_too_large_lists_the_available_questions(many):
     available = r"\(available: CT 30, MRI 60, X-ray 10\)"
     with pytest.raises(InputError, match=f"only 30 questions of CT for a count of 31 {available}"):
         choose_questions(many, "CT", 31)
@@ -141,16 +139,16 @@ def test_a_chain_is_followed_in_both_directions_and_through_many_questions_of_on
     assert time.process_time() - started < 5  # a tenth of a second when idle
 
 
-def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_step(prompts):
-    """An encoder of pretence would prove nothing about threads, hence real images."""
+def test_prefetched_prompts_are_those_of_each_step_and_a_bad_one_is_reported_at_its_step(prompts):
+    """With real images, because a fake encoder would prove nothing about threads."""
     encoder, questions = tiny_encoder(), [prompt.question for prompt in prompts]
     steps = range(2, 7)
     ahead = list(prompts_of_steps(encoder, questions, steps, 2, 0))
     assert len(ahead) == 5
     for step, made in zip(steps, ahead, strict=True):
-        asked = questions_of_step(questions, step, 2, 0)
-        assert [prompt.question for prompt in made] == asked
-        for prompt, question in zip(made, asked, strict=True):
+        expected = questions_of_step(questions, step, 2, 0)
+        assert [prompt.question for prompt in made] == expected
+        for prompt, question in zip(made, expected, strict=True):
             alone = encoder.encode(question)
             assert torch.equal(prompt.tokens_P, alone.tokens_P) and torch.equal(
                 prompt.patches_SC, alone.patches_SC
@@ -158,11 +156,11 @@ def test_prompts_made_ahead_are_those_of_each_step_and_a_bad_one_is_told_at_its_
             assert torch.equal(prompt.positions_3P, alone.positions_3P)
 
     broken = [*questions, replace(questions[1], images=(Path("gone.png"),))]
-    told = prompts_of_steps(encoder, broken, range(4), 1, 0)
+    stream = prompts_of_steps(encoder, broken, range(4), 1, 0)
     with pytest.raises(InputError, match="gone.png"):
         for step in range(4):
             at = questions_of_step(broken, step, 1, 0)[0]
-            next(told)
+            next(stream)
             assert at.images != (Path("gone.png"),)
     assert list(prompts_of_steps(encoder, questions, range(3, 3), 2, 0)) == []
 

@@ -1,6 +1,4 @@
-"""What makes a step fast, beside the slow twin of each: same values, same gradients, same
-tokens.
-"""
+"""Every fast path of a step against its slow twin: same values, same gradients, same tokens."""
 
 import pytest
 import torch
@@ -39,7 +37,7 @@ LENGTHS = {
 
 
 def whole(prompts, rollout: Rollout) -> MicroBatch:
-    """A rollout in one piece, after these prompts."""
+    """The whole rollout as one micro-batch, with these prompts."""
     return MicroBatch(slice(None), collate(prompts), rollout.tokens_NGT, rollout.mask_NGT)
 
 
@@ -74,7 +72,7 @@ def test_packed_completions_equal_replicated_sequences_in_values_and_gradients(
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengths) -> None:
+def test_packed_completions_in_bf16_are_as_close_to_fp32_as_replicated_ones(lengths) -> None:
     exact_model, batch, mask = bare_model(tiny_config(4, 2)), make_batch(MIXED), mask_of(lengths)
     completions = random_tokens(*mask.shape)
     exact = replicated_logits(exact_model, batch, completions)[mask]
@@ -82,33 +80,33 @@ def test_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(lengt
     fast = packed_hidden(model, batch, completions, mask) @ model.head_weight.T
     slow = replicated_logits(model, batch, completions)[mask]
     assert fast.dtype == torch.bfloat16
-    # Deep random towers amplify rounding; what counts is that packing adds none of its own.
+    # Deep random towers amplify rounding errors. Packing must not add any of its own.
     assert 0 < (fast.float() - exact).norm() < 1.3 * (slow.float() - exact).norm() < exact.norm()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_gradients_of_packed_completions_in_bf16_are_as_near_to_fp32_as_replicated_ones(
+def test_gradients_of_packed_completions_in_bf16_are_as_close_to_fp32_as_replicated_ones(
     lengths,
 ) -> None:
     batch, mask = make_batch(MIXED), mask_of(lengths)
     completions = random_tokens(*mask.shape)
     weights = torch.randn(int(mask.sum()), VOCABULARY, generator=torch.Generator().manual_seed(2))
-    found = []
+    results = []
     for packed, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
         model = bare_model(tiny_config(4, 2)).to(dtype)
         if packed:
             logits = packed_hidden(model, batch, completions, mask) @ model.head_weight.T
         else:
             logits = replicated_logits(model, batch, completions)[mask]
-        found.append(gradients(model, (logits.float() * weights).sum()))
-    exact, slow, fast = ({name: x.float() for name, x in part.items()} for part in found)
-    error = {name: [(part[name] - exact[name]).norm() for part in (fast, slow)] for name in exact}
+        results.append(gradients(model, (logits.float() * weights).sum()))
+    exact, slow, fast = ({name: x.float() for name, x in result.items()} for result in results)
+    error = {name: [(x[name] - exact[name]).norm() for x in (fast, slow)] for name in exact}
     whole = [sum(pair[i] ** 2 for pair in error.values()) ** 0.5 for i in range(2)]
     size = sum(x.norm() ** 2 for x in exact.values()) ** 0.5
     assert 0 < whole[0] < 1.3 * whole[1] < 0.3 * size
 
 
-def test_decoding_in_bf16_agrees_with_the_update_about_its_log_probabilities(prompts) -> None:
+def test_decoding_and_update_agree_on_log_probabilities_in_bf16(prompts) -> None:
     model = tiny_model().bfloat16()
     rollout, allowed = sampled(model, prompts, max_new_tokens=20)
     with torch.no_grad():
@@ -118,9 +116,7 @@ def test_decoding_in_bf16_agrees_with_the_update_about_its_log_probabilities(pro
 
 
 def test_scores_of_bf16_keys_are_fp32() -> None:
-    """Where the scores near 30 the steps of bf16 are an eighth: a sampler that rounded them would
-    be another policy.
-    """
+    """Near 30, bf16 numbers are 1/8 apart: a sampler that rounds scores would be another policy."""
     generator = torch.Generator().manual_seed(0)
     q = (6 * torch.randn(1, 2, 2, 2, 64, generator=generator)).bfloat16()
     keys = [torch.randn(1, 2, 300, 64, generator=generator).bfloat16() for _ in range(4)]
@@ -132,11 +128,11 @@ def test_scores_of_bf16_keys_are_fp32() -> None:
         torch.zeros(1, 1, 1, 300),
     ]
     narrow = two_part_attention(q, *parts)
-    exact = two_part_attention(q.double(), *(part.double() for part in parts))
+    exact = two_part_attention(q.double(), *(x.double() for x in parts))
     assert (narrow.double() - exact).norm() < 0.004 * exact.norm()
 
 
-def test_what_is_masked_out_is_never_looked_at() -> None:
+def test_masked_values_are_never_read() -> None:
     model, batch, mask = bare_model(), make_batch(MIXED), mask_of(LENGTHS["ragged"])
     completions = random_tokens(*mask.shape)
     other = torch.where(mask, completions, 7)
@@ -145,9 +141,9 @@ def test_what_is_masked_out_is_never_looked_at() -> None:
     )
 
 
-def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) -> None:
+def test_recomputed_activations_give_exactly_the_gradients_of_kept_ones(prompts) -> None:
     rollout, allowed = sampled(tiny_model(), prompts)
-    found = []
+    runs = []
     for recompute in (False, True):
         model = tiny_model()
         model.recompute = recompute
@@ -161,32 +157,32 @@ def test_recomputed_activations_give_the_very_gradients_of_kept_ones(prompts) ->
                 allowed,
                 temperature=1.3,
             )
-        found.append((len(kept), gradients(model, logp.sum())))
-    assert found[1][0] < 0.4 * found[0][0]
-    assert all(torch.equal(found[1][1][name], gradient) for name, gradient in found[0][1].items())
+        runs.append((len(kept), gradients(model, logp.sum())))
+    assert runs[1][0] < 0.4 * runs[0][0]
+    assert all(torch.equal(runs[1][1][name], gradient) for name, gradient in runs[0][1].items())
 
 
-def test_images_seen_once_give_the_same_log_probabilities_and_gradients_without_the_tower(
+def test_precomputed_image_features_give_the_same_log_probabilities_and_gradients(
     prompts,
 ) -> None:
     rollout, allowed = sampled(tiny_model(), prompts)
-    model, found = tiny_model(), []
+    model, results = tiny_model(), []
     model.visual.requires_grad_(False)
-    for shown in (prompts, with_image_features(model, prompts)):
-        logp, _ = completion_logprobs(model, whole(shown, rollout), allowed, 1.3)
-        found.append((logp.detach(), gradients(model, logp.sum())))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
-    assert not any(name.startswith("visual.") for name in found[1][1])
-    assert_close_gradients(found[1][1], found[0][1])
-    model.visual.forward = None  # whoever would run it again fails
-    completion_logprobs(model, whole(shown, rollout), allowed, 1.3)
+    for inputs in (prompts, with_image_features(model, prompts)):
+        logp, _ = completion_logprobs(model, whole(inputs, rollout), allowed, 1.3)
+        results.append((logp.detach(), gradients(model, logp.sum())))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=1e-5)
+    assert not any(name.startswith("visual.") for name in results[1][1])
+    assert_close_gradients(results[1][1], results[0][1])
+    model.visual.forward = None  # running it again fails
+    completion_logprobs(model, whole(inputs, rollout), allowed, 1.3)
     assert with_image_features(model, prompts[:1]) == list(
         prompts[:1]
     )  # a prompt without an image needs no tower
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others(
+def test_dropping_finished_completions_does_not_change_the_others(
     prompts, monkeypatch, greedy
 ) -> None:
     model, ends, sizes = tiny_model(), tuple(range(0, 300, 12)), []
@@ -212,18 +208,18 @@ def test_finished_completions_leave_the_batch_and_nothing_changes_for_the_others
 
 
 @pytest.mark.parametrize("V", [1, 2, 127, 128, 129, 307, 1024])
-def test_two_level_sampling_chooses_the_tokens_of_one_long_sum(V: int) -> None:
+def test_two_level_sampling_chooses_the_same_tokens_as_one_running_sum(V: int) -> None:
     generator = torch.Generator().manual_seed(V)
     logits = 4 * torch.randn(4000, V, generator=generator)
     if V > 2:
         logits[:, ::3] = -1e30
-        logits[:, 0], logits[0, :-1] = -1e30, -1e30  # one row where only the last can come
+        logits[:, 0], logits[0, :-1] = -1e30, -1e30  # one row that allows only the last id
     noise = torch.rand(4000, generator=generator)
     noise[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
     logp = logits.log_softmax(-1)
     chosen, chosen_logp = inverse_cdf(logits.clone(), noise)
     agree = chosen == naive_inverse_cdf(logp, noise)
-    assert agree.float().mean() > 0.999  # a threshold may fall within rounding of a boundary
+    assert agree.float().mean() > 0.999  # up to rounding at the boundaries
     assert (logp.gather(1, chosen[:, None]) > -1e20).all()
     torch.testing.assert_close(
         chosen_logp, logp.gather(1, chosen[:, None])[:, 0], rtol=0, atol=1e-5
@@ -244,9 +240,9 @@ def test_our_matrix_product_equals_torchs_in_values_and_gradients(
     ours, theirs = layer(x), twin(x)
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(ours, theirs, **tolerance)
-    found = torch.autograd.grad((ours * weight).sum(), [x, *layer.parameters()])
+    actual = torch.autograd.grad((ours * weight).sum(), [x, *layer.parameters()])
     expected = torch.autograd.grad((theirs * weight).sum(), [x, *twin.parameters()])
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(actual, expected, **tolerance)
 
 
 def test_our_matrix_product_takes_any_strides() -> None:
@@ -260,7 +256,7 @@ def test_our_matrix_product_takes_any_strides() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_parts_merged_by_their_sums_equal_one_softmax_over_both(
+def test_merged_attention_equals_one_softmax_over_both_parts(
     heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
     N, G, P, S, d, generator = 2, 3, 7, 5, 8, torch.Generator().manual_seed(0)
@@ -269,8 +265,8 @@ def test_parts_merged_by_their_sums_equal_one_softmax_over_both(
     q, prompt_k, prompt_v, own_k, own_v = (
         torch.randn(size, generator=generator).to(dtype) for size in sizes
     )
-    seen = torch.arange(P) < torch.tensor([[7], [4]])
-    bias = torch.zeros(N, 1, 1, P, dtype=dtype).masked_fill_(~seen[:, None, None], float("-inf"))
+    real = torch.arange(P) < torch.tensor([[7], [4]])
+    bias = torch.zeros(N, 1, 1, P, dtype=dtype).masked_fill_(~real[:, None, None], float("-inf"))
     fast = merged_attention(q, prompt_k, prompt_v, own_k, own_v, bias)
     slow = two_part_attention(q, prompt_k, prompt_v, own_k, own_v, bias)
     torch.testing.assert_close(
@@ -282,21 +278,19 @@ def test_parts_merged_by_their_sums_equal_one_softmax_over_both(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_on_a_gpu_never_waits_for_the_host(dtype: torch.dtype) -> None:
-    """torch's meta device stands for the GPU: it has no values, and whatever needs one on the host
-    is an error.
-    """
+    """torch's meta device stands in for the GPU: it has no values, so reading one is an error."""
     with torch.device("meta"), torch.no_grad():
         network = Qwen2VL(tiny_config(4, 2)).to(dtype)
         growing = fake_growing(network)
         growing.decode_and_choose(network, span=64, padded=True)
         with pytest.raises(RuntimeError, match="meta tensors"):
-            bool(growing.done_R.all())  # the pretence can tell
+            bool(growing.done_R.all())  # this device notices a wait
         with pytest.raises(RuntimeError, match="device"):
             growing.noise = growing.noise + torch.zeros(1, 70, device="cpu")
 
 
 def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70):
-    """A rollout after its prefill, made by hand: reading real prompts would need values."""
+    """A rollout after its prefill, made by hand, because real prompts would need values."""
     vocabulary = Vocabulary(tiny_tokenizer(), (3, 4), torch.ones(VOCABULARY, dtype=torch.bool))
     growing = grpo.sampler.Growing(
         model, vocabulary, grpo.sampler.RolloutKind((N, G, T), 0.7, False), P
@@ -308,18 +302,16 @@ def fake_growing(model: Qwen2VL, N: int = 2, G: int = 3, P: int = 9, T: int = 70
     return growing
 
 
-def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_no_trace(
+def test_reused_buffers_stay_in_place_and_do_not_affect_the_next_rollout(
     prompts, monkeypatch
 ) -> None:
-    """What a captured graph relies on: every tensor that a step reads or writes lies where it
-    lay.
-    """
+    """A captured graph relies on this: all tensors that a step reads or writes keep their place."""
     monkeypatch.setattr(grpo.sampler, "CHECK_EVERY", 2)
     monkeypatch.setattr(grpo.sampler, "SHRINK_AT", 1.0)
     options = dict(group_size=6, max_new_tokens=40, ends=tuple(range(0, 300, 12)))
     model = tiny_model()
-    shown = [prompts, prompts[::-1], [prompts[0]] * 3]  # the last ones are shorter than the buffers
-    expected = [sampled(model, part, **options)[0] for part in shown]
+    batches = [prompts, prompts[::-1], [prompts[0]] * 3]  # the last is shorter than the buffers
+    expected = [sampled(model, batch, **options)[0] for batch in batches]
     vocabulary = Vocabulary(
         tiny_tokenizer(), options["ends"], sampled(model, prompts, **options)[1]
     )
@@ -329,9 +321,9 @@ def test_buffers_that_serve_one_rollout_after_the_other_stay_in_place_and_leave_
     )
     monkeypatch.setattr(grpo.sampler, "growing_rows", lambda *_, **__: growing)
     places = []
-    for part, slow in zip(shown, expected, strict=True):
-        fast, _ = sampled(model, part, **options)
-        assert growing.rows < 18  # some have left
+    for batch, slow in zip(batches, expected, strict=True):
+        fast, _ = sampled(model, batch, **options)
+        assert growing.rows < 18  # some rows were dropped
         assert torch.equal(fast.tokens_NGT, slow.tokens_NGT) and torch.equal(
             fast.mask_NGT, slow.mask_NGT
         )
@@ -361,7 +353,7 @@ def test_replayed_graphs_sample_the_tokens_of_eager_steps(prompts, monkeypatch) 
     torch.testing.assert_close(rollouts[0].logp_NGT, rollouts[1].logp_NGT, rtol=0, atol=1e-4)
 
 
-def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> None:
+def test_arranged_weights_give_the_same_products_and_are_removed_afterwards() -> None:
     layer, x = Linear(24, 37), torch.randn(6, 24)
     with torch.no_grad():
         expected = layer(x)
@@ -374,7 +366,7 @@ def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> No
             layer.weight.arranged = torch.ops.mkldnn._reorder_linear_weight(
                 2 * layer.weight.detach(), 6
             )
-            assert not torch.allclose(layer(x), expected)  # it is what is multiplied by
+            assert not torch.allclose(layer(x), expected)  # the arranged copy is what is used
             raise KeyError
         assert not hasattr(layer.weight, "arranged")
         assert torch.equal(layer(x), expected)
@@ -383,8 +375,8 @@ def test_arranged_weights_give_the_same_products_and_are_gone_afterwards() -> No
         assert not hasattr(layer.weight, "arranged")
 
 
-def test_all_that_decoding_multiplies_by_is_arranged_for_it(prompts, monkeypatch) -> None:
-    """A weight that is not would be as right, and slow."""
+def test_all_weights_that_decoding_multiplies_by_are_arranged(prompts, monkeypatch) -> None:
+    """A weight that is not arranged would give the same results, but slowly."""
     if not model.linear._HAS_ONEDNN:
         pytest.skip("this build of torch has no oneDNN")
     network, plain, product = tiny_model(), [], model.linear._product

@@ -1,6 +1,4 @@
-"""Files made to break a reader: each is one printable line of bounded length, in bounded time and
-memory.
-"""
+"""Files made to break a reader: each gives one printable line, in bounded time and memory."""
 
 import json
 import os
@@ -35,7 +33,7 @@ ROW = {
 
 @contextmanager
 def within(seconds: float):
-    """Ends what would wait for ever, and fails the test."""
+    """Context manager that fails the test instead of waiting for ever."""
 
     def stop(*_):
         raise TimeoutError(f"still at work after {seconds} s")
@@ -80,7 +78,7 @@ def test_a_pipe_is_not_waited_for(read, tmp_path):
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_a_device_without_end_is_not_read(read, tmp_path):
+def test_an_endless_device_is_not_read(read, tmp_path):
     (tmp_path / "config.json").symlink_to("/dev/zero")
     refused(read, tmp_path / "config.json", "config.json", "a pipe or a device")
 
@@ -91,7 +89,7 @@ WHOLE = READERS.keys() - {"completions"}  # which are read line by line
 @pytest.mark.parametrize("read", [READERS[name] for name in sorted(WHOLE)], ids=sorted(WHOLE))
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(read, tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
-        file.truncate(MOST_BYTES + 1)  # a hole: it takes no room on the disk, and would in memory
+        file.truncate(MOST_BYTES + 1)  # a sparse file: no space on disk, but much in memory
     tracemalloc.start()
     refused(
         read, tmp_path / "config.json", "config.json", "larger than 256 MB", "split or shrink it"
@@ -118,7 +116,7 @@ LISTS = "[" + "[]," * 200_000 + "[]]"  # 600 kB that become 14 MB of empty lists
 LONG = "x" * (LONGEST_LINE - 1000)
 
 
-def test_a_list_takes_25_times_its_limit_at_most_and_a_longer_one_is_not_parsed(tmp_path):
+def test_a_list_takes_at_most_25_times_its_limit_and_a_longer_one_is_not_parsed(tmp_path):
     file = question_file(tmp_path, LISTS)
     tracemalloc.start()
     refused(read_questions, file, "row 1: this is a list")
@@ -138,7 +136,7 @@ def test_a_line_is_not_parsed_beyond_its_limit(tmp_path, monkeypatch):
     refused(read_questions, file, "line 1: not JSON")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * len(LISTS)  # its bytes are read; parsed whole, they take 25 times as much
+    assert peak < 2 * len(LISTS)  # parsing all of it would take 25 times as much
 
 
 def test_a_row_just_within_the_limit_is_read_and_one_beyond_is_not(tmp_path):
@@ -205,7 +203,7 @@ def test_splitting_a_problem_takes_linear_time(tmp_path, unit, monkeypatch):
 @pytest.mark.parametrize(
     "char", "\x1b\x9b\r\x7f\u202e\u2066\u200b\u2028\ufeff\ud800\U000e0041\u00ad", ids=ascii
 )
-def test_a_character_that_steers_a_terminal_or_hides_is_escaped(char):
+def test_control_and_invisible_characters_are_escaped(char):
     assert printable(f"a{char}b").isascii() and printable(f"a{char}b").isprintable()
     assert str(InputError(f"a{char}b")) == printable(f"a{char}b")
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders, configs and artefacts made to break or to take over what reads them."""
+"""Checkpoint folders, configs and artefacts made to break or take over their readers."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def change(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def test_the_folder_that_the_cases_below_damage_is_whole(folder):
+def test_the_folder_is_valid_before_the_tests_below_damage_it(folder):
     image_pad = tiny_tokenizer().convert_tokens_to_ids("<|image_pad|>")
     assert loaded(folder).shape.image_token_id == image_pad
 
@@ -124,7 +124,7 @@ def test_a_chat_template_that_fails_in_any_way_is_one_line(folder, template):
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
 )
-def test_a_torn_or_nonsensical_file_is_one_line(folder, name, content):
+def test_a_truncated_or_nonsensical_file_is_one_line(folder, name, content):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(lambda: loaded(folder), str(folder))
 
@@ -231,7 +231,7 @@ def test_weights_with_a_hostile_header_are_one_line(folder, content):
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint16, torch.complex64], ids=str
 )
-def test_weights_that_mean_nothing_by_themselves_are_refused(folder, dtype):
+def test_quantised_weights_are_refused(folder, dtype):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {NORM: torch.zeros(32, dtype=dtype)}, folder / "model.safetensors")
     refused(lambda: load_model(folder), NORM, "quantised")
@@ -352,7 +352,7 @@ def test_a_contract_of_nonsense_is_one_line(tmp_path, terms):
 @pytest.mark.parametrize(
     "terms", ["{}", '{"number of questions": "x"}', '{"number of questions": 1}']
 )
-def test_answers_that_are_not_those_of_the_contract_are_one_line(tmp_path, terms):
+def test_answers_that_do_not_match_the_contract_are_one_line(tmp_path, terms):
     (tmp_path / "contract.json").write_text(terms)
     compared = partial(compare.compare, (tmp_path, tmp_path), ("grpo", "grpo"))
     refused(compared, "predictions.jsonl: can't be read")

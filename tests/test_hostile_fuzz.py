@@ -1,6 +1,4 @@
-"""Seeded fuzzing of every reader: whatever it is given, it gives a result or one InputError of one
-printable line.
-"""
+"""Seeded fuzzing of every reader: any input gives a result or an InputError of one line."""
 
 import io
 import json
@@ -40,7 +38,7 @@ fuzzed = settings(
 
 
 def result_or_line(call: Any, *arguments: Any) -> Any:
-    """What the call gives, or None where it raises the one InputError that it may raise."""
+    """The result of the call, or None if it raises an InputError, the only error allowed."""
     try:
         return call(*arguments)
     except InputError as error:
@@ -112,7 +110,7 @@ FIELDS = sorted({name for layout in LAYOUTS for name in layout})
 
 @st.composite
 def changed_rows(draw) -> list[Any]:
-    """Rows of the layouts, with some fields taken out, exchanged or filled with anything."""
+    """Rows of the dialects, with some fields removed, exchanged or filled with anything."""
     rows = []
     for layout in draw(st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3)):
         changes = draw(
@@ -124,7 +122,7 @@ def changed_rows(draw) -> list[Any]:
 
 @st.composite
 def cut_and_changed(draw, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes with a few exchanged, some taken out, some put in, or the end missing."""
+    """Bytes with some exchanged, removed or inserted, or with the end cut off."""
     content = bytearray(draw(whole))
     for _ in range(draw(st.integers(0, 6))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
@@ -210,7 +208,7 @@ def test_a_damaged_image_is_an_image_or_one_line(scratch, content):
     file = scratch / "image"
     file.write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow tells of odd files that it reads all the same
+        warnings.simplefilter("ignore")  # Pillow warns about odd files that it can read
         image, size = result_or_line(load_image, file), result_or_line(image_size, file)
     assert image is None or image.mode == "RGB" and sorted(image.size) == sorted(size)
 

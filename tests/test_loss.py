@@ -40,9 +40,9 @@ def loss_of_one_token(ratio: float, advantage: float, ref_ratio: float = 1.0, be
     [
         (1.0, 2.0, -2.0, 0),
         (1.2, 2.0, -2.4, 0),
-        (1.5, 2.0, -2.6, 1),  # too likely already: held at 1 + clip_high
+        (1.5, 2.0, -2.6, 1),  # a good token that is likely enough: clipped at 1 + clip_high
         (0.5, 2.0, -1.0, 0),  # a good token that became rarer is always pulled back
-        (0.5, -2.0, 1.6, 1),  # a bad token that is rare enough: held at 1 - clip_low
+        (0.5, -2.0, 1.6, 1),  # a bad token that is rare enough: clipped at 1 - clip_low
         (1.5, -2.0, 3.0, 0),
         (0.9, -2.0, 1.8, 0),
     ],
@@ -71,9 +71,7 @@ def test_k3_is_an_unbiased_and_non_negative_estimate_of_the_divergence():
 
 
 def batch(dtype=torch.float64):
-    """Three groups of two, completions of 1 to 5 tokens, padding filled with numbers that must not
-    matter.
-    """
+    """Three groups of two completions of 1 to 5 tokens, with arbitrary numbers in the padding."""
     torch.manual_seed(1)
     lengths = torch.tensor([[5, 1], [3, 4], [2, 2]])
     mask = torch.arange(5) < lengths[..., None]
@@ -166,7 +164,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient_nor_stat
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -1e30])
-def test_what_stands_in_the_padding_reaches_neither_loss_nor_gradient(junk):
+def test_the_contents_of_the_padding_change_neither_loss_nor_gradient(junk):
     logp, old, ref, advantages, mask = batch()
     expected, _ = grpo_loss(logp, old, ref, advantages, mask, **SETTINGS)
     dirty = [x.detach().masked_fill(~mask, junk) for x in (logp, old, ref)]

@@ -1,6 +1,4 @@
-"""Our Qwen2-VL against that of transformers on random checkpoints: logits, positions, greedy
-continuations, files.
-"""
+"""Our Qwen2-VL against transformers' on random checkpoints: logits, positions, decoding, files."""
 
 import json
 import logging
@@ -39,7 +37,7 @@ BATCHES = {"text": MIXED[1:2], "one-image": MIXED[:1], "several-images": MIXED[2
 
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory) -> tuple[nn.Module, Qwen2VL]:
-    """A random model of transformers, and ours read from what it saved."""
+    """A random model from transformers, and ours, loaded from its saved files."""
     folder = tmp_path_factory.mktemp("checkpoint")
     theirs = hf_model(tiny_config(*SHAPES[request.param]))
     theirs.save_pretrained(folder)
@@ -54,7 +52,7 @@ def test_logits_and_positions_equal_those_of_transformers(pair, prompts) -> None
     expected = theirs(**hf_inputs(batch)).logits
     logits = ours(batch.tokens, batch.patches, batch.grids, batch.lengths)
     assert (logits - expected)[batch.mask].abs().max() < 1e-4
-    assert expected[batch.mask].std() > 0.5  # a model that says nothing would agree with anything
+    assert expected[batch.mask].std() > 0.5  # constant logits would prove nothing
 
     kinds = (batch.tokens == IMAGE).int()
     index, _ = theirs.model.get_rope_index(
@@ -71,7 +69,7 @@ def test_greedy_continuations_equal_those_of_transformers(pair) -> None:
     expected = hf_greedy(theirs, batch)
     assert all(
         len(set(row.tolist())) > 3 for row in expected
-    )  # no continuation is one token over and over
+    )  # no continuation repeats a single token
     assert torch.equal(greedy_by_cache(ours, batch), expected)
     assert torch.equal(greedy_by_forward(ours, batch), expected)
 
@@ -115,7 +113,7 @@ def test_shards_written_by_transformers_load(tmp_path: Path) -> None:
         ("nested", False, None),
     ],
 )
-def test_a_saved_model_loads_in_transformers_without_a_warning_and_speaks_the_same(
+def test_a_saved_model_loads_in_transformers_without_a_warning_and_computes_the_same(
     tmp_path: Path, monkeypatch, layout, tied, shard_bytes
 ) -> None:
     config = tiny_config(tied=tied)
@@ -156,7 +154,7 @@ def test_a_model_saved_in_bf16_is_the_same_bf16_model_in_transformers(
 
 
 @torch.no_grad()
-def test_bf16_logits_stay_as_near_to_fp32_as_those_of_transformers(pair) -> None:
+def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(pair) -> None:
     theirs, ours = pair
     batch = make_batch(MIXED)
     inputs = (batch.tokens, batch.patches, batch.grids, batch.lengths)
@@ -172,9 +170,7 @@ def test_bf16_logits_stay_as_near_to_fp32_as_those_of_transformers(pair) -> None
 
 
 def hf_inputs(batch: Batch, left: bool = False) -> dict[str, Tensor | None]:
-    """Arguments of transformers' forward; padded on the left for generate, which continues from the
-    last column.
-    """
+    """Arguments of transformers' forward; `left` pads on the left, as generate needs it."""
     tokens, mask = batch.tokens, batch.mask
     if left:
         order = torch.argsort(mask.int(), dim=1, stable=True)
@@ -216,9 +212,7 @@ def greedy_by_cache(ours: Qwen2VL, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def greedy_by_forward(ours: Qwen2VL, batch: Batch) -> Tensor:
-    """(N, NEW_TOKENS) by running the growing, right-padded sequences from their start for every
-    token.
-    """
+    """(N, NEW_TOKENS) by running the whole right-padded sequences again for every token."""
     lengths, rows = batch.lengths.clone(), torch.arange(len(batch.tokens))
     tokens = torch.cat((batch.tokens, batch.tokens.new_zeros(len(rows), NEW_TOKENS)), dim=1)
     for _ in range(NEW_TOKENS):
@@ -230,22 +224,20 @@ def greedy_by_forward(ours: Qwen2VL, batch: Batch) -> Tensor:
 
 
 def best_allowed(logits: Tensor) -> Tensor:
-    """A random model may well name an image token, for which there would be no image."""
+    """The most likely allowed id: a random model could choose an image token without an image."""
     return logits.index_fill(-1, torch.tensor(FORBIDDEN), float("-inf")).argmax(dim=-1)
 
 
 @torch.no_grad()
 def train(model: Qwen2VL) -> None:
-    """Move every weight, as training does: a saver that wrote the loaded file again would be found
-    out.
-    """
+    """Change every weight, as training does, so that saving the loaded files again is noticed."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def load_in_transformers(folder: Path, dtype: torch.dtype | str) -> nn.Module:
-    """from_pretrained; fails on any warning and on any missing, unexpected or misshapen weight."""
+    """from_pretrained, failing on any warning and any missing, unexpected or mismatched weight."""
     with warnings_of_transformers() as records:
         theirs, info = Qwen2VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
@@ -256,7 +248,7 @@ def load_in_transformers(folder: Path, dtype: torch.dtype | str) -> nn.Module:
 
 
 class warnings_of_transformers(logging.Handler):
-    """Context manager: the list of what transformers logs as a warning or worse."""
+    """Context manager that collects all that transformers logs as a warning or worse."""
 
     def __enter__(self) -> list[logging.LogRecord]:
         self.records: list[logging.LogRecord] = []

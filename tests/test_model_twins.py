@@ -1,4 +1,4 @@
-"""Every fast path of the model beside its slow, obviously right twin: values and gradients."""
+"""Every fast path of the model against its slow twin: values and gradients."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def test_shared_prefix_equals_replicated_sequences_in_values_and_gradients(
     assert_close_gradients(fast_gradients, slow_gradients)
 
 
-def test_shared_prefix_keeps_sisters_and_the_future_from_one_another() -> None:
+def test_shared_prefix_hides_other_completions_and_the_future() -> None:
     model, batch = tiny_model(), make_batch(MIXED)
     completions = random_tokens(len(MIXED), 3, 6)
     before = completion_hidden(model, batch, completions)
@@ -87,7 +87,7 @@ def test_prefill_and_decode_equal_the_plain_forward(shape, G: int, T: int, padde
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @torch.no_grad()
-def test_what_stands_in_the_padding_changes_nothing(shape) -> None:
+def test_the_contents_of_the_padding_change_nothing(shape) -> None:
     model, batch = tiny_model(tiny_config(*shape)), make_batch(MIXED)
     completions = random_tokens(len(MIXED), 2, 4)
     padded = batch._replace(tokens=batch.tokens.masked_fill(~batch.mask, 99))
@@ -170,7 +170,7 @@ def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_i
     hidden, head, tokens, allowed, weight = logprob_inputs(5)
 
     def exact(hidden64: Tensor, head64: Tensor) -> Tensor:
-        """By hand, the forbidden rows cut out of the head, no masking anywhere."""
+        """By hand, with the forbidden rows removed from the head instead of masked."""
         scores = (hidden64 @ head64[allowed].T / 0.7).exp()
         column = allowed.cumsum(0)[tokens] - 1
         return (scores.gather(1, column[:, None]).squeeze(1) / scores.sum(dim=1)).log()
@@ -178,7 +178,7 @@ def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_i
     wide = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(
         exact, wide, fast_mode=True
-    )  # the yardstick itself, against finite differences
+    )  # check the expectation itself with finite differences
     logp, entropy = logprobs(hidden, head, tokens, allowed, 0.7)
     expected = exact(*wide)
     torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-5)
@@ -191,7 +191,7 @@ def test_logprobs_and_their_gradients_equal_a_float64_softmax_over_the_allowed_i
     torch.testing.assert_close([g.double() for g in ours], list(theirs), rtol=1e-4, atol=1e-5)
 
 
-def test_blocked_logprobs_in_bf16_stay_as_near_to_fp32_as_the_naive_ones() -> None:
+def test_blocked_logprobs_in_bf16_are_as_close_to_fp32_as_the_naive_ones() -> None:
     hidden, head, tokens, allowed, weight = logprob_inputs(40)
     exact, _ = naive_logprobs(hidden, head, tokens, allowed, 0.7)
     exact_gradients = torch.autograd.grad((exact * weight).sum(), (hidden, head))
@@ -215,7 +215,7 @@ def test_logprobs_of_tens_of_nats_neither_overflow_nor_lose_their_gradient() -> 
     assert all(x.isfinite().all() for x in (logp, entropy, *gradients))
 
 
-def test_no_tensor_of_all_positions_and_all_ids_is_made_or_kept() -> None:
+def test_no_tensor_of_all_positions_and_all_ids_is_computed_or_kept() -> None:
     M, ids = 64, 8
     hidden, head, tokens, allowed, weight = logprob_inputs(M)
     saved: list[Tensor] = []
@@ -230,7 +230,7 @@ def test_no_tensor_of_all_positions_and_all_ids_is_made_or_kept() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Context manager: the number of elements of everything that is computed."""
+    """Context manager that records the number of elements of every computed tensor."""
 
     def __enter__(self) -> set[int]:
         super().__enter__()
@@ -248,9 +248,7 @@ def random_tokens(*shape: int) -> Tensor:
 
 
 def logprob_inputs(M: int, D: int = 24) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden (M, D), head (V, D), tokens (M,), allowed (V,), and a weight (M,) for each
-    log-probability.
-    """
+    """hidden (M, D), head (V, D), tokens (M,), allowed (V,), weights of the log-probs (M,)."""
     generator = torch.Generator().manual_seed(0)
     hidden, head = (
         torch.randn(M, D, generator=generator),
@@ -280,9 +278,7 @@ def completion_hidden(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tens
 
 
 def replicated_logits(model: Qwen2VL, batch: Batch, completions: Tensor) -> Tensor:
-    """Logits (N, G, T, V) that predict each completion token: every sequence with its own prompt
-    and images, alone.
-    """
+    """Logits (N, G, T, V) that predict each completion token, from whole sequences one by one."""
     rows = []
     for n, group in enumerate(completions):
         prompt, patches, grids = batch.row(n)
@@ -302,7 +298,7 @@ def gradients(model: Qwen2VL, loss: Tensor) -> dict[str, Tensor]:
 
 
 def assert_close_gradients(fast: dict[str, Tensor], slow: dict[str, Tensor]) -> None:
-    """Each within 1e-4 of the largest value of its own parameter's gradient."""
+    """Compare within 1e-4 of the largest value of each parameter's gradient."""
     assert fast.keys() == slow.keys() and fast
     for name, gradient in slow.items():
         error = (fast[name] - gradient).abs().max()
@@ -312,9 +308,7 @@ def assert_close_gradients(fast: dict[str, Tensor], slow: dict[str, Tensor]) -> 
 
 
 def test_importing_attention_switches_cudnns_attention_off() -> None:
-    """Its backward can give NaN where there is a mask. In a fresh process: the switch is torch's
-    own.
-    """
+    """cuDNN's backward can return NaN with a mask. In a new process, as the switch is global."""
     script = (
         "import torch; before = torch.backends.cuda.cudnn_sdp_enabled(); import model.attention;"
         "print(before, torch.backends.cuda.cudnn_sdp_enabled())"

@@ -1,6 +1,4 @@
-"""Configs and checkpoint files: what loads, what is refused in one line, and how much memory it
-takes.
-"""
+"""Configs and checkpoint files: valid ones load, invalid ones give one line, memory is bounded."""
 
 import json
 import subprocess
@@ -43,12 +41,12 @@ CONFIG_72B = Qwen2VLConfig(152_064, 8192, 29_568, 80, 64, 8, TOWER)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint of the published kind: flat config, one file."""
+    """A checkpoint in the published layout: flat config, one weight file."""
     save_model(tiny_model(tiny_config(tied=False)), tmp_path)
     return tmp_path
 
 
-def test_the_published_2b_config_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_the_published_2b_config_is_read_unchanged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(PUBLISHED_2B)
     assert read_config(tmp_path) == CONFIG_2B
 
@@ -67,7 +65,7 @@ def test_the_published_shapes_have_the_published_parameter_counts(
     assert sum(view.numel() for view in views.values()) == count
 
 
-def test_a_config_that_we_write_is_read_as_the_same() -> None:
+def test_a_config_that_we_write_is_read_back_unchanged() -> None:
     assert parse_config(config_json(CONFIG_2B)) == CONFIG_2B
     assert parse_config(json.loads(json.dumps(config_json(tiny_config())))) == tiny_config()
 
@@ -83,9 +81,7 @@ def test_a_config_that_we_write_is_read_as_the_same() -> None:
         for name in ("depth", "embed_dim", "num_heads", "patch_size", "spatial_merge_size")
     ],
 )
-def test_a_size_that_is_no_size_is_one_line_that_names_it(
-    tmp_path: Path, field: str, value: Any
-) -> None:
+def test_an_invalid_size_is_one_line_that_names_it(tmp_path: Path, field: str, value: Any) -> None:
     file = write_config(tmp_path, changed(field, value))
     assert_refused(lambda: read_config(tmp_path), str(file), field)
 
@@ -119,7 +115,7 @@ def test_a_size_that_is_no_size_is_one_line_that_names_it(
         ("rope_scaling.mrope_section", 8),
     ],
 )
-def test_a_config_that_describes_no_qwen2_vl_of_ours_is_refused(
+def test_a_config_of_an_unsupported_model_is_refused(
     tmp_path: Path, field: str, value: Any
 ) -> None:
     file = write_config(tmp_path, changed(field, value))
@@ -127,7 +123,7 @@ def test_a_config_that_describes_no_qwen2_vl_of_ours_is_refused(
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vision_config.depth"])
-def test_an_absent_field_is_named(tmp_path: Path, field: str) -> None:
+def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     raw = flat_config(tiny_config())
     holder, leaf = find(raw, field)
     del holder[leaf]
@@ -139,7 +135,7 @@ def test_an_absent_field_is_named(tmp_path: Path, field: str) -> None:
     "text",
     ["", "{", "[]", '{"model_type": "llama"}', "\xff", pytest.param("[" * 100_000, id="deep")],
 )
-def test_a_config_file_that_is_none_is_refused(folder: Path, text: str) -> None:
+def test_a_file_that_is_not_a_config_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     assert_refused(lambda: load_model(folder), str(folder / "config.json"))
 
@@ -188,7 +184,7 @@ def test_a_wrong_tensor_is_one_line_that_names_it(
 @pytest.mark.parametrize(
     "keep", [0, 5, 300, -1], ids=["empty", "no-header", "half-a-header", "one-byte-short"]
 )
-def test_a_torn_file_is_named(folder: Path, keep: int) -> None:
+def test_a_truncated_file_is_named(folder: Path, keep: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     assert_refused(lambda: load_model(folder), str(file))
@@ -215,7 +211,7 @@ def test_a_wrong_index_is_one_line_that_names_it(folder: Path, index: str, named
     assert_refused(lambda: load_model(folder), str(folder), named)
 
 
-def test_a_tied_head_written_out_all_the_same_is_no_error(tmp_path: Path) -> None:
+def test_a_tied_head_that_is_saved_all_the_same_is_no_error(tmp_path: Path) -> None:
     model = tiny_model(tiny_config(tied=True))
     save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -225,7 +221,7 @@ def test_a_tied_head_written_out_all_the_same_is_no_error(tmp_path: Path) -> Non
     assert_same_weights(load_model(tmp_path), model)
 
 
-def test_a_head_of_its_own_in_a_checkpoint_that_is_called_tied_is_refused(tmp_path: Path) -> None:
+def test_a_separate_head_in_a_checkpoint_with_tied_embeddings_is_refused(tmp_path: Path) -> None:
     save_model(tiny_model(tiny_config(tied=True)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     write_weights(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path)
@@ -234,7 +230,7 @@ def test_a_head_of_its_own_in_a_checkpoint_that_is_called_tied_is_refused(tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_saving_and_loading_changes_no_bit(
+def test_saving_and_loading_does_not_change_a_bit(
     tmp_path: Path, monkeypatch, dtype: torch.dtype, tied: bool
 ) -> None:
     model = tiny_model(tiny_config(tied=tied)).to(dtype)
@@ -266,7 +262,7 @@ def test_a_folder_saved_again_holds_the_new_weights_whatever_their_number_of_fil
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])  # transformers 4 and 5
-def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_told(
+def test_tokenizer_files_and_unknown_config_fields_are_saved_too_and_the_dtype_is_updated(
     folder: Path, key: str
 ) -> None:
     for name in COMPANIONS:
@@ -281,13 +277,11 @@ def test_tokenizer_files_and_unknown_config_fields_go_along_and_the_dtype_is_tol
 
 
 def test_loading_holds_one_copy_of_the_model_and_one_tensor(tmp_path: Path) -> None:
-    """Peak resident memory of a fresh process: 190 MB in tensors of 10 MB, so that a second copy
-    would double it.
-    """
+    """Peak memory of a new process: 190 MB, in tensors of 10 MB. A second copy would double it."""
     if not Path("/proc/self/status").exists():
         pytest.skip(
             "peak memory of a process is read from /proc"
-        )  # getrusage counts the parent's peak in
+        )  # getrusage would include the parent's peak
     config = Qwen2VLConfig(
         4096,
         640,

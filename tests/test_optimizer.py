@@ -30,8 +30,8 @@ def test_step_is_adamw_written_out_by_hand():
     gradient = model.weight.grad.clone() / norm.clamp(min=1)
     assert norm > 1
     torch.testing.assert_close(optimizer.step(1e-2)["grad_norm"], norm)
-    # First step: both bias-corrected moments are the gradient and its square, so each weight moves
-    # by the rate.
+    # At the first step the bias-corrected moments are the gradient and its square, so each weight
+    # moves by the learning rate.
     expected = before * (1 - 1e-2 * 0.1) - 1e-2 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(model.weight.detach(), expected)
     assert model.weight.grad is None
@@ -51,7 +51,7 @@ def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
     torch.testing.assert_close(
         moved, torch.full_like(moved, 1e-4), rtol=0.2, atol=0
     )  # 100 steps of about the rate each
-    assert (model.weight == start).float().mean() > 0.5  # rounded, most weights have not even moved
+    assert (model.weight == start).float().mean() > 0.5  # in bf16 most weights have not moved
     assert torch.equal(model.weight, optimizer.masters[0].to(torch.bfloat16))
 
 
@@ -59,11 +59,11 @@ def test_updates_too_small_for_bf16_are_not_lost_in_the_masters():
 @pytest.mark.parametrize(
     ("rate", "least", "most"), [(1e-6, 0.95, 1.0), (1e-1, 0.0, 0.05), (1e-4, 0.05, 0.95)]
 )
-def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16_leaves_as_they_are(
+def test_bf16_lost_is_the_share_of_changed_weights_that_bf16_would_not_change(
     dtype, rate, least, most
 ):
     torch.manual_seed(0)
-    model = nn.Linear(300, 20).to(dtype)  # more weights than are looked at
+    model = nn.Linear(300, 20).to(dtype)  # more weights than the sample
     optimizer = MasterAdamW(model, SETTINGS)
     old = [master.detach().clone() for master in optimizer.masters]
     model(torch.randn(8, 300, dtype=dtype)).pow(2).sum().backward()
@@ -78,15 +78,13 @@ def test_the_share_of_updates_that_bf16_would_lose_is_that_of_weights_which_bf16
 
 
 def copied(param, offload):
-    """A master apart from its parameter, as if the model were on another device."""
+    """A master separate from its parameter, as if the model were on another device."""
     return param.detach().clone().requires_grad_()
 
 
 def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
-    """Without a GPU: fp32 masters are then copies all the same, as if the model were on another
-    device.
-    """
-    found = []
+    """Simulated without a GPU: fp32 masters are copies, as if the model were on another device."""
+    weights = []
     for apart in (False, True):
         model = linear()
         if apart:
@@ -96,14 +94,14 @@ def test_the_optimizer_in_host_memory_gives_the_same_weights(monkeypatch):
             backward(model)
             optimizer.accumulate()
             optimizer.step(1e-2)
-        found.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizer_in_host_memory_updates_a_model_on_the_gpu(dtype):
-    found = []
+    weights = []
     for offload in (False, True):
         model = linear(dtype).cuda()
         optimizer = MasterAdamW(model, replace(SETTINGS, offload_optimizer=offload))
@@ -112,8 +110,8 @@ def test_the_optimizer_in_host_memory_updates_a_model_on_the_gpu(dtype):
             (model(torch.ones(2, 4, dtype=dtype, device="cuda")).pow(2).sum()).backward()
             optimizer.accumulate()
             optimizer.step(1e-2)
-        found.append([p.detach().cpu() for p in model.parameters()])
-    for a, b in zip(*found, strict=True):
+        weights.append([p.detach().cpu() for p in model.parameters()])
+    for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
@@ -132,7 +130,7 @@ def test_many_small_bf16_gradients_add_up_in_fp32():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm(bad):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_visible_in_the_norm(bad):
     model = linear()
     optimizer, before = (
         MasterAdamW(model, SETTINGS),
@@ -169,7 +167,7 @@ def test_state_restores_a_run_bit_for_bit(dtype):
     )
 
 
-def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host_memory(
+def test_an_fp32_run_can_resume_with_its_optimizer_in_host_memory(
     monkeypatch,
 ):
     model = linear()
@@ -187,7 +185,7 @@ def test_fp32_weights_are_their_own_masters_when_a_run_goes_on_with_them_in_host
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 4), ()])
-def test_moments_of_another_shape_are_refused_and_not_run_over(shape):
+def test_moments_of_the_wrong_shape_are_refused_before_they_are_used(shape):
     optimizer = MasterAdamW(model := linear(), SETTINGS)
     backward(model)
     optimizer.step(1e-2)

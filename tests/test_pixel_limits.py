@@ -1,4 +1,4 @@
-"""The limits of an image's area that a checkpoint carries, here and in transformers."""
+"""A checkpoint's limits on image area, here and in transformers."""
 
 import json
 import sys
@@ -38,11 +38,11 @@ def test_a_trained_model_carries_its_limits_and_ask_obeys_them(tmp_path, monkeyp
     flags = ("--ask", "What?", "--options", "a", "b", "--image", tmp_path / "questions" / "9.png")
     for more in ((), ("--max_pixels", "3500")):
         assert run(monkeypatch, evaluate, *flags, "--model", model, *more) == 0
-    found = [(encoder.min_pixels, encoder.max_pixels) for encoder in encoders]
-    assert found == [(2000, 4500), (2000, 3500)]
+    limits = [(encoder.min_pixels, encoder.max_pixels) for encoder in encoders]
+    assert limits == [(2000, 4500), (2000, 3500)]
 
 
-def test_all_else_of_the_file_stays_and_without_it_transformers_reads_the_new_one(tmp_path):
+def test_other_fields_of_the_file_stay_and_transformers_reads_a_new_one(tmp_path):
     written = json.dumps(PUBLISHED | {"size": {"longest_edge": 9}})
     (tmp_path / FILE).write_text(written)
     (tmp_path / "merges.txt").write_text("x")
@@ -66,7 +66,7 @@ def test_all_else_of_the_file_stays_and_without_it_transformers_reads_the_new_on
         ('{"size": {"shortest_edge": 5, "longest_edge": 70}}', {"min_pixels": 5, "max_pixels": 70}),
     ],
 )
-def test_limits_are_those_that_a_folder_knows_in_either_layout(tmp_path, written, limits):
+def test_limits_are_read_in_either_layout(tmp_path, written, limits):
     if written is not None:
         (tmp_path / FILE).write_text(written)
     assert read_pixel_limits(tmp_path) == limits

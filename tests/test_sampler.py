@@ -1,6 +1,4 @@
-"""Grouped rollouts: the distribution, its log-probabilities, and what a completion may depend
-on.
-"""
+"""Grouped rollouts: the distribution, its log-probabilities, and independent completions."""
 
 import gc
 import weakref
@@ -96,15 +94,13 @@ def test_20000_samples_follow_the_softmax_they_were_drawn_from():
     counts = inverse_cdf(logp.repeat(20000, 1), noise)[0].bincount(minlength=30)
     expected = 20000 * logp.exp()
     assert ((counts - expected) ** 2 / expected).sum() < 58.3
-    assert ((counts.roll(1) - expected) ** 2 / expected).sum() > 1000  # the statistic can tell
+    assert ((counts.roll(1) - expected) ** 2 / expected).sum() > 1000  # a wrong distribution fails
 
 
 def test_first_tokens_of_a_large_group_follow_the_models_softmax(prompts):
-    """The same, through prompt, cache and masking: all tokens expected 5 times or more, the rest in
-    one bin.
-    """
+    """The same through prompt, cache and masking. Tokens expected less than 5 times share a bin."""
     model = tiny_model()
-    model.embed.weight.data *= 0.4  # flatter, so that many tokens have a chance
+    model.embed.weight.data *= 0.4  # flatter, so that many tokens are likely
     rollout, allowed = sampled(model, prompts[1:2], group_size=20000, max_new_tokens=1)
     with torch.no_grad():
         logits = model(prompts[1].tokens_P[None], prompts[1].patches_SC, prompts[1].grids_I3)[0, -1]
@@ -140,13 +136,13 @@ def test_other_seeds_steps_prompts_and_samples_get_other_noise():
     )
 
 
-def test_inverse_cdf_never_chooses_what_has_no_probability():
+def test_inverse_cdf_never_chooses_a_token_of_probability_0():
     logp = torch.tensor([-torch.inf, 0.5, -torch.inf, 0.5, -torch.inf]).log_softmax(-1)
     noise = torch.tensor([0.0, 0.49, 0.51, 1 - 2**-24])
     assert inverse_cdf(logp.repeat(4, 1), noise)[0].tolist() == [1, 1, 3, 3]
 
 
-def test_forbidden_ids_are_never_sampled_even_when_the_model_wants_them(prompts):
+def test_forbidden_ids_are_never_sampled_even_if_they_are_likely(prompts):
     model = tiny_model(tie_word_embeddings=False)
     rollout, allowed = sampled(model, prompts, group_size=200)
     assert not allowed.all()
@@ -204,7 +200,7 @@ def test_gradient_of_shared_prefix_micro_batches_equals_replicated_sequences(pro
 @pytest.mark.parametrize(
     ("budget", "count"), [(1, 6), (585, 6), (586, 4), (588, 3), (882, 2), (10**9, 1)]
 )
-def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget, count):
+def test_micro_batches_are_as_many_whole_groups_as_fit(prompts, budget, count):
     """Prompts take 243, 258 and 259 tokens, each of the five completions 7."""
     rollout, _ = sampled(tiny_model(), [*prompts, *prompts], places=range(6))
     prompt_sizes = [len(prompt.tokens_P) for prompt in rollout.prompts]
@@ -218,7 +214,7 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
             for s in (part, one_more)
         ]
         assert size[0] <= budget or part.stop - part.start == 1
-        assert after is None or size[1] > budget  # no more would have fitted
+        assert after is None or size[1] > budget  # the next group would not have fitted
     for batch in rollout.micro_batches(budget):
         assert torch.equal(batch.tokens_NGT, batch.cut(rollout.tokens_NGT))
         assert batch.mask_NGT.sum() == rollout.mask_NGT[batch.groups].sum()
@@ -227,20 +223,20 @@ def test_micro_batches_are_whole_groups_of_as_many_tokens_as_fit(prompts, budget
 @pytest.mark.parametrize(
     ("budget", "sizes"), [(63, [1, 1, 1]), (64, [2, 1]), (131, [2, 1]), (132, [3]), (1, [1, 1, 1])]
 )
-def test_a_micro_batch_is_counted_with_its_padding_at_prompts_and_at_completions(budget, sizes):
-    """Two groups take 2 (20 + 3 * 4) tokens, all three take 3 (20 + 3 * 8)."""
+def test_the_size_of_a_micro_batch_includes_the_padding_of_prompts_and_completions(budget, sizes):
+    """Two groups need 2 (20 + 3 * 4) tokens, all three need 3 (20 + 3 * 8)."""
     slices = micro_batch_slices([10, 20, 5], [4, 2, 8], group_size=3, tokens_each=budget)
     assert [part.stop - part.start for part in slices] == sizes
 
 
 @pytest.mark.parametrize(("budget", "sizes"), [(77, [2, 2]), (78, [3, 1])])
-def test_a_micro_batch_is_not_counted_with_the_groups_around_it(budget, sizes):
-    """Of four groups the first three take 3 (20 + 2 * 3) tokens, the last two 2 (30 + 2 * 3)."""
+def test_the_size_of_a_micro_batch_does_not_depend_on_other_groups(budget, sizes):
+    """The first three of four groups need 3 (20 + 2 * 3) tokens, the last two 2 (30 + 2 * 3)."""
     slices = micro_batch_slices([5, 20, 10, 30], [2, 1, 3, 1], group_size=2, tokens_each=budget)
     assert [part.stop - part.start for part in slices] == sizes
 
 
-def test_a_batch_lies_on_the_models_device_but_for_its_grids(prompts):
+def test_a_batch_is_on_the_models_device_except_for_its_grids(prompts):
     batch = collate(prompts, "meta")  # stands for a GPU
     tensors = batch.tokens_NP, batch.positions_3NP, batch.lengths_N, batch.images
     assert all(tensor.device.type == "meta" for tensor in tensors)
@@ -249,7 +245,7 @@ def test_a_batch_lies_on_the_models_device_but_for_its_grids(prompts):
     assert encoded.features_ID.device.type == "meta"
 
 
-def test_a_state_that_the_model_keeps_serves_only_rollouts_that_it_was_made_for():
+def test_a_kept_rollout_state_is_reused_only_for_rollouts_that_it_fits():
     model = tiny_model()
     allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
     vocabulary, other = (Vocabulary(tiny_tokenizer(), (END,), allowed) for _ in range(2))
@@ -269,10 +265,10 @@ def test_a_state_that_the_model_keeps_serves_only_rollouts_that_it_was_made_for(
         assert growing_rows(model, *rollout) is not kept and model.rollout_state is None
 
 
-def test_a_model_that_is_dropped_takes_its_rollout_state_along_without_the_garbage_collector(
+def test_dropping_a_model_frees_its_rollout_state_without_the_garbage_collector(
     prompts,
 ):
-    """On a GPU a cycle between the two would keep gigabytes until the collector comes by."""
+    """On a GPU, a reference cycle would hold gigabytes until the next garbage collection."""
     model = tiny_model()
     allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
     vocabulary = Vocabulary(tiny_tokenizer(), (END,), allowed)

@@ -1,8 +1,8 @@
-"""Whole training steps, from the command line to the saved weights, against the slow twin of them.
+"""Whole training steps, from the command line to the saved weights, against their slow twin.
 
-The twin makes every update from its own weights and moments: it is given what was sampled, never
-what was computed from that. So a fault anywhere in the loop moves its numbers and ours apart, in
-that step and in those after it.
+The twin makes every update from its own weights and moments. It gets our sampled completions, but
+nothing that was computed from them. So a fault anywhere in the training loop makes its numbers and
+ours diverge, in that step and in all later ones.
 """
 
 import json
@@ -30,11 +30,11 @@ from rewards import Verdict
 
 @dataclass
 class RunOfOurs:
-    """What a run of train.py worked on, and what it left."""
+    """The inputs and results of a run of train.py."""
 
     prompts: list[Prompt] = field(default_factory=list)
     rollouts: list[Any] = field(default_factory=list)
-    # One dict for each update, before the norm is clipped.
+    # One dict per update, before clipping.
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     completions: list[dict[str, Any]] = field(default_factory=list)
@@ -42,14 +42,14 @@ class RunOfOurs:
 
 
 def run_ours(patch: pytest.MonkeyPatch, config: Path, folder: Path) -> RunOfOurs:
-    """A run of train.py, observed. All that depends on our internals is here and in `METRICS`."""
+    """Run and observe train.py. Only this function and `METRICS` depend on our internals."""
     ours, generator = RunOfOurs(), torch.Generator().manual_seed(0)
     shape = read_config(folder / "base")
     sample, update, assemble = train.sample_groups, MasterAdamW.step, PromptEncoder.assemble
 
     def observed_sampler(*args, **kwargs):
         rollout = sample(*args, **kwargs)
-        # A sampler that agrees with the trainer hides which of the two a number came from.
+        # If sampler and trainer agreed, no test could tell which of them a number came from.
         noise_NGT = 0.2 * torch.randn(rollout.logp_NGT.shape, generator=generator)
         rollout = replace(rollout, logp_NGT=rollout.logp_NGT + noise_NGT * rollout.mask_NGT)
         ours.rollouts.append(rollout)
@@ -89,7 +89,7 @@ METRICS = {
     "clipped_low": "clip_ratio/low_mean",
     "clipped_high": "clip_ratio/high_mean",
 }
-"""The twin's name of a statistic -> its name in metrics.jsonl, where they differ."""
+"""The twin's name of a statistic -> its name in metrics.jsonl, if they differ."""
 
 KNOBS = {
     "method": "grpo",
@@ -117,7 +117,7 @@ KNOBS = {
     "max_grad_norm": 1.0,
     "freeze_vision": False,
 }
-"""What the twin reads of a config, and the values that the settings below depart from."""
+"""The fields of a config that the twin reads, with the defaults for the settings below."""
 
 GRPO = {
     "one update, with a reference": {
@@ -171,14 +171,16 @@ SFT = {
 }
 
 END_IDS = [*range(100, 150), 322]
-"""So many that a random model ends some completions at once and others never."""
+"""So many ids that a random model ends some completions at once and others never."""
 
 RELATIVE = 1e-4
-"""Of a statistic, a gradient's norm, the way that weights moved. Rounding takes up to a third."""
+"""Tolerance relative to a statistic, a gradient's norm, or the distance that the weights moved.
+Rounding uses up to a third of it.
+"""
 
 
 class Pair:
-    """A run of ours and its twin's outcome of every step."""
+    """One of our runs, and the twin's outcome of each of its steps."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path, fields: dict[str, Any]) -> None:
         values = {**KNOBS, **fields}
@@ -197,7 +199,7 @@ class Pair:
         self.weights = twin.weights()
 
     def twin_step(self, twin: StepTwin, step: int) -> Outcome:
-        """The twin's step on the prompts and completions of ours."""
+        """The twin's step on our prompts and completions."""
         N = self.knobs.prompts_per_step
         prompts = self.ours.prompts[step * N : (step + 1) * N]
         if self.knobs.method == "sft":
@@ -214,7 +216,7 @@ class Pair:
 
 
 def group_of(prompt: Prompt, completions: list[list[int]], logps: list[Tensor]) -> Group:
-    """A prompt of ours and its completions as the twin takes them."""
+    """One of our prompts and its completions, in the form that the twin takes."""
     question = prompt.question
     return Group(
         prompt=prompt.tokens_P.tolist(),
@@ -244,21 +246,21 @@ def sft(request, tmp_path_factory) -> Pair:
         return Pair(patch, tmp_path_factory.mktemp("sft"), fields)
 
 
-def test_the_rollouts_hold_every_case_that_the_comparison_is_for(grpo):
-    """Else the tests below would pass without having compared anything."""
+def test_the_rollouts_contain_every_case_to_compare(grpo):
+    """Otherwise the tests below could pass without comparing anything."""
     limit = grpo.knobs.max_new_tokens
     lengths = [length for outcome in grpo.outcomes for length in outcome.lengths]
     assert 1 in lengths and any(1 < length < limit for length in lengths)
     for outcome in grpo.outcomes:
         if limit == KNOBS["max_new_tokens"]:
             assert 0 < outcome.metrics["truncated"] < 1
-        else:  # the constant of the average is the limit, not the longest completion
+        else:  # the constant average must use the limit, not the longest completion
             assert max(outcome.lengths) < limit
         if grpo.knobs.inner_updates > 1:
             assert outcome.clipped_below and outcome.clipped_above
             clipped = outcome.metrics["clipped_low"] + outcome.metrics["clipped_high"]
             assert 0.05 < clipped < 0.95
-            assert outcome.ratio_margin > 1e-5  # rounding decides of no token whether it is clipped
+            assert outcome.ratio_margin > 1e-5  # rounding can't decide whether a token is clipped
         if not grpo.knobs.format_weight:
             assert 0 < outcome.metrics["equal_groups"] < 1
 
@@ -305,18 +307,18 @@ def test_the_weights_after_sft_are_those_of_plain_adamw(sft):
 
 
 def assert_same_statistics(pair: Pair) -> None:
-    """Every number of metrics.jsonl, but for times."""
+    """Compare every number in metrics.jsonl except times."""
     for step, (row, outcome) in enumerate(zip(pair.ours.metrics, pair.outcomes, strict=True)):
         expected = {METRICS.get(name, name): value for name, value in outcome.metrics.items()}
         expected["step"] = step
         numbers = {name: value for name, value in row.items() if "second" not in name}
         lost, twins_lost = numbers.pop("bf16_lost"), expected.pop("bf16_lost")
         assert numbers == pytest.approx(expected, rel=RELATIVE, abs=2e-7)
-        assert lost == pytest.approx(twins_lost, abs=0.02)  # ours counts a sample of the weights
+        assert lost == pytest.approx(twins_lost, abs=0.02)  # ours samples the weights
 
 
 def assert_same_gradients(pair: Pair) -> None:
-    """Of every update, every tensor."""
+    """Compare every tensor of every update."""
     expected = [gradients for outcome in pair.outcomes for gradients in outcome.gradients]
     for gradients, twins in zip(pair.ours.gradients, expected, strict=True):
         assert gradients.keys() == twins.keys()
@@ -326,10 +328,10 @@ def assert_same_gradients(pair: Pair) -> None:
 
 
 def assert_same_weights(pair: Pair) -> None:
-    """Measured by how far they moved: one learning rate moves them by little.
+    """Compare the weights, relative to how far they moved, which is a small distance.
 
-    AdamW turns the rounding of a gradient near 0 into a whole update. So a few weights may differ
-    by more, but neither half of a tensor nor the sum over the model.
+    AdamW can turn the rounding error of a gradient near 0 into a whole update. So a few weights may
+    differ by more, but neither the median of a tensor nor the sum over the model.
     """
     assert pair.ours.weights.keys() == pair.weights.keys()
     all_moved = all_errors = 0.0

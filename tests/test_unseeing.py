@@ -1,4 +1,4 @@
-"""Training and testing without sight: what is shown in place of an image."""
+"""Training and testing without sight: the substitutes for images."""
 
 from pathlib import Path
 
@@ -33,14 +33,14 @@ def test_blank_and_noise_images_keep_the_size_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
-def test_other_images_are_all_the_images_and_nobodys_own(count):
+def test_other_images_uses_all_images_and_gives_no_question_its_own(count):
     questions = [question((f"{i}.png",)) for i in range(count)]
     changed = with_other_images(questions)
     assert all(new.images != old.images for new, old in zip(changed, questions, strict=True))
     assert sorted(q.images for q in changed) == sorted(q.images for q in questions)
 
 
-def test_questions_that_share_an_image_all_get_another():
+def test_questions_that_share_an_image_all_get_a_different_one():
     questions = [question((name,)) for name in ("a", "a", "b", "a", "b", "c")]
     changed = with_other_images(questions)
     assert all(new.images != old.images for new, old in zip(changed, questions, strict=True))
@@ -50,9 +50,7 @@ def test_questions_that_share_an_image_all_get_another():
 
 
 def first_prompts(config):
-    """Of a run's first step by the words of each question, its prompt's pixels, beside those that
-    the run's tests show for the same question.
-    """
+    """For each question of a run's first step, the pixels in training and those in its test."""
     with prepared(config) as run:
         step = next(run.steps())
         return [(p.patches_SC, run.encoder.encode(p.question).patches_SC) for p in step.prompts]
@@ -66,7 +64,7 @@ def test_a_run_trains_on_the_images_of_its_config_and_is_tested_on_the_real_ones
     config = load_config(write_run(tmp_path, method=method), {"images": images})
     own = load_config(tmp_path / "config.toml", {"run_dir": str(tmp_path / "own")})
     for (trained, tested), (real, _) in zip(first_prompts(config), first_prompts(own), strict=True):
-        if images == "other":  # the question itself carries them: leakage and records know it
+        if images == "other":  # the question itself has the other images, for leakage and records
             assert torch.equal(trained, tested) and not same(trained, real)
             continue
         assert torch.equal(tested, real) and same(trained, real) == (images == "own")
