@@ -168,6 +168,7 @@ class StepTwin:
             losses.append(loss.item())
             chances.append(math.exp(logp_T.sum().item()))
         outcome.metrics = {"loss": sum(losses), "probability": sum(chances) / len(chances)}
+        outcome.metrics["tokens"] = token_count
         outcome.metrics |= self.update(step, outcome)
         return outcome
 
@@ -292,6 +293,7 @@ def rollout_metrics(
         )
     metrics["reward_std"] = sum(std(group) for group in rewards) / len(groups)
     metrics["equal_groups"] = sum(max(group) == min(group) for group in rewards) / len(groups)
-    metrics["mean_length"] = sum(map(len, completions)) / count
+    metrics["tokens"] = sum(map(len, completions))
+    metrics["mean_length"] = metrics["tokens"] / count
     metrics["truncated"] = sum(completion[-1] not in end_ids for completion in completions) / count
     return metrics
