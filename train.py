@@ -1,17 +1,17 @@
 """GRPO for Qwen2-VL: Algorithm 1 of DeepSeekMath (arXiv 2402.03300), as MedVLM-R1 uses it.
 
     python train.py --config configs/miniature.toml [--steps 20 --run_dir runs/try ...]
-    python train.py --config FILE --dry-run                 what that would take, without doing it
+    python train.py --config FILE --dry-run                 print the plan of the run, and stop
     python train.py --config configs/miniature_sft.toml     the baseline (training/sft.py)
 
-Each step draws N questions, samples a group of G answers to each, scores every answer by rules,
-compares it with its own group, and raises the probability of the better ones while staying close to
-the frozen base. Departures from Algorithm 1: no outer loop (I = 1: the reference is the base
-throughout); rewards are rules, so no reward model is retrained. mu is `inner_updates`: with 1, the
+Each step draws N questions, samples a group of G completions for each, scores every completion
+with rules, compares it with its own group, and makes the better ones more likely while staying
+close to the frozen base model. Departures from Algorithm 1: no outer loop (I = 1: the base is the
+reference throughout) and no reward model (rewards are rules). mu is `inner_updates`; with 1, the
 default, pi_old is pi_theta itself. grpo/advantages.py and grpo/loss.py list their own departures.
 
-Letters in names: N prompts, G samples of each, T completion tokens (the limit in the noise, the
-longest completion in a rollout or a micro-batch), V vocabulary.
+Suffixes of names: N prompts, G completions of each, T completion tokens (the limit in the noise,
+the longest completion in a rollout or micro-batch), V vocabulary.
 """
 
 import sys
@@ -31,14 +31,14 @@ from training.step import Step
 
 
 def train(run: Run, config: Config) -> None:
-    """GRPO from where `run` stands to its last step; lines 1 to 3: pi_theta, pi_ref <- the base."""
-    for step in run.steps():  # lines 4 and 5: a batch of questions; recorded and saved when done
+    """Train to the last step of `run`. Lines 1 to 3 are done: pi_theta and pi_ref are loaded."""
+    for step in run.steps():  # lines 4 and 5: a batch of questions; `steps` records and saves
         grpo_step(run, step, config)
 
 
 def grpo_step(run: Run, step: Step, config: Config) -> None:
     """Lines 6 to 11 for the questions of one step."""
-    with step.phase("rollout"):  # lines 6 and 7: o_1 .. o_G ~ pi_old(. | q), the policy as it is
+    with step.phase("rollout"):  # lines 6 and 7: o_1 .. o_G ~ pi_old(. | q), the current policy
         N, G, T = len(step.prompts), config.group_size, config.max_new_tokens
         noise_NGT = sampling_noise(config.seed, step.number, range(N), G, T)
         rollout = sample_groups(
@@ -55,24 +55,24 @@ def grpo_step(run: Run, step: Step, config: Config) -> None:
         rewards_NG = weighted_sum(verdicts_NG, config)
         advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
 
-    with step.phase("reference"):  # log pi_ref, for the KL term; no model is loaded if beta is 0
+    with step.phase("reference"):  # log pi_ref for the KL term; with beta = 0 there is no reference
         ref_NGT = rollout_logprobs(run, rollout, run.reference) if run.reference else None
     with step.phase("old policy"):  # log pi_old, fixed before the first of several updates
-        # By the trainer's code and not the sampler's, so that the first ratio is exactly 1.
+        # Recomputed by the trainer, not taken from the sampler: the first ratio is exactly 1.
         old_NGT = rollout_logprobs(run, rollout, run.policy) if config.inner_updates > 1 else None
 
     for iteration in range(config.inner_updates):  # line 10: GRPO iteration = 1 .. mu
-        with step.phase("update"):  # line 11: maximise the objective, equation 3: its gradient,
+        with step.phase("update"):  # line 11: maximise equation 3: its gradient,
             stats = accumulate_gradient(run, rollout, advantages_NG, old_NGT, ref_NGT)
-        if iteration == 0:  # nothing has moved: sampler and trainer may differ by rounding alone
+        if iteration == 0:  # no update yet: sampler and trainer differ only by rounding
             stats["sampler_gap"] = stats["policy_gap"]
-        with step.phase("optimizer"):  # and one step of AdamW along it
+        with step.phase("optimizer"):  # and one AdamW step
             if not run.apply_gradient(step, stats):
-                break  # loss or gradient was not finite: another update would hide that
+                break  # loss or gradient is not finite: another update would hide it
     step.keep(rollout, verdicts_NG, rewards_NG, advantages_NG, old_NGT, ref_NGT)
 
 
-@smaller_if_memory_is_full  # again with smaller micro-batches: the gradient is the same
+@smaller_if_memory_is_full  # retries with smaller micro-batches; the gradient is the same
 def accumulate_gradient(
     run: Run,
     rollout: Rollout,
@@ -80,10 +80,10 @@ def accumulate_gradient(
     old_NGT: Tensor | None,
     ref_NGT: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Gradient of equation 3 over a rollout, summed over its micro-batches; returns statistics."""
+    """Accumulate the gradient of equation 3 over a rollout; returns statistics."""
     config, allowed_V = run.config, run.vocabulary.allowed_V
-    # Each token's share of the loss, from the whole step: a micro-batch that averaged by itself
-    # would make the gradient depend on how the step is split.
+    # Token weights come from the whole rollout: averages over each micro-batch would make the
+    # gradient depend on how the rollout is split.
     average, limit = config.loss_average, config.max_new_tokens
     weights_NGT = token_weights(rollout.mask_NGT, average=average, max_new_tokens=limit)
     totals: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ def accumulate_gradient(
             weights=weights,
         )
         loss.backward()
-        run.optimizer.accumulate()  # into fp32: a sum over micro-batches in bf16 loses bits
+        run.optimizer.accumulate()  # in fp32: summing micro-batches in bf16 loses precision
 
         gap = (logp.detach() - batch.cut(rollout.logp_NGT)).abs()
         sums |= {"entropy": (weights * entropy).sum(), "policy_gap": (weights * gap).sum()}

@@ -1,4 +1,4 @@
-"""The command line of a run: `--config FILE`, and every field of the config as a flag."""
+"""The command line of a run: `--config FILE`, and a flag for every field of the config."""
 
 import argparse
 import ast
@@ -14,25 +14,24 @@ from .errors import InputError
 def parse_arguments(
     description: str, arguments: Sequence[str] | None = None
 ) -> tuple[Config, bool]:
-    """Parse `--config FILE [--field value ...] [--dry-run]`, by default the program's own.
+    """Parse `--config FILE [--field value ...] [--dry-run]`, by default from `sys.argv`.
 
-    Returns the config, and whether its plan alone is wanted.
+    Returns the config, and whether `--dry-run` was given.
     """
     parser = config_parser(description, [one.name for one in fields(Config)])
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what the run would read, the memory, time and disk that it would take, "
-        "and do nothing",
+        help="print the run's data and the memory, time and disk space it needs; train nothing",
     )
     given = vars(parser.parse_args(arguments))
     if given["config"] is None:
-        raise InputError("--config FILE is missing; configs/ has those that come along")
+        raise InputError("--config FILE is missing; configs/ has examples")
     return config_of(given), given["dry_run"]
 
 
 def config_of(given: dict[str, Any]) -> Config:
-    """The config of parsed arguments, which may hold others beside."""
+    """The config from parsed arguments, which may include others."""
     overrides = {}
     for one in fields(Config):
         if one.name in given:
@@ -42,13 +41,13 @@ def config_of(given: dict[str, Any]) -> Config:
 
 
 def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser of `--config FILE` and of the config's fields `names`.
+    """A parser for `--config FILE` and the config fields `names`.
 
-    A field that is not given is not in the result, so that the file's value stands.
+    Fields that are not given are absent from the result, so that the file's values apply.
     """
-    layout = argparse.RawDescriptionHelpFormatter  # the description has examples, a line each
+    layout = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the description
     parser = _OneLineParser(description=description, formatter_class=layout, allow_abbrev=False)
-    file_help = "TOML file of a run, with any of its fields (common/config.py)"
+    file_help = "TOML file with any of the fields below (see common/config.py)"
     parser.add_argument("--config", metavar="FILE", help=file_help)
     for heading in HEADINGS:
         helps = _field_docstrings(heading)
@@ -62,31 +61,33 @@ def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentPa
 
 
 def _argument(kind: Any, default: Any, description: str) -> dict[str, Any]:
-    """What argparse must know of a field."""
+    """The arguments of `add_argument` for a field."""
     several = get_origin(kind) is tuple
-    shown = "required, here or in the file" if default is MISSING else default
+    default_text = "required, here or in the file" if default is MISSING else default
     parse: Any = str if several else _boolean if kind is bool else kind
     argument = {
         "type": parse,
         "metavar": parse.__name__.strip("_").upper(),
-        "help": f"{description} (default: {shown})".replace("%", "%%"),
+        "help": f"{description} (default: {default_text})".replace("%", "%%"),
         "default": argparse.SUPPRESS,
     }
     return argument | ({"nargs": "*"} if several else {})
 
 
 def _boolean(text: str) -> bool:
-    """As TOML writes it. Argparse wants a ValueError for anything else."""
+    """Parse a boolean as TOML writes it. Argparse expects a ValueError for anything else."""
     return bool(("false", "true").index(text))
 
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help; fields are written with _)")
+        raise InputError(
+            f"{message} (see {self.prog} --help; fields have underscores, not hyphens)"
+        )
 
 
 def _field_docstrings(heading: type) -> dict[str, str]:
-    """The string under each field, read from the source: one text for the reader and for --help."""
+    """The string under each field, read from the source, so that --help shows the same text."""
     (definition,) = ast.parse(inspect.getsource(heading)).body
     assert isinstance(definition, ast.ClassDef)
     helps = {}

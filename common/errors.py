@@ -1,35 +1,34 @@
-"""The one exception that means "mend what you gave me", and text that is safe to print."""
+"""The exception for bad input, and escaping of untrusted text for the terminal."""
 
 LONGEST_MESSAGE = 600  # characters: a few lines of a terminal
 
 
 class InputError(ValueError):
-    """Something given from outside (config, checkpoint, question file, image) is wrong.
+    """The user's input (config, checkpoint, question file, image) is wrong.
 
-    The message is one line that names the thing (file, row or field) and the remedy; the
-    command-line programs print it and exit with code 2, without a traceback. Everything else that
-    is raised is a bug of ours. What a message quotes may be hostile: it is made `printable`, and a
-    message of more than `LONGEST_MESSAGE` characters loses its middle, because it begins with the
-    thing and ends with the remedy.
+    The message is one line that names the cause (file, row or field) and the remedy; the
+    command-line programs print it and exit with code 2, without a traceback. Other exceptions are
+    bugs. A message may quote hostile text, so it is made `printable`. A message of more than
+    `LONGEST_MESSAGE` characters is cut in the middle, because it begins with the cause and ends
+    with the remedy.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            _shortened(printable(_shortened(message)))
-        )  # escapes make it up to ten times as long
+        # Shortened twice, because escapes can make a text ten times as long.
+        super().__init__(_shortened(printable(_shortened(message))))
 
 
 def reason(error: Exception) -> str:
-    """What a library raised, its kind and its words, on one line."""
+    """A library's exception as one line: its type and its message."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def printable(text: str) -> str:
-    """The text as one line, every character escaped that could steer a terminal or break the line.
+    """The text as one line, with every character escaped that could control a terminal.
 
-    Those are what `str.isprintable` denies: control and format characters (escape sequences,
-    bidirectional overrides, zero-width ones), lone surrogates, unassigned characters, and every
-    kind of blank but the space.
+    These are the characters that are not `str.isprintable`: control and format characters (escape
+    sequences, bidirectional overrides, zero-width characters), lone surrogates, unassigned
+    characters, and all white space except the ASCII space.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

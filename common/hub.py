@@ -1,4 +1,4 @@
-"""Where a model's checkpoint lies: a folder on disk, or a Hugging Face hub id, fetched once."""
+"""Locating a model: a folder on disk, or a Hugging Face hub id that is downloaded once."""
 
 import os
 import signal
@@ -10,33 +10,33 @@ from .files import read_json
 
 MODEL_ADVICE = (
     "a model is a folder with config.json "
-    "(hf download NAME --local-dir FOLDER makes one from the hub)"
+    "(hf download NAME --local-dir FOLDER downloads one from the hub)"
 )
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "*.safetensors"
 PATTERNS = ("*.json", "merges.txt", "*.jinja", WEIGHTS)
-"""Files that are data and nothing else: no pickles (.bin, .pt), no Python."""
+"""Files that contain only data: no pickles (.bin, .pt), no Python."""
 SECONDS = 10
-"""How long the hub may leave the first request without an answer."""
+"""Timeout of each request to the hub, in seconds."""
 
 
 def model_folder(name: str, weights: bool = True) -> Path:
-    """The checkpoint folder that `name` means: a folder on disk, or a hub id, fetched to its cache.
+    """The model folder for `name`: a folder on disk, or a hub id, downloaded into the hub's cache.
 
-    Only files of `PATTERNS` are fetched, with `weights` False all but the safetensors. What is
-    complete in the cache is used without asking the network, so that a resumed run gets the weights
-    that it began with. The name of a folder in the cache is the commit.
+    Only files that match `PATTERNS` are downloaded; without `weights`, no safetensors. A complete
+    download in the cache is used without network access, so that a resumed run gets the weights it
+    began with. A folder in the cache is named after its commit.
 
     Raises:
-        InputError: neither a folder nor a hub id, or the hub's files can't be had.
+        InputError: `name` is neither a folder nor a hub id, or the download failed.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if not _is_hub_id(name):
-        raise InputError(f"{name}: no such folder, nor a hub id (org/name); {MODEL_ADVICE}")
-    if folder.parent.is_dir():  # more likely a path with a typing error
-        reason = f"no such folder, and not taken for a hub id, as {folder.parent}/ is a folder here"
+        raise InputError(f"{name}: neither a folder nor a hub id (org/name); {MODEL_ADVICE}")
+    if folder.parent.is_dir():  # more likely a path with a typo
+        reason = f"no such folder ({folder.parent}/ is a folder here, so this is not a hub id)"
         raise InputError(f"{name}: {reason}; {MODEL_ADVICE}")
     return _cached_or_fetched(name, weights)
 
@@ -50,36 +50,36 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     organisation, slash, _ = name.partition("/")
-    # Pages of the hub, and usual names of folders.
+    # These are pages of the hub, and common folder names.
     return bool(slash) and organisation not in ("models", "datasets", "spaces")
 
 
 def _cached_or_fetched(name: str, weights: bool) -> Path:
-    # Here, because it loads for a second, and a model is a folder in most runs.
+    # Imported here because it takes a second, and most runs use a folder.
     from huggingface_hub import HfApi, constants, get_session, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = [pattern for pattern in PATTERNS if weights or pattern != WEIGHTS]
-    # Folders within the repository hold other formats and older checkpoints.
+    # Subfolders of a repository contain other formats and older checkpoints.
     files: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
     try:
         return Path(snapshot_download(name, local_files_only=True, **files))
     except LocalEntryNotFoundError:
-        print(f"fetching {name} from the hub into {constants.HF_HUB_CACHE}")
-    # Ctrl-C ends the program at once: the library's threads would first finish their gigabytes.
+        print(f"downloading {name} from the hub to {constants.HF_HUB_CACHE}")
+    # Ctrl-C ends the program at once: otherwise the library's threads would finish first.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        HfApi().model_info(name, timeout=SECONDS)  # the library's own first request waits for ever
+        HfApi().model_info(name, timeout=SECONDS)  # the library's own first request has no timeout
         get_session().timeout = SECONDS
         return Path(snapshot_download(name, etag_timeout=SECONDS, **files))
-    except Exception as error:  # raised again as InputError: of requests, files, and hf_xet's own
+    except Exception as error:  # requests, files and hf_xet raise their own
         raise InputError(f"{name}: {_reason(name, error)}") from None
     finally:
         signal.signal(signal.SIGINT, handler)
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What went wrong between us and the hub, and the remedy, in one line."""
+    """Why the download failed, and the remedy, in one line."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -91,28 +91,28 @@ def _reason(name: str, error: Exception) -> str:
     )
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what kept it from the hub's files
+        error = error.__cause__  # the underlying error
     message = str(error).split("\n")[0] or type(error).__name__
-    elsewhere = f"or elsewhere hf download {name} --local-dir FOLDER, and give that folder"
+    elsewhere = f"or use a folder (hf download {name} --local-dir FOLDER on another machine)"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError) or status == 403:
         terms = f"accept the terms at {constants.ENDPOINT}/{name} and run hf auth login"
         return f"the hub refuses access; {terms}"
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        remedy = "check the name (private ones need hf auth login)"
+        remedy = "check the name (private models need hf auth login)"
         return f"no such folder, and no such public model on the hub; {remedy}"
     if status:
-        return f"the hub answers {status}; try again later, {elsewhere}"
+        return f"the hub answered with status {status}; try again later, {elsewhere}"
     if isinstance(error, HTTPError | ConnectionError | TimeoutError | OfflineModeIsEnabled):
         return f"no such folder, and the hub can't be reached ({message}); try again, {elsewhere}"
     if isinstance(error, OSError) and error.errno:
-        remedy = "make room there, or set HF_HOME to a folder elsewhere"
+        remedy = "free some space, or set HF_HOME to another folder"
         return f"can't be stored in {constants.HF_HUB_CACHE} ({error.strerror}); {remedy}"
-    return f"the download broke off ({message}); run the command again, {elsewhere}"
+    return f"the download failed ({message}); run the command again, {elsewhere}"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by its index if it has one.
+    """The safetensors files of a model folder, as listed in its index if it has one.
 
     InputError if any is missing.
     """
@@ -126,9 +126,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise InputError(f"{index}: not a safetensors index ({error!r}); {remedy}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            reason = f"{name!r} is no file name in this folder"
+            reason = f"{name!r} is not a plain file name"
             raise InputError(f"{index}: {reason}; this checkpoint can't be trusted")
-        if not os.path.isfile(folder / name):  # false, and no error, for an impossible name
-            remedy = "the checkpoint is not complete, copy or download it again"
+        if not os.path.isfile(folder / name):  # false, without an error, for an invalid name
+            remedy = "the checkpoint is incomplete: copy or download it again"
             raise InputError(f"{folder / name}: no such file; {remedy}")
     return [folder / name for name in names]

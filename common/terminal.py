@@ -1,4 +1,4 @@
-"""A terminal that may go away: a run does not end because nobody listens any more."""
+"""Output that survives a closed terminal, so that the run continues."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 
 class _Patient:
-    """A stream whose reader may go away: what can't be written is dropped."""
+    """A stream that drops text that can't be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -27,6 +27,6 @@ class _Patient:
 
 @contextmanager
 def patient_output() -> Iterator[None]:
-    """Within, stdout and stderr never raise."""
+    """Keep stdout and stderr from raising."""
     with redirect_stdout(_Patient(sys.stdout)), redirect_stderr(_Patient(sys.stderr)):
         yield

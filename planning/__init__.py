@@ -1,3 +1,1 @@
-"""What a run would take, before it is begun: `train.py --dry-run`. Nothing else in the house
-imports it.
-"""
+"""Estimates a run's memory, time and disk space for `train.py --dry-run`, its only user."""

@@ -1,8 +1,9 @@
-"""What a run holds in memory and how long it takes, phase by phase.
+"""Estimates the memory and time of a run, phase by phase.
 
-Weights and the optimiser's state are arithmetic. Activations are measured: the model's own code
-runs on tensors without values. All completions are taken to be as long as they may be. Left out is
-what is small: the optimiser's step (AdamW is fused and works in place), clipping, rewards and loss.
+The sizes of weights and optimiser state are computed. Activations are measured, by running the
+model's own code on meta tensors (shapes without values). Every completion is assumed to reach the
+length limit. Small contributions are ignored: the optimiser step (AdamW is fused and works in
+place), gradient clipping, rewards and loss.
 """
 
 from collections import Counter
@@ -26,12 +27,12 @@ CACHE, SAVED = "keys and values", "copy to save"
 
 
 class Rehearsal:
-    """A run of `config` without values.
+    """A run of `config` on meta tensors.
 
     Attributes:
-        weights, saved: bytes of the policy's weights, and of a checkpoint.
-        device, host: bytes by purpose that are held from beginning to end in the memory of the
-            device, and of its host if the device is a GPU.
+        weights, saved: size of the policy's weights and of a checkpoint, in bytes.
+        device, host: bytes, by purpose, that are held throughout the run in device memory, and in
+            host memory if the device is a GPU.
     """
 
     def __init__(
@@ -47,20 +48,21 @@ class Rehearsal:
         self.weights = sum(param.nbytes for param in self.policy.parameters())
         self.gpu = config.device.startswith("cuda")
         self.offload = self.gpu and config.offload_optimizer
-        # An fp32 model's own weights and gradients serve the optimiser, if they lie where it does.
+        # The optimiser uses an fp32 model's own weights and gradients, unless it is offloaded.
         self.fp32_copy = 4 * numbers if self.offload or config.dtype != "float32" else 0
         optimizer = Counter({"fp32 masters": self.fp32_copy, "AdamW's moments": 8 * numbers})
         self.saved = self.weights + optimizer.total()
         self.device, self.host = Counter(policy=self.weights), Counter[str]()
         if config.method == "grpo" and config.beta:
-            # A vision tower that is not trained serves both models.
+            # The two models share a frozen vision tower.
             self.device["reference"] = sum(param.nbytes for param in trained)
         (self.host if self.offload else self.device).update(optimizer)
 
     def run(self, speed: Speed) -> dict[str, Phase]:
-        """Go once through all that a step does with memory. Returns by name the phases of a step,
-        each with what it holds in the device's memory; "test", a batch of the questions that
-        measure accuracy; and "saving" a checkpoint, or "host", a GPU's host at its fullest.
+        """Rehearse one step. Returns its phases by name, each with its device memory at the peak.
+
+        Further entries: "test", a batch of questions when accuracy is measured; and "saving" (a
+        checkpoint) on a CPU, or "host" (the peak of host memory) for a GPU.
         """
         self.meter = Meter(speed, outside=self.policy.parameters())
         config, load, phases = self.config, self.load, {}
@@ -71,7 +73,7 @@ class Rehearsal:
         if config.method == "grpo":
             size = config.prompts_per_step, config.group_size
             phases["rollout"] = self._sample(load.trained, *size)
-        if self.device["reference"]:  # another model, but of the policy's shape
+        if self.device["reference"]:  # the reference has the policy's shape
             with self.meter.phase() as phases["reference"], torch.no_grad():
                 self._log_probabilities()
             phases["reference"].seconds *= passes
@@ -80,13 +82,13 @@ class Rehearsal:
         del library
         for phase in phases.values():
             phase.memory = self.device + phase.memory
-        # What is saved is copied first, and written while the run goes on.
+        # A checkpoint is copied first, and written while the run continues.
         where = self.host if self.gpu else self.device
         phases["host" if self.gpu else "saving"] = Phase(where + Counter({SAVED: self.saved}))
         return phases
 
     def _prompts(self, question: Question, count: int) -> PromptBatch:
-        """A batch of equal prompts whose images have no pixels."""
+        """A batch of identical prompts, with images of the right size but without pixels."""
         values = self.policy.config.vision.patch_values
         grids = self.encoder.grids(question)
         images = [(torch.empty(t * h * w, values), (t, h, w)) for t, h, w in grids]
@@ -94,7 +96,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def _sample(self, question: Question, count: int, group_size: int) -> Phase:
-        """The prompts, and of the tokens that follow the last, which attends to the most."""
+        """Measure the prefill, and the last decoding step: it attends to the most tokens."""
         policy, length = self.policy, self.config.max_new_tokens
         with self.meter.phase() as phase:
             prompts = self._prompts(question, count)
@@ -121,15 +123,15 @@ class Rehearsal:
 
     def _update(self) -> Phase:
         accumulates = self.load.micro_batch < self.config.prompts_per_step
-        for _ in range(1 + accumulates):  # the second adds to the gradients of the first
+        for _ in range(1 + accumulates):  # the second pass adds to the gradients of the first
             with self.meter.phase() as phase:
                 torch.autograd.backward(self._log_probabilities().sum())
-            if self.fp32_copy:  # they are added to the fp32 ones, and go
+            if self.fp32_copy:  # they are added to the fp32 gradients, then freed
                 self.policy.zero_grad()
         if self.offload:
             self.host[FP32_GRADIENTS] = self.fp32_copy
         elif accumulates:
             phase.memory[FP32_GRADIENTS] = self.fp32_copy
-        elif phase.memory[MEASURED] < self.fp32_copy:  # made when the activations are gone
+        elif phase.memory[MEASURED] < self.fp32_copy:  # allocated after the activations are freed
             phase.memory = Counter({FP32_GRADIENTS: self.fp32_copy})
         return phase

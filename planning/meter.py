@@ -1,9 +1,9 @@
-"""What code holds in memory and how long it takes, found by running it on tensors that have shapes
-and no values.
+"""Estimates the memory and time of code by running it on meta tensors (shapes without values).
 
-Nothing here knows a formula for activations: a `Meter` sees every operator that real code calls on
-torch's meta device. A storage counts from its first tensor to its last, so that what autograd keeps
-counts for as long as it is kept. The workspaces of libraries within a product can't be seen.
+There are no formulas for activations: a `Meter` intercepts every operator of the real code on
+torch's meta device. A storage counts from the creation of its first tensor to the deletion of its
+last, so tensors saved by autograd count for as long as they are kept. Workspaces that libraries
+allocate inside a matrix product are not visible.
 """
 
 from collections import Counter
@@ -27,18 +27,17 @@ MEASURED = "activations, gradients"
 
 @dataclass
 class Phase:
-    """A part of a run: bytes by purpose when it holds the most, and seconds."""
+    """A part of a run: its peak memory (bytes by purpose) and its duration."""
 
     memory: Counter[str]
     seconds: float = 0.0
 
 
 class Meter(TorchDispatchMode):
-    """Keeps account of the storages that are alive, those of the tensors `outside` excepted, and of
-    time.
+    """Tracks the live storages, except those of the tensors `outside`, and estimates the time.
 
-    Floating-point tensors lose their values here. Ids, masks and positions keep theirs, because
-    they decide shapes; but where an operator meets a tensor without values, so is its result.
+    Floating-point tensors lose their values. Ids, masks and positions keep theirs, because shapes
+    depend on them; but if an operator has any input without values, its result has none either.
     """
 
     def __init__(self, speed: Speed, outside: Iterable[Tensor] = ()) -> None:
@@ -50,7 +49,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def phase(self) -> Iterator[Phase]:
-        """What happens within is a phase; what is alive before it counts."""
+        """Measure the enclosed code as one phase. Storages that are already alive count too."""
         self._phase = Phase(Counter({MEASURED: self._alive}))
         with self:
             yield self._phase
@@ -62,13 +61,14 @@ class Meter(TorchDispatchMode):
         outputs = _tensors(out)
         for tensor in outputs:
             self._count(tensor.untyped_storage())
-        if func is not aten.embedding.default and not func.is_view:  # it reads few of its rows
+        # Views move no data, and an embedding reads only a few of its rows.
+        if func is not aten.embedding.default and not func.is_view:
             size = sum(tensor.nbytes for tensor in inputs + outputs)
             self._phase.seconds += self._speed.seconds(_flops(func, args, kwargs, out), size)
         return out
 
     def call(self, func: Any, inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
-        """The operator's result, without values where they are not known or not wanted."""
+        """The operator's result, without values if it is floating-point or an input has none."""
         if not any(tensor.is_meta for tensor in inputs):
             out = func(*args, **kwargs)
             return out.to("meta") if isinstance(out, Tensor) and out.is_floating_point() else out
@@ -98,16 +98,18 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-    if func.name().startswith("aten::_scaled_dot_product"):  # queries and gradients are of one size
-        operations = 10 if "backward" in func.name() else 4  # five products backward, two forward
+    if func.name().startswith("aten::_scaled_dot_product"):
+        # Two matrix products forward, five backward; queries and gradients have the same size.
+        operations = 10 if "backward" in func.name() else 4
         return operations * args[0].numel() * args[2].shape[-2]
     formula = flop_registry.get(func.overloadpacket)
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
 def fused_attention() -> torch.library.Library:
-    """While what is returned lives, attention on the meta device holds what the kernels of real
-    devices hold; without it, it would keep all scores.
+    """Make attention on the meta device use as much memory as a fused kernel on real devices.
+
+    Otherwise it would store all attention scores. In effect until the returned object is deleted.
     """
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
@@ -121,7 +123,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    **_: object,  # scale, and enable_gqa: this kernel takes grouped queries in any case
+    **_: object,  # scale, and enable_gqa: this kernel always supports grouped queries
 ) -> Tensor:
     attend = aten._scaled_dot_product_flash_attention_for_cpu
     return attend(q, k, v, dropout_p, is_causal, attn_mask=attn_mask)[0]

@@ -1,4 +1,4 @@
-"""What a run works on, from its questions and its images' headers alone."""
+"""The workload of a run, from its questions and the headers of its images."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,21 +13,23 @@ from training.sft import target
 
 
 class Workload:
-    """The questions of a run, read and checked as the run does it, but no pixel.
+    """The questions of a run, read and checked as in the run itself, but without pixels.
 
-    Every prompt is taken to be as long as the longest, and every completion as long as it may be.
+    Every prompt is assumed to be as long as the longest, and every completion to reach the length
+    limit.
 
     Attributes:
-        questions: to train on, to validate on and to test on, by those verbs.
-        left_out: how many have too long a prompt.
-        prompts: tokens of each question's prompt.
-        trained, tested: the questions with the longest prompts, of those to train on, and of those
-            whose greedy accuracy is measured (None if there are none).
-        micro_batch, test_batch: how many questions a micro-batch and a batch of tests hold.
-        group_size, completion: completions of a question in training, and their tokens.
+        questions: by use: "train", "validate", "test".
+        left_out: number of questions skipped because their prompts are too long.
+        prompts: number of tokens in each question's prompt.
+        trained, tested: the questions with the longest prompts in the training data, and in the
+            data on which accuracy is measured (None if there is none).
+        micro_batch, test_batch: number of questions in a micro-batch, and in a batch when accuracy
+            is measured.
+        group_size, completion: completions per question in training, and their length in tokens.
 
     Raises:
-        InputError: whatever the run would refuse.
+        InputError: the run would refuse this input.
     """
 
     def __init__(self, config: Config, encoder: PromptEncoder, vocabulary: Vocabulary) -> None:
@@ -38,13 +40,13 @@ class Workload:
         self.questions = {"train": train, "validate": validation, "test": test}
         self.prompts: dict[Question, int] = {}
         for question in (*train, *validation, *test):
-            with suppress(InputError):  # of an image that the selection has kept
+            with suppress(InputError):  # an unreadable image that will be skipped
                 self.prompts[question] = encoder.count_tokens(question)
 
         self.group_size, self.completion = config.group_size, config.max_new_tokens
         if config.method == "sft":
             answers = [vocabulary.encode(target(one, config.sft_answer)) for one in train]
-            self.group_size, self.completion = 1, max(map(len, answers)) + 1  # its end of turn
+            self.group_size, self.completion = 1, max(map(len, answers)) + 1  # + 1: the end of turn
         self.trained = self._longest(train)
         lengths = [self.prompts[self.trained]] * config.prompts_per_step
         completions = [self.completion] * config.prompts_per_step

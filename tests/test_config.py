@@ -1,4 +1,4 @@
-"""Configs: one file, overrides, and errors that name the key."""
+"""Configs: loading from a file, overrides, and errors that name the key."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def written(tmp_path, text):
     return tmp_path / "c.toml"
 
 
-def test_command_line_wins_over_file_and_file_over_default(tmp_path):
+def test_the_command_line_overrides_the_file_and_the_file_overrides_the_defaults(tmp_path):
     file = written(tmp_path, "steps = 7\nbeta = 1\ntest_questions = 'one.json'\n")
     config = parse_arguments(
         "", ["--config", str(file), "--beta", "0.5", "--test_questions", "a.json", "b.json"]
@@ -73,7 +73,7 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("steps = ", "not TOML"),
     ],
 )
-def test_a_wrong_config_is_one_line_that_names_the_key(tmp_path, text, named):
+def test_an_invalid_config_is_one_line_that_names_the_key(tmp_path, text, named):
     with pytest.raises(InputError, match=re.escape(named)) as caught:
         load_config(written(tmp_path, text))
     assert "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
             parse_arguments("", ["--config", str(file), *flags])[0]
 
 
-def test_switches_are_written_as_in_the_file(tmp_path):
+def test_booleans_are_written_as_in_the_file(tmp_path):
     file = written(tmp_path, "freeze_vision = true")
     assert parse_arguments("", ["--config", str(file)])[0].freeze_vision is True
     assert (
@@ -109,20 +109,21 @@ def test_switches_are_written_as_in_the_file(tmp_path):
     ].activation_checkpointing
 
 
-def test_help_explains_every_field_with_the_words_that_stand_under_it_in_the_source(capsys):
+def test_help_shows_the_docstring_of_every_field(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments("What it does.", ["--help"])
-    shown = re.sub(r"\s", "", capsys.readouterr().out)  # the help is wrapped, also at hyphens
+    # The help text is wrapped, also at hyphens.
+    shown_help = re.sub(r"\s", "", capsys.readouterr().out)
     assert stopped.value.code == 0
     source = (ROOT / "common" / "config.py").read_text()
     for field in fields(Config):
         (words,) = re.findall(
             rf'^    {field.name}: .*\n    """((?:.|\n)+?)"""$', source, flags=re.MULTILINE
         )
-        assert re.sub(r"\s", "", words) in shown, field.name
+        assert re.sub(r"\s", "", words) in shown_help, field.name
 
 
-def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
+def test_every_field_is_used_and_every_shipped_config_loads():
     read = set()
     for file in [
         ROOT / "train.py",
@@ -139,7 +140,7 @@ def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
                 and getattr(node.value, "id", getattr(node.value, "attr", "")) in ("config", "self")
             ):
                 read.add(node.attr)
-    read |= {f"{rule}_weight" for rule in RULES}  # by the rule's name: training/scoring.py
+    read |= {f"{rule}_weight" for rule in RULES}  # read by name in training/scoring.py
     assert {field.name for field in fields(Config)} <= read
     configs = list((ROOT / "configs").glob("*.toml"))
     assert configs
@@ -147,7 +148,7 @@ def test_every_field_is_read_somewhere_and_every_shipped_config_loads():
         load_config(file)
 
 
-def test_the_config_for_24_gb_differs_from_the_papers_in_memory_and_speed_alone():
+def test_the_config_for_24_gb_differs_from_the_papers_only_in_memory_and_speed():
     paper, small = (
         load_config(ROOT / "configs" / f"{name}.toml")
         for name in ("medvlm_r1_2b", "medvlm_r1_2b_24gb")
@@ -161,7 +162,7 @@ def test_the_config_for_24_gb_differs_from_the_papers_in_memory_and_speed_alone(
     assert different <= may_change and "offload_optimizer" in different
 
 
-def test_a_key_may_stand_under_its_heading_and_a_heading_that_is_none_is_an_unknown_key(tmp_path):
+def test_a_key_may_be_under_its_heading_and_an_unknown_heading_is_an_unknown_key(tmp_path):
     file = written(tmp_path, "[loss]\nbeta = 0.5\n[rollout]\ngroup_size = 3\n")
     assert (load_config(file).beta, load_config(file).group_size) == (0.5, 3)
     with pytest.raises(InputError, match="unknown key 'losses'"):

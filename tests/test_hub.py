@@ -1,5 +1,5 @@
-"""A model by its hub id: against a real server on this machine that speaks as much of the hub's API
-as is asked for.
+"""Models by hub id, tested against a local server that implements the needed part of the hub's
+API.
 """
 
 import json
@@ -26,12 +26,12 @@ from data import load_vocabulary
 from model import load_model, save_model
 
 EVIL = ("pytorch_model.bin", "modeling_evil.py", "older/model.safetensors")
-"""What stands beside the checkpoint and must not be fetched."""
+"""Files in the repository that must not be downloaded."""
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint in two shards, and what must not be fetched with it."""
+    """A random checkpoint in two shards, and the files that must not be downloaded with it."""
     folder = tmp_path_factory.mktemp("hub") / "repository"
     save_model(tiny_model(), folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -51,8 +51,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The server, and this process's hub library pointed at it with an empty cache, from an empty
-    current folder.
+    """The server. This process's hub library uses it, with an empty cache and an empty current
+    folder.
     """
     server = Hub(repository)
     point_at(server.url, tmp_path / "cache", monkeypatch)
@@ -80,7 +80,7 @@ def refused(name: str = NAME, weights: bool = True) -> str:
     return message
 
 
-def test_a_hub_id_is_fetched_whole_and_loads_and_nothing_that_could_run_comes_with_it(
+def test_a_hub_id_is_downloaded_and_loads_and_no_executable_file_comes_with_it(
     hub: Hub, repository: Path
 ) -> None:
     folder = model_folder(NAME)
@@ -93,7 +93,7 @@ def test_a_hub_id_is_fetched_whole_and_loads_and_nothing_that_could_run_comes_wi
         assert torch.equal(mine, theirs)
 
 
-def test_what_is_complete_asks_the_hub_nothing_though_it_has_newer_weights(hub: Hub) -> None:
+def test_a_complete_download_needs_no_network_even_if_the_hub_has_newer_weights(hub: Hub) -> None:
     folder = model_folder(NAME)
     hub.asked.clear()
     hub.commit = COMMITS[1]
@@ -101,7 +101,7 @@ def test_what_is_complete_asks_the_hub_nothing_though_it_has_newer_weights(hub: 
     assert hub.asked == []
 
 
-def test_without_weights_no_weights_are_fetched_and_later_only_they_are(hub: Hub) -> None:
+def test_without_weights_the_rest_is_downloaded_and_later_only_the_weights(hub: Hub) -> None:
     folder = model_folder(NAME, weights=False)
     small = hub.fetched()
     assert "config.json" in small and "tokenizer.json" in small
@@ -144,16 +144,16 @@ ANSWERS = {
     "gated, asked without a login": (401, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
     "gated, asked with a login": (403, {"X-Error-Code": "GatedRepo"}, "accept the terms"),
     "forbidden": (403, {}, "accept the terms"),
-    "down": (507, {}, "the hub answers 507"),
+    "down": (507, {}, "the hub answered with status 507"),
 }
 
 
 @pytest.mark.parametrize("case", ANSWERS)
 @pytest.mark.parametrize("at", ["/api/models/", "config.json"])
 def test_a_refusal_by_the_hub_is_one_line_that_says_which(hub: Hub, case: str, at: str) -> None:
-    status, headers, said = ANSWERS[case]
+    status, headers, expected = ANSWERS[case]
     hub.refuse = lambda path: (status, headers) if at in path else None
-    assert said in refused()
+    assert expected in refused()
 
 
 def test_a_hub_out_of_reach_is_one_line_at_once(
@@ -173,18 +173,20 @@ def test_a_hub_that_does_not_answer_is_given_up(hub: Hub, monkeypatch: pytest.Mo
     assert time.monotonic() - start < 5
 
 
-def test_offline_mode_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_in_offline_mode_names_the_variable(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused() and hub.asked == []
 
 
-def test_a_page_in_place_of_the_hub_is_one_line(hub: Hub) -> None:
+def test_a_web_page_instead_of_the_hubs_api_is_one_line(hub: Hub) -> None:
     hub.refuse = lambda path: (200, {"Content-Type": "text/html"})
-    assert "broke off" in refused()
+    assert "the download failed" in refused()
 
 
 @pytest.mark.parametrize("removed", ["config.json", "tokenizer.json", "b.safetensors", INDEX])
-def test_a_repository_that_is_no_whole_model_is_one_line_when_it_is_loaded(
+def test_an_incomplete_model_is_one_line_when_it_is_loaded(
     hub: Hub, repository: Path, tmp_path: Path, removed: str
 ) -> None:
     hub.folder = tmp_path / "partial"
@@ -206,16 +208,14 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: Hub) -> None:
 def test_a_mistyped_folder_does_not_go_to_the_network(hub: Hub) -> None:
     Path("mine").mkdir()
     assert "mine/ is a folder here" in refused("mine/Qwen2-VL")
-    assert "nor a hub id" in refused(
-        "models/Qwen2-VL"
-    )  # where configs expect it, before it is there
+    assert "nor a hub id" in refused("models/Qwen2-VL")  # the path in the configs, before it exists
     assert hub.asked == []
 
 
 @pytest.mark.parametrize(
     "name", ["tiny-model", "/no/such", "./no", "../no/such", "a/b/c", "a--b/c", "a/b.git", "a b/c"]
 )
-def test_what_is_neither_a_folder_nor_a_hub_id_is_said_to_be_neither(hub: Hub, name: str) -> None:
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_refused(hub: Hub, name: str) -> None:
     assert "nor a hub id" in refused(name)
     assert hub.asked == []
 
@@ -225,7 +225,7 @@ SMALL_FILES = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000
 
 
 def fetch_elsewhere(hub: Hub, tmp_path: Path, program: str) -> subprocess.Popen[str]:
-    """A process of its own, that knows of the hub and the cache by the environment only."""
+    """Run a program in a separate process, with the hub and the cache set by the environment."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""A long run holds no more memory and no more open files at its end than at its beginning."""
+"""A long run leaks neither memory nor open files."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ import train
 from training.run import Run
 
 STEPS, SETTLED = 500, 150
-"""By SETTLED steps the libraries are loaded, the allocator has its arenas and a checkpoint was
-saved.
+"""After SETTLED steps, the libraries are loaded, the allocator has its arenas, and a checkpoint has
+been saved.
 """
 
 
 def held() -> tuple[float, int]:
-    """Resident memory in MB, and open files (not what other tests' servers may still hold: sockets
-    and pipes).
+    """Resident memory in MB, and the number of open files (without sockets and pipes, which servers
+    of other tests may still hold).
     """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     links = []
@@ -30,10 +30,10 @@ def held() -> tuple[float, int]:
 
 
 def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
-    whole, held_after = Run._end, {}
+    original, held_after = Run._end, {}
 
     def watched(run, step):
-        whole(run, step)
+        original(run, step)
         if step.number >= SETTLED:
             held_after[step.number] = held()
 
@@ -57,7 +57,7 @@ def test_memory_and_open_files_stay_flat_over_500_steps(tmp_path, monkeypatch):
     first, last = sorted(memory[:quarter])[quarter // 2], sorted(memory[-quarter:])[quarter // 2]
     megabytes = f"{first:.1f} MB after {SETTLED} steps, {last:.1f} MB after {STEPS}"
     print(f"{megabytes}; at most {max(files)} files open")
-    # MB: a leak of one completion's text a step would be less, of one tensor of weights 40 times
-    # as much.
+    # MB. Leaking one completion's text per step would stay below this limit; leaking one weight
+    # tensor per step would exceed it 40 times.
     assert last - first < 4
-    assert max(files) - min(files) <= 3  # those of the checkpoint that is being saved
+    assert max(files) - min(files) <= 3  # files of a checkpoint that is being saved

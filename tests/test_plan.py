@@ -1,4 +1,4 @@
-"""train.py --dry-run: what it says of memory against real runs and real tensors, and that it writes
+"""train.py --dry-run: its estimates compared with real runs and real tensors, and that it writes
 nothing.
 """
 
@@ -30,20 +30,20 @@ from planning.speed import ASSUMED, Speed
 from planning.workload import Workload
 
 ROOT = Path(__file__).parent.parent
-TOLD_PEAK = """import resource, train
+PRINT_PEAK = """import resource, train
 train.main()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
-"""A program that runs train.py and prints, last, the most memory in bytes that it ever had."""
+"""A program that runs train.py, and prints its peak memory in bytes on the last line."""
 
 
 def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """train.py in a process of its own, whose last line is its peak of memory."""
-    command = [sys.executable, "-c", TOLD_PEAK, *arguments]
+    """Run train.py in a separate process; the last line of its output is its peak memory."""
+    command = [sys.executable, "-c", PRINT_PEAK, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 def read(config_file: Path, **fields: object) -> tuple[Rehearsal, Workload]:
-    """What a dry run of the config makes."""
+    """The rehearsal and the workload of a config, as in a dry run."""
     config = load_config(config_file, fields)
     model = read_config(config.model)
     vocabulary = load_vocabulary(config.model, model)
@@ -53,12 +53,10 @@ def read(config_file: Path, **fields: object) -> tuple[Rehearsal, Workload]:
 
 
 def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -> Path:
-    """A run of a shape of the benchmarks on `count` images of noise, each tested and trained on
-    once.
-    """
+    """Write the config of a run on `count` noise images: half to train on, half to test on."""
     rows = json.loads(make_questions(count, 224, folder).read_text())
-    for name, part in (("train", rows[: count // 2]), ("test", rows[count // 2 :])):
-        (folder / f"{name}.json").write_text(json.dumps(part))
+    for name, split in (("train", rows[: count // 2]), ("test", rows[count // 2 :])):
+        (folder / f"{name}.json").write_text(json.dumps(split))
     config = {
         "model": str(checkpoint),
         "train_questions": str(folder / "train.json"),
@@ -92,16 +90,16 @@ def write_config(folder: Path, checkpoint: Path, count: int, **fields: object) -
         ),
     ],
 )
-def test_the_peak_that_is_told_is_that_of_the_run_within_15_percent(tmp_path, name, fields):
+def test_the_planned_peak_is_within_15_percent_of_that_of_the_run(tmp_path, name, fields):
     config = write_config(tmp_path, make_checkpoint(name, tmp_path / name), 8, **fields)
     plan = launched("--config", str(config), "--dry-run").stdout
-    told, unit = re.search(r"process at its peak: ([\d.,]+) (MB|GB)", plan).groups()
-    told = float(told.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
+    planned, unit = re.search(r"peak of the process: ([\d.,]+) (MB|GB)", plan).groups()
+    planned = float(planned.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
     measured = int(launched("--config", str(config)).stdout.split("\n")[-2])
-    assert told == pytest.approx(measured, rel=0.15)
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
-def test_a_model_of_2b_on_a_gpu_is_planned_without_gpu_and_weights_in_a_minute_and_4_gb(tmp_path):
+def test_a_2b_model_on_a_gpu_is_planned_without_gpu_or_weights_in_a_minute_and_4_gb(tmp_path):
     (tmp_path / "2b").mkdir()
     (tmp_path / "2b" / "config.json").write_text(json.dumps(config_json(shape("2b"))))
     for file in (
@@ -123,22 +121,22 @@ def test_a_model_of_2b_on_a_gpu_is_planned_without_gpu_and_weights_in_a_minute_a
     *lines, peak = launched("--config", str(config), "--dry-run").stdout.splitlines()
     assert time.monotonic() - started < 60 and int(peak) < 4e9
     plan = "\n".join(lines)
-    assert "2,209.0 M parameters" in plan and "the weights are not there yet" in plan
-    gpu = float(re.search(r"the GPU at its peak: ([\d.]+) GB", plan).group(1))
+    assert "2,209.0 M parameters" in plan and "its weights are not downloaded yet" in plan
+    gpu = float(re.search(r"peak of GPU memory: ([\d.]+) GB", plan).group(1))
     assert 44 < gpu < 80  # policy, reference, masters, moments and gradients alone take 44
-    assert "the host's memory" in plan and "a checkpoint 30.93 GB" in plan
+    assert "peak of host memory" in plan and "30.93 GB per checkpoint" in plan
     assert not (tmp_path / "run").exists()
 
 
-class OfRealTensors(Meter):
-    """Counts what is computed with values, as the real run computes it."""
+class RealMeter(Meter):
+    """A meter whose tensors keep their values, as in the real run."""
 
     def call(self, func, inputs, args, kwargs):
         return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("fields", [{}, {"activation_checkpointing": True}, {"dtype": "bfloat16"}])
-def test_a_rehearsal_holds_what_the_same_update_holds_on_real_tensors(tmp_path, fields):
+def test_a_rehearsed_update_uses_as_much_memory_as_one_on_real_tensors(tmp_path, fields):
     config = write_run(tmp_path, max_new_tokens=40, test_questions=[])
     rehearsal, load = read(config, micro_batch_tokens=10**6, **fields)
     policy = Qwen2VL(rehearsal.policy.config).to(rehearsal.policy.embed.weight.dtype)
@@ -146,7 +144,7 @@ def test_a_rehearsal_holds_what_the_same_update_holds_on_real_tensors(tmp_path, 
     prompt = rehearsal.encoder.encode(load.trained)
     mask = torch.ones(load.micro_batch, load.group_size, load.completion, dtype=torch.bool)
     allowed = torch.ones(policy.config.vocab_size, dtype=torch.bool)
-    meter = OfRealTensors(ASSUMED, outside=policy.parameters())
+    meter = RealMeter(ASSUMED, outside=policy.parameters())
     with meter.phase() as real:
         prompts = collate([prompt] * load.micro_batch)
         batch = MicroBatch(slice(None), prompts, mask.long(), mask)
@@ -169,11 +167,11 @@ def test_a_storage_counts_from_its_first_tensor_to_its_last():
         del view
         d = torch.empty(200)
     assert together.memory == {MEASURED: 6000}
-    assert after.memory == {MEASURED: 6000}  # at its beginning
+    assert after.memory == {MEASURED: 6000}  # at its start
     assert b.is_meta and c.is_meta and d.is_meta
 
 
-def test_numbers_that_decide_shapes_are_known_and_all_others_are_not():
+def test_tensors_that_determine_shapes_keep_their_values_and_others_do_not():
     with Meter(ASSUMED).phase():
         mask = torch.arange(6) < 4
         picked = torch.empty(9, 3).index_select(0, torch.arange(3, 9)[mask])
@@ -182,12 +180,12 @@ def test_numbers_that_decide_shapes_are_known_and_all_others_are_not():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_attention_does_not_hold_scores_and_is_left_as_it_was(recompute):
+def test_attention_stores_no_scores_and_is_restored_afterwards(recompute):
     q, k = (torch.empty(1, heads, 2000, 8, device="meta", requires_grad=True) for heads in (4, 2))
     library = fused_attention()
     with Meter(ASSUMED).phase() as phase:
         run_block(recompute, causal_attention, q, k, k).sum().backward()
-    # The scores of all heads are 1,000 times q.
+    # The scores of all heads are 1,000 times as large as q.
     assert phase.memory.total() < 20 * q.nbytes
     del library
     with Meter(ASSUMED).phase() as phase:
@@ -197,16 +195,16 @@ def test_attention_does_not_hold_scores_and_is_left_as_it_was(recompute):
     assert causal_attention(real, real, real).isfinite().all()
 
 
-def test_the_products_of_a_pass_take_their_time():
+def test_matrix_products_forward_and_backward_are_timed():
     a = torch.empty(640, 320, device="meta", requires_grad=True)
     b = torch.empty(320, 160, device="meta")
-    speed = Speed(flops=1e3, read=1e12, moved=1e12, source="")  # slow, so that nothing else counts
+    speed = Speed(flops=1e3, read=1e12, moved=1e12, source="")  # so slow that nothing else matters
     with Meter(speed).phase() as phase:
         (a @ b).sum().backward()
     assert phase.seconds == pytest.approx(2 * 2 * 640 * 320 * 160 / 1e3, rel=1e-4)
 
 
-def test_offloaded_masters_and_moments_lie_in_the_hosts_memory(tmp_path):
+def test_offloaded_masters_and_moments_are_in_host_memory(tmp_path):
     fields = {"device": "cuda", "offload_optimizer": True, "max_new_tokens": 10}
     rehearsal, _ = read(write_run(tmp_path, dtype="bfloat16", **fields))
     phases = rehearsal.run(ASSUMED)
@@ -217,7 +215,7 @@ def test_offloaded_masters_and_moments_lie_in_the_hosts_memory(tmp_path):
     assert host["AdamW's moments"] == 4 * rehearsal.weights
 
 
-def test_the_longest_prompts_that_could_be_drawn_fill_the_step_and_its_micro_batches(tmp_path):
+def test_a_step_is_planned_with_the_longest_prompts(tmp_path):
     config = write_run(tmp_path)
     _, load = read(config, steps=8)
     longest = max(load.prompts[question] for question in load.questions["train"])
@@ -247,11 +245,15 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path, monkeypatch, ca
     assert dry_run(monkeypatch, config) == 0
     assert sorted(tmp_path.rglob("*")) == before
     plan = capsys.readouterr().out
-    assert "8 questions: MRI 8" in plan and "MRI 8, X-ray 4" in plan and "would begin anew" in plan
+    assert (
+        "8 questions: MRI 8" in plan
+        and "MRI 8, X-ray 4" in plan
+        and "would start from scratch" in plan
+    )
     assert 15 < plan.count("\n") < 40 and max(map(len, plan.split("\n"))) < 160
 
 
-def test_a_dry_run_says_what_would_be_resumed_and_leaves_the_damaged_where_it_is(
+def test_a_dry_run_names_the_checkpoint_to_resume_from_and_does_not_move_damaged_ones(
     tmp_path, monkeypatch, capsys
 ):
     import train
@@ -265,9 +267,11 @@ def test_a_dry_run_says_what_would_be_resumed_and_leaves_the_damaged_where_it_is
     assert dry_run(monkeypatch, config) == 0
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
     plan = capsys.readouterr().out
-    assert "would go on from" in plan and "step-000002" in plan and f"! {newest} is damaged" in plan
+    assert (
+        "would resume from" in plan and "step-000002" in plan and f"! {newest} is damaged" in plan
+    )
     assert dry_run(monkeypatch, config, "--learning_rate", "0.5") == 2
-    assert "with other values of learning_rate" in capsys.readouterr().err
+    assert "with different values of learning_rate" in capsys.readouterr().err
 
 
 BAD_INPUTS = {
@@ -280,7 +284,7 @@ BAD_INPUTS = {
         "tokenizer",
     ),
     "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
-    "tested image": (
+    "image in both training and test data": (
         lambda f: shutil.copy(f / "questions" / "train.json", f / "questions" / "test.json"),
         "trained on",
     ),
@@ -288,7 +292,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_the_one_line_that_the_run_itself_would_end_with(
+def test_bad_input_gives_the_same_error_message_as_the_run_itself(
     tmp_path, monkeypatch, capsys, case
 ):
     import train
@@ -297,8 +301,8 @@ def test_bad_input_is_the_one_line_that_the_run_itself_would_end_with(
     spoil, named = BAD_INPUTS[case]
     spoil(tmp_path)
     assert dry_run(monkeypatch, config) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1 and named in told.err
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1 and named in output.err
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
     assert train.main() == 2
-    assert capsys.readouterr().err == told.err
+    assert capsys.readouterr().err == output.err

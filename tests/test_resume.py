@@ -1,5 +1,5 @@
-"""Coming back to a run: after stops and faults at awkward moments, and to a folder that is not as
-it was left.
+"""Resuming a run: after signals and failures at awkward moments, and from a run folder that has
+changed.
 """
 
 import shutil
@@ -29,7 +29,7 @@ def something_to_learn(monkeypatch):
 
 
 def two_runs(folder: Path, monkeypatch, **fields: object) -> tuple[Path, Path]:
-    """One that is run to its end, and its twin that is not begun."""
+    """A finished run, and an identical one that has not started."""
     for name in ("whole", "broken"):
         (folder / name).mkdir()
         write_run(folder / name, **{"test_questions": [], **fields})
@@ -46,10 +46,10 @@ def same_records(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("presses", [1, 2])
-def test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back(
+def test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed(
     tmp_path, monkeypatch, presses
 ):
-    """The first signal is obeyed at the answers' next token, a second one at once."""
+    """The first signal stops the run at the next token, the second one at once."""
     fields = dict(validation_fraction=0.25, validate_every=2, save_every=100)
     whole, broken = two_runs(tmp_path, monkeypatch, **fields)
     with monkeypatch.context() as patch:
@@ -88,14 +88,14 @@ def test_a_bug_keeps_its_traceback_and_loses_no_finished_step(tmp_path, monkeypa
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002"]
 
 
-def test_a_disk_too_small_for_the_run_is_named_before_it_begins(tmp_path, monkeypatch, capsys):
+def test_a_disk_too_small_for_the_run_is_reported_before_it_starts(tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path, test_questions=[], steps=1)
     small = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: small)
     for flags in (["--dry-run"], []):
         assert run(monkeypatch, config, *flags) == 0
-        shown = capsys.readouterr().out
-        assert "only 0.0 GB are free for them: lower keep_checkpoints" in shown
+        output = capsys.readouterr().out
+        assert "only 0.0 GB is available: lower keep_checkpoints" in output
 
 
 def test_a_disk_that_failed_once_does_not_cost_the_next_checkpoint(tmp_path, monkeypatch, capsys):
@@ -111,12 +111,12 @@ def test_a_disk_that_failed_once_does_not_cost_the_next_checkpoint(tmp_path, mon
     monkeypatch.setattr(Checkpoints, "_write", failing)
     press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
     assert run(monkeypatch, config) == 143
-    shown = capsys.readouterr().err.splitlines()
-    assert "the disk is full" in shown and shown[-1].endswith("step-000003")
+    errors = capsys.readouterr().err.splitlines()
+    assert "the disk is full" in errors and errors[-1].endswith("step-000003")
     assert damage_of(tmp_path / "run" / "checkpoints" / "step-000003") == ""
 
 
-def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_step(
+def test_a_log_that_fails_after_an_update_saves_no_partly_counted_step(
     tmp_path, monkeypatch, capsys
 ):
     whole, broken = two_runs(tmp_path, monkeypatch, save_every=2)
@@ -136,7 +136,7 @@ def test_a_record_that_can_not_be_written_after_an_update_saves_no_half_counted_
     assert same_weights(whole, broken) and same_records(whole, broken)
 
 
-def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_is_trained_again(
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_no_step_is_repeated(
     tmp_path, monkeypatch
 ):
     config = write_run(tmp_path, test_questions=[])
@@ -144,7 +144,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_nothing_
 
     def pressed(saving):
         calls.append((tmp_path / "run" / "metrics.jsonl").read_text().count("\n"))
-        if calls[-2:] == [4, 4]:  # once before the last one is begun, once to wait for it
+        if calls[-2:] == [4, 4]:  # once before the last one starts, once to wait for it
             signal.raise_signal(signal.SIGTERM)
         finish(saving)
 
@@ -187,24 +187,24 @@ def test_records_are_not_overwritten_when_the_checkpoints_are_away(
     if loss != "gone":
         (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "not mounted")
     assert run(monkeypatch, config) == 2
-    assert "has records of 3 steps, but no checkpoint" in capsys.readouterr().err
+    assert "has records of 3 steps but no checkpoint" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_copy_of_a_checkpoint_by_another_name_is_not_gone_on_from(tmp_path, monkeypatch):
+def test_a_checkpoint_copied_to_another_name_is_not_resumed_from(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[], save_every=1)
     press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
     assert run(monkeypatch, config) == 143
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "step-000002", folder / "step-best")
-    (folder / "x.partial").write_text("a file that somebody left is in nobody's way")
+    (folder / "x.partial").write_text("a stray file does no harm")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000002", "step-000003"]
-    (folder / "step-000003.partial").mkdir()  # as a kill leaves it
+    (folder / "step-000003.partial").mkdir()  # as a killed process leaves it
     assert run(monkeypatch, config) == 0 and (folder / "step-best").is_dir()
     assert not (folder / "step-000003.partial").exists()
 
 
-def test_numbers_of_steps_beyond_six_digits_are_in_order(tmp_path):
+def test_step_numbers_with_more_than_six_digits_are_sorted_by_value(tmp_path):
     for step in (999_999, 1_000_000, 2):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     assert [path.name for path in checkpoints(tmp_path)] == [
@@ -214,11 +214,11 @@ def test_numbers_of_steps_beyond_six_digits_are_in_order(tmp_path):
     ]
 
 
-def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_behind(
+def test_running_out_of_memory_after_some_micro_batches_discards_their_gradients(
     tmp_path, monkeypatch
 ):
-    """The gradients of the first ones are forgotten, or they would count twice."""
-    found = []
+    """Otherwise the gradients of the first micro-batches would count twice."""
+    norms = []
     for size, failing in ((390, False), (781, True)):  # one group at a time; two
         (folder := tmp_path / str(size)).mkdir()
         config = write_run(
@@ -230,30 +230,32 @@ def test_memory_that_runs_out_after_some_micro_batches_leaves_nothing_of_them_be
             patch.setattr(train, "completion_logprobs", second)
             assert run(patch, config) == 0
         assert calls[0] == (2 if failing else 1)
-        found.append(rows(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        norms.append(rows(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def out_of_memory_at_the_second(calls: list[int], failing: bool):
-    """`completion_logprobs` that notes the groups of each call, and may fail in the second."""
-    whole = train.completion_logprobs
+    """A `completion_logprobs` that records the groups of each call, and may fail in the second."""
+    original = train.completion_logprobs
 
     def logprobs(model, batch, *rest):
         calls.append(len(batch.prompts.lengths_N))
         if failing and len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, batch, *rest)
+        return original(model, batch, *rest)
 
     return logprobs
 
 
-def test_a_bad_first_update_of_two_is_not_hidden_by_a_sound_second(tmp_path, monkeypatch):
+def test_a_first_update_that_is_not_finite_is_not_hidden_by_a_good_second_one(
+    tmp_path, monkeypatch
+):
     config = write_run(tmp_path, test_questions=[], inner_updates=2, steps=2)
-    whole, calls = train.accumulate_gradient, []
+    original, calls = train.accumulate_gradient, []
 
     def first_is_bad(*args):
         calls.append(1)
-        stats = whole(*args)
+        stats = original(*args)
         return stats | {"loss": stats["loss"] * float("nan")} if len(calls) == 1 else stats
 
     monkeypatch.setattr(train, "accumulate_gradient", first_is_bad)
@@ -264,7 +266,7 @@ def test_a_bad_first_update_of_two_is_not_hidden_by_a_sound_second(tmp_path, mon
     assert (tmp_path / "run" / "incidents" / "step-000000" / "model").is_dir()
 
 
-def test_incidents_that_come_again_and_again_do_not_fill_the_disk(tmp_path, monkeypatch):
+def test_repeated_incidents_do_not_fill_the_disk(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[], steps=14, max_bad_steps=100)
     monkeypatch.setattr(Run, "_end", spoil_before(Run._end))
     assert run(monkeypatch, config) == 0
@@ -273,7 +275,7 @@ def test_incidents_that_come_again_and_again_do_not_fill_the_disk(tmp_path, monk
 
 
 def spoil_before(end):
-    """A step's end that takes it for one that was not finite."""
+    """A replacement for `Run._end` that marks the step as not finite."""
 
     def ending(run, step):
         step.finite = False

@@ -1,5 +1,5 @@
-"""What surrounds the steps: stopping within one, steps that are not finite, memory that does not
-suffice, images that vanish, validation, and checkpoints that are written while the run goes on.
+"""The work around the steps: stopping, steps whose loss or gradient is not finite, out of memory,
+missing images, validation, and saving checkpoints in the background.
 """
 
 import json
@@ -41,14 +41,14 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def press(number: int, name: str, call: int, monkeypatch) -> None:
-    """The signal comes at the `call`-th call of train.py's function `name`."""
-    whole, calls = getattr(train, name), []
+    """Raise a signal at the `call`-th call of train.py's function `name`."""
+    original, calls = getattr(train, name), []
 
     def pressing(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
             signal.raise_signal(number)
-        return whole(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(train, name, pressing)
 
@@ -56,22 +56,12 @@ def press(number: int, name: str, call: int, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("number", "name", "call", "updates", "done"),
     [
-        (
-            signal.SIGINT,
-            "completion_logprobs",
-            8,
-            1,
-            2,
-        ),  # in the third step's update, which is left and done anew
+        # In the third step's update, which is abandoned and repeated.
+        (signal.SIGINT, "completion_logprobs", 8, 1, 2),
         (signal.SIGTERM, "completion_logprobs", 7, 1, 2),
         (signal.SIGTERM, "sample_groups", 2, 1, 1),
-        (
-            signal.SIGINT,
-            "completion_logprobs",
-            11,
-            2,
-            2,
-        ),  # after the second step's first update: it is finished
+        # After the second step's first update: the step is finished.
+        (signal.SIGINT, "completion_logprobs", 11, 2, 2),
     ],
 )
 def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
@@ -86,8 +76,8 @@ def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
     with monkeypatch.context() as patch:
         press(number, name, call, patch)
         assert run(patch, stopped / "config.toml") == 128 + number
-    said = capsys.readouterr().err
-    assert f"goes on from {stopped}/run/checkpoints/step-{done:06d}" in said.splitlines()[-1]
+    errors = capsys.readouterr().err
+    assert f"resumes from {stopped}/run/checkpoints/step-{done:06d}" in errors.splitlines()[-1]
     assert [path.name for path in (stopped / "run" / "checkpoints").iterdir()] == [
         f"step-{done:06d}"
     ]
@@ -101,13 +91,13 @@ def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
 
 
 def test_a_stop_within_a_rollout_is_obeyed_at_the_next_token(tmp_path, monkeypatch):
-    whole, tokens = Growing.advance, []
+    original, tokens = Growing.advance, []
 
     def pressing(*args):
         tokens.append(1)
         if len(tokens) == 2:
             signal.raise_signal(signal.SIGTERM)
-        whole(*args)
+        original(*args)
 
     monkeypatch.setattr(Growing, "advance", pressing)
     assert run(monkeypatch, write_run(tmp_path, test_questions=[])) == 143
@@ -121,7 +111,7 @@ def untimed(row: dict) -> dict:
 
 
 def score_that_fails(*steps: int):
-    """A rule that gives NaN in these steps, for all of a step's 12 completions."""
+    """A rule that returns NaN for all 12 completions of these steps."""
     calls = []
 
     def score(completion, answer):
@@ -133,7 +123,7 @@ def score_that_fails(*steps: int):
     return score
 
 
-def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_played_again(
+def test_a_step_that_is_not_finite_changes_no_weight_and_can_be_replayed(
     tmp_path, monkeypatch, capsys
 ):
     config = write_run(tmp_path, test_questions=[], save_every=1, keep_checkpoints=9)
@@ -145,32 +135,32 @@ def test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_
     ]
     assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
     assert any(not torch.equal(value, saved[2][name]) for name, value in saved[0].items())
-    found = rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["loss"] is None for row in found] == [False, True, True, False]
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["loss"] is None for row in metrics] == [False, True, True, False]
     kept = tmp_path / "run" / "incidents"
     assert [row["kind"] for row in rows(tmp_path / "run" / "incidents.jsonl")] == ["not finite"] * 2
     assert "2 of kind 'not finite'" in capsys.readouterr().out
 
-    # Played again from that folder alone: images and base are gone.
+    # The incident folder is all it takes: images and base model are deleted.
     shutil.rmtree(tmp_path / "questions"), shutil.rmtree(tmp_path / "base")
     for step in ("step-000001", "step-000002"):
         assert damage_of(kept / step) == ""
         lines = replay(kept / step)
-        assert any("advantages_NG holds 12 numbers that are not finite" in line for line in lines)
+        assert any("advantages_NG has 12 values that are not finite" in line for line in lines)
         assert sum("gradient not finite" in line for line in lines) == 3
     monkeypatch.setattr("sys.argv", ["incidents", str(tmp_path)])
     assert (
-        incidents_program() == 2 and "name a folder runs/NAME/incidents" in capsys.readouterr().err
+        incidents_program() == 2 and "give a folder runs/NAME/incidents" in capsys.readouterr().err
     )
 
 
-def test_an_incident_played_again_gives_the_loss_and_gradient_that_it_had(tmp_path, monkeypatch):
-    """Of a sound step, written down as if it had not been."""
-    whole = Run._end
+def test_a_replayed_incident_has_the_same_loss_and_gradient(tmp_path, monkeypatch):
+    """For comparison, the step is a good one that is saved as an incident."""
+    original = Run._end
 
     def written(run, step):
         write_incident(run.config, step, load_model(tmp_path / "base"))
-        whole(run, step)
+        original(run, step)
 
     monkeypatch.setattr(Run, "_end", written)
     config = write_run(tmp_path, test_questions=[], steps=1)
@@ -198,7 +188,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and
         nan = torch.tensor(float("nan"))
         monkeypatch.setattr("training.sft.accumulate_cross_entropy", lambda *_: (nan, nan))
     assert run(monkeypatch, config) == 2
-    assert "2 steps in a row were not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert "not finite in 2 consecutive steps" in capsys.readouterr().err.splitlines()[-1]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert (
         saved.name == ("step-000003" if method == "grpo" else "step-000002")
@@ -207,10 +197,10 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and
 
 
 def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> None:
-    """A GPU that can't hold more than so many groups at once; or that runs out in the backward
-    pass.
+    """Simulate a GPU that runs out of memory with more than so many groups, in the forward pass or
+    in the backward pass.
     """
-    whole = train.completion_logprobs
+    original = train.completion_logprobs
 
     class Failing(torch.autograd.Function):
         @staticmethod
@@ -222,7 +212,7 @@ def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> N
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def limited(model, batch, *rest):
-        logp, entropy = whole(model, batch, *rest)
+        logp, entropy = original(model, batch, *rest)
         if len(batch.prompts.lengths_N) > groups:
             if not after_backward:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -230,7 +220,7 @@ def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> N
         return logp, entropy
 
     monkeypatch.setattr(train, "completion_logprobs", limited)
-    reference = limited if not after_backward else whole
+    reference = limited if not after_backward else original
     monkeypatch.setattr("training.run.completion_logprobs", reference)
 
 
@@ -239,25 +229,26 @@ def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> N
 def test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient(
     tmp_path, monkeypatch, after_backward, dtype
 ):
-    found = []
+    folders = []
     for size, limited in ((1, False), (100_000, True)):
         (folder := tmp_path / str(size)).mkdir()
-        beta = (
-            0.0 if after_backward else 0.04
-        )  # the reference has no backward pass, and would see the larger ones first
+        # The reference has no backward pass, and would be the first to use the large micro-batches.
+        beta = 0.0 if after_backward else 0.04
         fields = dict(micro_batch_tokens=size, prompts_per_step=4, dtype=dtype, beta=beta)
         config = write_run(folder, test_questions=[], **fields)
         with monkeypatch.context() as patch:
             if limited:
                 short_of_memory(1, patch, after_backward)
             assert run(patch, config) == 0
-        found.append(folder)
-    assert same_weights(*found)
-    said = [
-        row["says"] for row in rows(found[1] / "run" / "incidents.jsonl") if row["kind"] == "memory"
+        folders.append(folder)
+    assert same_weights(*folders)
+    lines = [
+        row["says"]
+        for row in rows(folders[1] / "run" / "incidents.jsonl")
+        if row["kind"] == "memory"
     ]
-    assert len(said) in (1, 2) and all(
-        "out of memory with micro_batch_tokens" in line for line in said
+    assert len(lines) in (1, 2) and all(
+        "out of memory with micro_batch_tokens" in line for line in lines
     )
 
 
@@ -272,9 +263,7 @@ def test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing(
     assert "single group in a micro-batch" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(
-    tmp_path, monkeypatch, capsys
-):
+def test_missing_images_are_skipped_and_logged_if_the_config_says_so(tmp_path, monkeypatch, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     ends = []
     for folder, stop in ((whole, False), (broken, True)):
@@ -289,31 +278,31 @@ def test_an_image_that_vanishes_is_left_out_and_counted_if_the_config_says_so(
                 press(signal.SIGTERM, "sample_groups", 2, patch)
             assert run(patch, config) == (143 if stop else 0)
         if stop:
-            (folder / "questions" / "2.png").write_text("gone bad while it was stopped")
+            (folder / "questions" / "2.png").write_text("damaged while the run was stopped")
             shutil.copy(whole / "questions" / "2.png", folder / "questions" / "2.png")
             assert run(monkeypatch, config) == 0
-        found = rows(folder / "run" / "incidents.jsonl")
-        assert {row["kind"] for row in found} == {"image"}
-        assert sorted(row["says"].split("questions/")[1].split(":")[0] for row in found) == [
+        incidents = rows(folder / "run" / "incidents.jsonl")
+        assert {row["kind"] for row in incidents} == {"image"}
+        assert sorted(row["says"].split("questions/")[1].split(":")[0] for row in incidents) == [
             "0.png",
             "1.png",
         ]
         assert [row["step"] for row in rows(folder / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
         ends.append(folder)
     assert same_weights(*ends)
-    assert "as their images can't be read: 1, first" in capsys.readouterr().out
+    assert "because their images can't be read: 1, first" in capsys.readouterr().out
 
 
-def test_a_step_whose_images_are_all_bad_is_counted_and_passed(tmp_path, monkeypatch):
+def test_a_step_without_a_readable_image_counts_but_trains_nothing(tmp_path, monkeypatch):
     config = write_run(
         tmp_path, test_questions=[], bad_images="skip", prompts_per_step=1, steps=8, train_count=8
     )
     for i in range(7):
         os.truncate(tmp_path / "questions" / f"{i}.png", 300)
     assert run(monkeypatch, config) == 0
-    found = rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in found] == list(range(8)) and sum(
-        "reward" in row for row in found
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(8)) and sum(
+        "reward" in row for row in metrics
     ) == 1
     assert run(monkeypatch, write_and_break_all(tmp_path / "all")) == 2
 
@@ -326,12 +315,11 @@ def write_and_break_all(folder: Path) -> Path:
     return config
 
 
-def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_does_not_repeat_it(
+def test_validation_keeps_the_best_checkpoint_and_is_not_repeated_when_the_run_is_resumed(
     tmp_path, monkeypatch, capsys
 ):
-    answers = iter(
-        f"<answer>{letter}</answer>" for letter in "ABBA"
-    )  # the first of two that are equally good is kept
+    # Of the two equally good checkpoints, the first is kept.
+    answers = iter(f"<answer>{letter}</answer>" for letter in "ABBA")
 
     def greedy(run, questions, label):
         return [next(answers)] * len(questions) if label == "validation" else [""] * len(questions)
@@ -344,8 +332,8 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
         press(signal.SIGINT, "sample_groups", 4, patch)
         assert run(patch, config) == 130
     assert run(monkeypatch, config) == 0
-    found = rows(tmp_path / "run" / "validation.jsonl")
-    assert [(row["step"], row["right"], row["total"]) for row in found] == [
+    validations = rows(tmp_path / "run" / "validation.jsonl")
+    assert [(row["step"], row["right"], row["total"]) for row in validations] == [
         (0, 0, 2),
         (1, 2, 2),
         (2, 2, 2),
@@ -360,11 +348,11 @@ def test_validation_names_the_best_checkpoint_and_keeps_it_and_a_resumed_run_doe
         "right": 2,
         "total": 2,
     }
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "best 100.0 (34.2 to 100.0) % of 2" in shown
-        and "step-000002" in shown
-        and "2 to validate on" in shown
+        "100.0 (34.2 to 100.0) percent of 2" in output
+        and "step-000002" in output
+        and "2 for validation" in output
     )
 
 
@@ -381,7 +369,7 @@ def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monke
 
 
 @pytest.mark.parametrize("memory", ["plenty", "none"])
-def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(
+def test_a_checkpoint_has_the_weights_at_the_time_of_saving_although_training_continues(
     tmp_path, monkeypatch, memory
 ):
     if memory == "none":
@@ -403,7 +391,7 @@ def test_a_checkpoint_holds_the_weights_of_its_moment_though_training_goes_on(
         assert (again.progress.step, again.progress.tokens) == (1, 0)
 
 
-def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(
+def test_a_background_save_that_fails_is_reported_and_keeps_the_previous_checkpoint(
     tmp_path, monkeypatch
 ):
     config = load_config(write_run(tmp_path))
@@ -420,7 +408,7 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(
     saving.save(model, optimizer, Progress(step=2))
     with pytest.raises(
         InputError,
-        match="step-000002: can't save .* No space left on device.* goes on from .*step-000001",
+        match="step-000002: can't save .* No space left on device.* resumes from .*step-000001",
     ):
         saving.finish()
     assert damage_of(before) == "" and [path.name for path in before.parent.iterdir()] == [
@@ -428,9 +416,7 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before(
     ]
 
 
-def test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been(
-    tmp_path, monkeypatch
-):
+def test_a_run_moved_with_its_model_and_questions_resumes_unchanged(tmp_path, monkeypatch):
     whole, moved = tmp_path / "whole", tmp_path / "elsewhere" / "moved"
     for folder in (whole, tmp_path / "first"):
         folder.mkdir()
@@ -447,14 +433,15 @@ def test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_
     assert same_weights(whole, moved) and len(rows(moved / "run" / "metrics.jsonl")) == 4
 
 
-def test_weights_that_are_no_numbers_any_more_are_not_saved(tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
     config = write_run(
         tmp_path, test_questions=[], save_every=2, learning_rate=1e38, beta=0.0, max_grad_norm=1e30
     )
     assert run(monkeypatch, config) == 2
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert (
-        "not finite" in said.splitlines()[-1] and "begin anew in another" in said.splitlines()[-1]
+        "not finite" in errors.splitlines()[-1]
+        and "start again in another" in errors.splitlines()[-1]
     )
     assert not (tmp_path / "run" / "checkpoints").exists() or not list(
         (tmp_path / "run" / "checkpoints").iterdir()

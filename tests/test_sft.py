@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: its targets, its gradient against a plain cross-entropy, and a run from
-end to end.
+"""Supervised fine-tuning: targets, the gradient compared with plain cross-entropy, and whole
+runs.
 """
 
 import json
@@ -27,7 +27,7 @@ def run(monkeypatch, config, *flags):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A run made ready, and its first three prompts with right answers of different lengths."""
+    """A prepared run and its first three prompts."""
     folder = tmp_path_factory.mktemp("sft")
     config = load_config(write_run(folder, method="sft"))
     with run_of(config) as made:
@@ -41,7 +41,7 @@ def test_targets_are_the_letter_in_tags_bare_or_after_its_option():
     assert target(question, "named") == "<think>The answer is {y}.</think><answer>B</answer>"
 
 
-def test_given_completions_read_back_as_they_were_written_with_one_end_of_turn_each(prepared):
+def test_target_completions_decode_to_their_text_and_end_with_one_end_of_turn(prepared):
     config, made, prompts = prepared
     texts = [
         ["<answer>A</answer>", "B"],
@@ -53,22 +53,22 @@ def test_given_completions_read_back_as_they_were_written_with_one_end_of_turn_e
     for n, group in enumerate(texts):
         for g, text in enumerate(group):
             ids = rollout.tokens_NGT[n, g][rollout.mask_NGT[n, g]].tolist()
-            assert (
-                ids[-1] == end and end not in ids[:-1]
-            )  # a control token that is written in the text stays text
+            # A control token in the text is encoded as ordinary text.
+            assert ids[-1] == end and end not in ids[:-1]
             assert made.vocabulary.tokenizer.decode(ids[:-1]) == text
 
 
 @pytest.mark.parametrize("size", [1, 600, 100_000])
-def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepared, size):
+def test_the_gradient_equals_that_of_plain_cross_entropy_for_any_micro_batch_size(prepared, size):
     config, made, prompts = prepared
     answers = written_rollout(
         made.vocabulary, prompts, [["<answer>A</answer>"], ["B"], ["<answer>C"]], "cpu"
     )
     made.policy.zero_grad(set_to_none=True)
     loss, probability = accumulate_cross_entropy(replace(made, micro_batch_tokens=size), answers)
-    assert not loss.requires_grad and not probability.requires_grad  # no graph outlives its batch
-    found = {name: p.grad.clone() for name, p in made.policy.named_parameters()}
+    # No graph outlives its micro-batch.
+    assert not loss.requires_grad and not probability.requires_grad
+    gradients = {name: p.grad.clone() for name, p in made.policy.named_parameters()}
 
     made.policy.zero_grad(set_to_none=True)
     losses, chances = [], []
@@ -88,7 +88,7 @@ def test_gradient_is_that_of_plain_cross_entropy_whatever_the_micro_batch(prepar
     assert float(loss) == pytest.approx(float(plain.detach()), rel=1e-5)
     assert float(probability) == pytest.approx(float(sum(chances).detach()) / 3, rel=1e-4)
     for name, parameter in made.policy.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
     made.policy.zero_grad(set_to_none=True)
 
 
@@ -97,7 +97,7 @@ def test_sft_keeps_no_reference_model(prepared):
 
 
 @pytest.mark.parametrize("form", ["tags", "bare", "named"])
-def test_an_sft_run_learns_to_write_the_answer_in_its_form(tmp_path, monkeypatch, form):
+def test_an_sft_run_learns_to_answer_in_the_form_of_its_target(tmp_path, monkeypatch, form):
     config = write_run(
         tmp_path,
         method="sft",
@@ -115,14 +115,12 @@ def test_an_sft_run_learns_to_write_the_answer_in_its_form(tmp_path, monkeypatch
     assert [row["step"] for row in rows] == list(range(60))
     assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and rows[-1]["probability"] > 0.5
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["after"] == {
-        "MRI": 1.0,
-        "X-ray": 1.0,
-    }  # the right option is always the second; bare letters are read
+    # The correct option is always the second one; bare letters count as answers.
+    assert summary["after"] == {"MRI": 1.0, "X-ray": 1.0}
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_a_resumed_sft_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypatch):
+def test_a_resumed_sft_run_ends_with_the_same_bytes_as_an_uninterrupted_one(tmp_path, monkeypatch):
     (whole := tmp_path / "whole").mkdir(), (broken := tmp_path / "broken").mkdir()
     fields = dict(method="sft", steps=4, save_every=2, test_questions=[])
     assert run(monkeypatch, write_run(whole, **fields)) == 0
@@ -133,35 +131,35 @@ def test_a_resumed_sft_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monke
         with pytest.raises(ZeroDivisionError):
             run(patch, config)
     assert run(monkeypatch, config) == 0
-    expected, found = (
+    expected, resumed = (
         (f / "run" / "model" / "model.safetensors").read_bytes() for f in (whole, broken)
     )
-    assert found == expected
-    assert found != (whole / "base" / "model.safetensors").read_bytes()
+    assert resumed == expected
+    assert resumed != (whole / "base" / "model.safetensors").read_bytes()
 
 
-def test_sft_in_bf16_on_a_full_gpu_learns_what_it_learns_where_there_is_room(tmp_path, monkeypatch):
-    whole, found = training.sft.completion_logprobs, []
+def test_sft_in_bf16_learns_the_same_after_running_out_of_gpu_memory(tmp_path, monkeypatch):
+    original, trained = training.sft.completion_logprobs, []
 
     def limited(model, batch, *rest, **options):
         if len(batch.prompts.lengths_N) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, batch, *rest, **options)
+        return original(model, batch, *rest, **options)
 
     monkeypatch.setattr("training.sft.completion_logprobs", limited)
     fields = dict(method="sft", dtype="bfloat16", steps=2, test_questions=[])
     for size in (1, 100_000):
         (folder := tmp_path / str(size)).mkdir()
         assert run(monkeypatch, write_run(folder, micro_batch_tokens=size, **fields)) == 0
-        found.append((folder / "run" / "model" / "model.safetensors").read_bytes())
+        trained.append((folder / "run" / "model" / "model.safetensors").read_bytes())
         metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         assert all(json.loads(line)["grad_norm"] > 0 for line in metrics)
         incidents = (folder / "run" / "incidents.jsonl").read_text()
         assert ("out of memory" in incidents) == (size > 1)
-    assert found[0] == found[1]
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--method", "dpo"), ("--sft_answer", "letters")])
-def test_an_unknown_method_is_one_line(tmp_path, monkeypatch, capsys, flag, value):
+def test_an_unknown_method_or_target_is_one_line(tmp_path, monkeypatch, capsys, flag, value):
     assert run(monkeypatch, write_run(tmp_path), flag, value) == 2
     assert value in capsys.readouterr().err

@@ -1,6 +1,4 @@
-"""train.py from end to end on a tiny base: what it leaves, resuming, stopping, and errors of one
-line.
-"""
+"""train.py from end to end on a tiny model: its output, resuming, stopping and error messages."""
 
 import json
 import os
@@ -29,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def vowel_score(completion: str, answer: str) -> tuple[Verdict, ...]:
-    """A rule that even a random model can please: the real ones give it 0 throughout, and nothing
-    would be learned.
+    """A rule that even a random model can satisfy. The real rules would always score it 0, so that
+    nothing would be learned.
     """
     share = sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
     return Verdict("format", share, "vowels"), Verdict("accuracy", float("e" in completion), "an e")
@@ -43,7 +41,7 @@ def run(monkeypatch, config: Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One whole run, which the tests below only look at."""
+    """A finished run. Tests only read it, or work on a copy."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_run(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +53,7 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
-def test_a_run_leaves_metrics_completions_checkpoints_model_and_summary(finished):
+def test_a_run_writes_metrics_completions_checkpoints_model_and_summary(finished):
     metrics = rows(finished / "run" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
     assert {
@@ -98,7 +96,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypatch, dtype):
+def test_a_resumed_run_ends_with_the_same_bytes_as_an_uninterrupted_one(
+    tmp_path, monkeypatch, dtype
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     monkeypatch.setattr("training.scoring.score", vowel_score)
@@ -110,8 +110,9 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(tmp_path, monkeypat
 
         def cut_off(*args, **kwargs):
             calls.append(1)
-            if len(calls) == 4:  # in the fourth step, one after the checkpoint
-                raise SystemExit("power cut")  # an Exception would save the last step
+            if len(calls) == 4:  # in the fourth step, one step after the checkpoint
+                # An Exception would be caught, and the last step saved.
+                raise SystemExit("power cut")
             return step(*args, **kwargs)
 
         patch.setattr(train, "sample_groups", cut_off)
@@ -150,7 +151,7 @@ def test_micro_batch_size_does_not_change_what_is_learned(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["grpo", "sft"])
-def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
+def test_a_frozen_vision_tower_does_not_change_while_the_rest_learns_and_resumes(
     tmp_path, monkeypatch, method
 ):
     monkeypatch.setattr("training.scoring.score", vowel_score)
@@ -178,20 +179,20 @@ def test_a_frozen_vision_tower_stays_as_it_is_while_all_else_learns_and_resumes(
 
 
 def stop_after(steps: int):
-    """A step's end before which Ctrl-C is pressed, once so many steps are done."""
-    whole = Run._end
+    """A replacement for `Run._end` that presses Ctrl-C in the last of so many steps."""
+    original = Run._end
 
     def ending(run, step):
         if step.number + 1 == steps:
             signal.raise_signal(signal.SIGINT)
-        whole(run, step)
+        original(run, step)
 
     return ending
 
 
 def test_recomputed_activations_do_not_change_what_is_learned(tmp_path, monkeypatch):
     monkeypatch.setattr("training.scoring.score", vowel_score)
-    found = []
+    trained = []
     for recompute in (False, True):
         (folder := tmp_path / str(recompute)).mkdir()
         assert (
@@ -201,11 +202,11 @@ def test_recomputed_activations_do_not_change_what_is_learned(tmp_path, monkeypa
             )
             == 0
         )
-        found.append(load_file(folder / "run" / "model" / "model.safetensors"))
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+        trained.append(load_file(folder / "run" / "model" / "model.safetensors"))
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
 
 
-def test_a_step_says_where_its_seconds_went(finished):
+def test_the_time_of_a_step_is_recorded_by_phase(finished):
     for row in rows(finished / "run" / "metrics.jsonl"):
         phases = {
             name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")
@@ -222,19 +223,19 @@ def test_a_step_says_where_its_seconds_went(finished):
         assert sum(phases.values()) == pytest.approx(row["seconds"]) and min(phases.values()) >= 0
 
 
-def test_a_run_shows_its_progress_and_leaves_samples_for_the_eye(tmp_path, monkeypatch, capsys):
+def test_a_run_shows_a_progress_bar_and_logs_samples_to_tensorboard(tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path, test_questions=[], log_samples_every=2)
     assert run(monkeypatch, config) == 0
     assert "GRPO: 100%" in capsys.readouterr().err
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    shown = board.Tensors("samples/text_summary")
-    assert [event.step for event in shown] == [0, 2]
+    samples = board.Tensors("samples/text_summary")
+    assert [event.step for event in samples] == [0, 2]
     first = rows(tmp_path / "run" / "completions.jsonl")[0]["completion"]
-    assert first.replace("\n", "\n    ") in shown[0].tensor_proto.string_val[0].decode()
+    assert first.replace("\n", "\n    ") in samples[0].tensor_proto.string_val[0].decode()
     assert [event.step for event in board.Images("samples")] == [0, 2]
 
 
-def test_an_image_that_breaks_during_the_run_ends_it_with_a_line_and_without_a_hanging_thread(
+def test_an_image_damaged_during_the_run_ends_it_with_one_line_and_no_hanging_thread(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("training.scoring.score", vowel_score)
@@ -253,12 +254,12 @@ grpo_step = train.grpo_step
 
 
 def break_images(folder: Path) -> None:
-    """Every image file, torn after its first bytes."""
+    """Truncate every image file after its first bytes."""
     for file in (folder / "questions").glob("*.png"):
         file.write_bytes(file.read_bytes()[:60])
 
 
-def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path, monkeypatch):
+def test_ctrl_c_saves_a_checkpoint_that_the_same_command_resumes_from(tmp_path, monkeypatch):
     config = write_run(tmp_path, steps=100000, test_questions=[], save_every=100000)
     command = [sys.executable, "train.py", "--config", str(config)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -272,7 +273,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_that_the_same_command_resumes(tmp_path
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
-    assert "Traceback" not in errors and "the same command goes on from" in errors.splitlines()[-1]
+    assert "Traceback" not in errors and "the same command resumes from" in errors.splitlines()[-1]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     done = json.loads((saved / "progress.json").read_text())["step"]
     assert done == len(rows(metrics)) >= 2
@@ -288,7 +289,7 @@ def test_a_finished_run_is_not_trained_further_and_another_config_is_refused(
     )  # changes nothing but memory
     assert (finished / "run" / "metrics.jsonl").read_bytes() == before
     assert run(monkeypatch, finished / "config.toml", "--beta", "0.1") == 2
-    assert "other values of beta" in capsys.readouterr().err
+    assert "different values of beta (was 0.04, now 0.1)" in capsys.readouterr().err
 
 
 def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(
@@ -304,26 +305,26 @@ def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(
 
 
 DAMAGE = {
-    "a file cut short": lambda step: os.truncate(step / "optimizer.safetensors", 100),
+    "a truncated file": lambda step: os.truncate(step / "optimizer.safetensors", 100),
     "one bit": lambda step: flip(step / "model.safetensors"),
-    "a file gone": lambda step: (step / "progress.json").unlink(),
+    "a missing file": lambda step: (step / "progress.json").unlink(),
     "no manifest": lambda step: (step / "manifest.json").unlink(),
-    "a manifest of nonsense": lambda step: (step / "manifest.json").write_text("[1, 2"),
+    "an invalid manifest": lambda step: (step / "manifest.json").write_text("[1, 2"),
 }
 
 
 def flip(file: Path) -> None:
-    """The lowest bit of a byte in the middle."""
+    """Flip the lowest bit of a byte in the middle."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     finished, tmp_path, monkeypatch, capsys, damage
 ):
-    """The run goes on from step 2 of 4 and ends with the bytes that it had."""
+    """The run resumes from step 2 of 4, and its model has the same bytes as before."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy" / "run"
@@ -334,11 +335,11 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(
     before = (folder / "model" / "model.safetensors").read_bytes()
     damage(folder / "checkpoints" / "step-000004")
     assert run(monkeypatch, tmp_path / "copy" / "config.toml") == 0
-    shown = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        "step-000004 is damaged" in shown.err
-        and "going on from" in shown.out
-        and "step-000002" in shown.out
+        "step-000004 is damaged" in output.err
+        and "resuming from" in output.out
+        and "step-000002" in output.out
     )
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
@@ -355,7 +356,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before(
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_a_saved_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_final_name(tmp_path, monkeypatch):
     monkeypatch.setattr("training.scoring.score", vowel_score)
     happened, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(
@@ -392,15 +393,15 @@ def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(
     assert holder.stdout.readline() == "held\n"
     before = {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
     assert run(monkeypatch, finished / "config.toml") == 2
-    assert "another process is at work there" in capsys.readouterr().err
+    assert "another process is using this run folder" in capsys.readouterr().err
     assert before == {
         file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()
     }
-    holder.communicate()  # however a process ends, its claim ends with it
+    holder.communicate()  # however a process ends, it releases its lock
     assert run(monkeypatch, finished / "config.toml") == 0
 
 
-def test_a_log_torn_by_a_crash_is_mended_on_resume(tmp_path, monkeypatch):
+def test_a_log_truncated_by_a_crash_is_repaired_on_resume(tmp_path, monkeypatch):
     config = write_run(tmp_path, test_questions=[])
     assert run(monkeypatch, config) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
@@ -422,7 +423,7 @@ def test_held_out_questions_share_no_image_with_those_trained_on(tmp_path, monke
     assert not trained_on & {question.images for question in questions.test}
 
 
-def test_an_image_that_is_trained_on_and_tested_is_refused(tmp_path, monkeypatch, capsys):
+def test_an_image_in_both_training_and_test_data_is_refused(tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path)
     assert (
         run(monkeypatch, config, "--test_questions", str(tmp_path / "questions" / "train.json"))
@@ -431,7 +432,7 @@ def test_an_image_that_is_trained_on_and_tested_is_refused(tmp_path, monkeypatch
     assert "trained on too" in capsys.readouterr().err
 
 
-def test_a_model_that_has_diverged_stops_with_a_line_not_with_random_tokens(
+def test_a_diverged_model_ends_the_run_with_one_line_instead_of_sampling_random_tokens(
     tmp_path, monkeypatch, capsys
 ):
     config = write_run(tmp_path, test_questions=[])
@@ -457,7 +458,7 @@ BAD_INPUTS = {
         lambda f: (f / "base" / "config.json").unlink(),
         "config.json: no such file",
     ),
-    "torn safetensors": (
+    "truncated safetensors": (
         lambda f: os.truncate(f / "base" / "model.safetensors", 5000),
         "not a whole safetensors file",
     ),
@@ -476,8 +477,8 @@ BAD_INPUTS = {
     "no questions": (lambda f: (f / "questions" / "train.json").write_text("[]"), "train.json"),
     "missing question file": (lambda f: (f / "questions" / "train.json").unlink(), "train.json"),
     "missing image": (lambda f: (f / "questions" / "0.png").unlink(), "0.png"),
-    "an image that is none": (lambda f: (f / "questions" / "0.png").write_text("hello"), "0.png"),
-    "a cut image": (lambda f: os.truncate(f / "questions" / "0.png", 3000), "0.png"),
+    "not an image": (lambda f: (f / "questions" / "0.png").write_text("hello"), "0.png"),
+    "truncated image": (lambda f: os.truncate(f / "questions" / "0.png", 3000), "0.png"),
     "no such modality": (
         lambda f: (f / "config.toml").write_text(
             (f / "config.toml").read_text().replace('"MRI"', '"Brain"')
@@ -488,7 +489,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(
+def test_bad_input_is_one_line_that_names_the_cause_with_exit_code_2(
     tmp_path, monkeypatch, capsys, case
 ):
     write_run(tmp_path)

@@ -1,9 +1,9 @@
-"""A checkpoint on disk: what is in it, and how it is known to be whole.
+"""The checkpoint format, and its integrity check.
 
-A folder `checkpoints/step-000100/` with the model in Hugging Face layout, the optimiser's tensors
-and `progress.json`: safetensors and text only, and a manifest of every file's size and SHA-256. It
-is written beside its place, flushed to the disk and renamed, so that a half-written one never
-counts.
+A checkpoint is a folder `checkpoints/step-000100/` with the model in Hugging Face layout, the
+optimiser's tensors, `progress.json`, and a manifest of every file's size and SHA-256. All files are
+safetensors or text. The folder is written under a temporary name, flushed to disk and then renamed,
+so a half-written checkpoint is never mistaken for a whole one.
 """
 
 import hashlib
@@ -28,16 +28,18 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Progress:
-    """How far a run has come, and what else it must know when it is resumed.
+    """How far a run has come, and the other state that it needs when it is resumed.
 
     Attributes:
-        step: finished steps.
-        seconds, tokens: spent on them, and sampled in them.
-        bad_steps: steps in a row that were not finite.
-        validated: the number of finished steps at the last validation.
-        best: the best validation so far: "step" (finished ones), "right", "total"; or empty.
-        answers_before: the base's greedy answers to the test questions; None until it was asked.
-        contents: digests of what the run works on, by name.
+        step: number of finished steps.
+        seconds, tokens: total time of these steps, and the number of tokens sampled in them.
+        bad_steps: consecutive steps, up to now, whose loss or gradient was not finite.
+        validated: number of finished steps at the last validation.
+        best: the best validation so far ("step", counted in finished steps; "right"; "total"), or
+            empty.
+        answers_before: the base model's greedy answers to the test questions; None if they have
+            not been computed yet.
+        contents: digests of the base weights and the questions, by name.
     """
 
     step: int = 0
@@ -51,7 +53,7 @@ class Progress:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. A copy by another name is none."""
+    """The paths of a run's checkpoints, oldest first. Copies under other names don't count."""
     numbered = {}
     for path in (run_dir / "checkpoints").glob("step-*"):
         if match := re.fullmatch(r"step-(\d{6,})", path.name):
@@ -60,19 +62,19 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def damage_of(checkpoint: Path) -> str:
-    """What differs between a checkpoint's files and its manifest, in a few words, or ""."""
+    """Check a checkpoint against its manifest. Returns a short description of the damage, or ""."""
     try:
         manifest = read_json(checkpoint / MANIFEST, "restore it")
         for name, entry in manifest.items():
             file = checkpoint / name
-            # Sizes first: a torn file is then known without reading gigabytes.
+            # Sizes first: they reveal a truncated file without reading gigabytes.
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                return f"{name} is missing or of another size"
+                return f"{name} is missing or has the wrong size"
             if sha256_of(file) != entry["sha256"]:
-                return f"{name} has other contents"
-    except (ValueError, KeyError, TypeError, AttributeError):  # not ours, or nonsense
+                return f"{name} does not match its checksum"
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a manifest
         manifest = {}
-    return "" if manifest else f"no readable {MANIFEST}"
+    return "" if manifest else f"{MANIFEST} is missing or unreadable"
 
 
 def sha256_of(file: Path) -> str:
@@ -82,25 +84,25 @@ def sha256_of(file: Path) -> str:
 
 @contextmanager
 def written_whole(final: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which becomes `final` when the context is left.
+    """Yields a temporary folder to write into; on exit it is renamed to `final`.
 
-    By then all of it is on the disk, with a manifest. OSError, and no trace, if it can't be
-    written.
+    By then all files and a manifest are on disk. Raises OSError, and leaves nothing behind, if
+    they can't be written.
     """
     partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a kill may have left one
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process may have left one
     partial.mkdir(parents=True)
     try:
         yield partial
         _commit(partial, final)
     except OSError:
-        # On a full disk, half a checkpoint would take the room that the next one needs.
+        # On a full disk, half a checkpoint would take up the space that the next one needs.
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def _commit(partial: Path, final: Path) -> None:
-    """Give a written folder its manifest and its name."""
+    """Write the manifest, flush all files to disk, and rename the folder."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {}
     for file in files:
@@ -109,18 +111,18 @@ def _commit(partial: Path, final: Path) -> None:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
         _flush(path)
-    if final.exists():  # saved once more: out of the way first, so that the name is never torn
+    if final.exists():  # saved again: moved away first, so that `final` is never half old, half new
         aside = final.with_suffix(".old.partial")
         os.replace(final, aside)
         os.replace(partial, final)
         shutil.rmtree(aside)
     else:
         os.replace(partial, final)
-    _flush(final.parent)  # the name itself
+    _flush(final.parent)  # the new name
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file's contents, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,11 +131,11 @@ def _flush(path: Path) -> None:
 
 
 def load_progress(checkpoint: Path, optimizer: MasterAdamW) -> Progress:
-    """Give the optimiser its state back; returns how far the run had come."""
+    """Load the optimiser's state from a checkpoint, and return the run's progress."""
     try:
         optimizer.load_state(load_file(checkpoint / "optimizer.safetensors"))
         values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         return Progress(**{one.name: values[one.name] for one in fields(Progress)})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        remedy = "restore it, or move it away to resume from the one before"
-        raise InputError(f"{checkpoint}: not a whole checkpoint ({error}); {remedy}") from None
+        remedy = "restore it, or move it away to resume from the previous one"
+        raise InputError(f"{checkpoint}: incomplete checkpoint ({error}); {remedy}") from None

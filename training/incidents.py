@@ -1,10 +1,10 @@
-"""A step whose loss or gradient was not finite, written down whole, and played again.
+"""Incidents: steps whose loss or gradient was not finite, saved so that they can be replayed.
 
     python -m training.incidents runs/NAME/incidents/step-000012
 
-The folder needs nothing from outside: prompts with their patches, completions, rewards and
-log-probabilities (batch.safetensors), questions and texts to read (batch.json), and the weights
-(model/): those that the step began with, or with several updates per rollout had come to.
+The folder is self-contained. batch.safetensors has the prompts with their image patches, the
+completions, rewards and log-probabilities; batch.json has the questions and the texts; model/ has
+the weights just before the failed update.
 """
 
 import argparse
@@ -31,19 +31,19 @@ from .checkpoint import damage_of, written_whole
 from .step import Step
 
 MOST = 3
-"""Steps of a run that are written down whole: each may take as much room as the model."""
+"""Maximum number of saved incidents per run: each may take as much disk space as the model."""
 
 _OF_PROMPT = ("tokens_P", "patches_SC", "grids_I3", "positions_3P")
 _OF_ROLLOUT = ("tokens_NGT", "mask_NGT", "logp_NGT", "ended_NG")
-_REMEDY = "name a folder runs/NAME/incidents/step-..."
+_REMEDY = "give a folder runs/NAME/incidents/step-..."
 
 
 def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path | None:
-    """Write `incidents/step-NNNNNN` in the run's folder and return it; None if `MOST` are there."""
+    """Write `incidents/step-NNNNNN` in the run folder, and return it; None if there are `MOST`."""
     folder = Path(config.run_dir) / "incidents" / f"step-{step.number:06d}"
     if len(list(folder.parent.glob("step-*"))) >= MOST:
         return None
-    assert step.rollout is not None  # a step without prompts has no loss that could go wrong
+    assert step.rollout is not None  # a step without prompts has no loss
     tensors = {name: getattr(step.rollout, name) for name in _OF_ROLLOUT} | step.tensors
     for n, prompt in enumerate(step.rollout.prompts):
         for name in _OF_PROMPT:
@@ -58,7 +58,7 @@ def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path | None:
     text = json.dumps(description, indent=1, ensure_ascii=False, default=str)
     with written_whole(folder) as partial:
         save_model(policy, partial / "model")
-        # Safetensors writes no views: a prompt's positions, say, may be cut from a larger tensor.
+        # Safetensors can't write views, and a prompt's positions may be a slice of a larger tensor.
         plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         write_tensors(plain, partial / "batch.safetensors")
         (partial / "batch.json").write_text(text, encoding="utf-8")
@@ -66,10 +66,10 @@ def write_incident(config: Config, step: Step, policy: Qwen2VL) -> Path | None:
 
 
 def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tensor]]:
-    """batch.json, the rollout, and all tensors by name. InputError if the folder is not whole."""
+    """Returns batch.json, the rollout, and all tensors by name. InputError if a file is damaged."""
     damage = damage_of(folder)
     if damage:
-        raise InputError(f"{folder}: not the record of a step ({damage}); {_REMEDY}")
+        raise InputError(f"{folder}: not an intact incident folder ({damage}); {_REMEDY}")
     description = read_json(folder / "batch.json", _REMEDY)
     tensors = load_file(folder / "batch.safetensors")
     prompts = []
@@ -81,7 +81,7 @@ def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tens
 
 
 def replay(folder: Path) -> list[str]:
-    """Loss and gradient of each group of an incident, computed again on the CPU, in lines."""
+    """Recompute the loss and gradient of each group on the CPU. Returns the report's lines."""
     description, rollout, tensors = read_incident(folder)
     config = Config(**description["config"])
     policy = load_model(folder / "model", "cpu", config.dtype)
@@ -90,7 +90,7 @@ def replay(folder: Path) -> list[str]:
     lines = [f"step {description['step']}: {size}, {config.dtype}"]
     for name, x in tensors.items():
         if x.is_floating_point() and not x.isfinite().all():
-            lines.append(f"{name} holds {int((~x.isfinite()).sum())} numbers that are not finite")
+            lines.append(f"{name} has {int((~x.isfinite()).sum())} values that are not finite")
     for batch in rollout.micro_batches(1):  # one group each
         temperature = config.temperature if config.method == "grpo" else 1.0
         logp, _ = completion_logprobs(policy, batch, allowed_V, temperature)
@@ -109,7 +109,7 @@ def replay(folder: Path) -> list[str]:
 
 
 def _loss(logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], config: Config) -> Tensor:
-    """Of one group by itself, per sequence: enough to find the one that is not finite."""
+    """The loss of a single group, averaged per sequence: enough to find which is not finite."""
     if config.method == "sft":
         return -logp.sum()
     loss, _ = grpo_loss(

@@ -1,4 +1,4 @@
-"""train.py from the command line to the table: a run between two measurements of accuracy."""
+"""The command-line program: parses the config, trains, and measures accuracy before and after."""
 
 import json
 import signal
@@ -23,14 +23,14 @@ Method = Callable[[Run, Config], None]
 
 
 def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) -> int:
-    """Do what train.py's command line asks for, and return its exit code.
+    """Run train.py's command line, and return the exit code.
 
-    0 done; 2 something must be mended, as the one line says; 130, 143 or 129 stopped by Ctrl-C,
-    SIGTERM or SIGHUP, with a checkpoint of the last whole step.
+    0: done; 2: an error that the user can fix, printed in one line; 130, 143 or 129: stopped by
+    Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of the last finished step.
     """
     for number in SIGNALS:
-        # nohup ignores SIGHUP, so that the run outlives its terminal. A shell ignores SIGINT for
-        # what it starts in the background, but whoever sends that to a run means it.
+        # nohup sets SIGHUP to be ignored, so that the run outlives its terminal. Shells do the
+        # same with SIGINT for background jobs, but a SIGINT sent to a run is meant for it.
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop_at_once)
 
@@ -47,7 +47,7 @@ def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) ->
 
 
 def measured(run: Run, method: Method) -> None:
-    """Train between two measurements of accuracy; leaves model and summary, prints the table."""
+    """Measure accuracy, train, and measure again. Saves model and summary, and prints the table."""
     folder, questions, progress = Path(run.config.run_dir), run.questions.test, run.progress
     if progress.answers_before is None:
         progress.answers_before = run.answers(questions, "accuracy before")
@@ -79,18 +79,18 @@ def measured(run: Run, method: Method) -> None:
         print(_best_validation(run, folder))
     if after:
         table = comparison_table(before, after, blind)
-        print(f"Greedy accuracy in percent (95 % interval):\n\n{table}\n")
+        print(f"Greedy accuracy in percent (95% interval):\n\n{table}\n")
     print(f"model:  {folder / 'model'}\ncurves: tensorboard --logdir {folder / 'tensorboard'}")
 
 
 def _best_validation(run: Run, folder: Path) -> str:
-    """The best on validation, beside the best guess that sees no image, and where it was saved."""
+    """One line on the best validation: accuracy, best guess without the image, checkpoint."""
     questions, best = run.questions.validation, run.progress.best
     credits = blind_credits(run.questions.train, questions)
     blind_rate = max(map(sum, credits.values())) / len(questions)
     accuracy = percent_with_interval(best["right"], best["total"])
     checkpoint = folder / "checkpoints" / f"step-{best['step']:06d}"
     return (
-        f"validation: best {accuracy} % of {best['total']} (the best guess without the image "
-        f"{percent(blind_rate)} %) after {best['step']} steps: {checkpoint}"
+        f"best validation accuracy: {accuracy} percent of {best['total']} (best guess without the "
+        f"image: {percent(blind_rate)} percent) after {best['step']} steps, saved in {checkpoint}"
     )

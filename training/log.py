@@ -1,4 +1,4 @@
-"""The records of a run: a progress bar, TensorBoard, and files of JSON lines in its folder."""
+"""The logs of a run: a progress bar, TensorBoard, and JSON lines files in the run folder."""
 
 import json
 import math
@@ -30,19 +30,19 @@ _BAR = {
     "probability": "p(answer)",
     "tokens_per_second": "tok/s",
 }
-"""Metric -> what the progress bar calls it."""
+"""Metric -> its name in the progress bar."""
 
 
 class RunLog:
-    """Writes a run's records, from `first_step` on.
+    """Writes the logs of a run, from `first_step` on.
 
-    A step's numbers go to `metrics.jsonl`, and each completion, with its rewards and the rules'
-    reasons, to `completions.jsonl`; the run has `incidents.jsonl` and `validation.jsonl` besides.
-    When a run is resumed, its records lose what came after the checkpoint.
+    Each step's metrics go to `metrics.jsonl`; each completion, with its rewards and the rules'
+    reasons, to `completions.jsonl`; the rest to `incidents.jsonl` and `validation.jsonl`. When a
+    run is resumed, rows from after the checkpoint are deleted.
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
-        # Imported here, because that takes a second: a mistake in the config is reported before.
+        # Imported here because it takes a second: mistakes in the config are reported first.
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(config.run_dir)
@@ -50,29 +50,29 @@ class RunLog:
         self.incidents = Counter(row["kind"] for row in self._kept("incidents", first_step))
         self._kept("completions", first_step)
         self._kept("validation", first_step)
-        self._alarms = alarms(self._rows)  # those that were reported before the run was resumed
+        self._alarms = alarms(self._rows)  # those already reported before the run was resumed
         # When the disk is full, the writer's thread prints a traceback and raises the error again
-        # in ours, where it becomes a line.
+        # in the main thread. Only the latter is shown, as one line.
         self._hook, threading.excepthook = threading.excepthook, _silent_on_os_errors
-        # purge_step: curves, like the files, lose what came after the checkpoint.
+        # purge_step: curves, like the files, lose the steps after the checkpoint.
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
 
     def step(self, step: Step) -> dict[str, str]:
-        """Record a step, and report what the watchdog finds in it that it did not find before.
+        """Log a step, and report the watchdog's new alarms.
 
-        Returns what the progress bar shows of it.
+        Returns the metrics that the progress bar shows, as text.
         """
         metrics = step_metrics(step)
-        # JSON knows no NaN: what is not finite becomes null.
+        # JSON has no NaN: values that are not finite become null.
         row = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         self._write("metrics", {"step": step.number, **row})
         for name, value in metrics.items():
-            tag = name if "/" in name else f"train/{name}"  # TensorBoard groups by what precedes /
+            tag = name if "/" in name else f"train/{name}"  # TensorBoard groups by prefix
             self.board.add_scalar(tag, value, step.number)
         if step.rollout and step.verdicts_NG:
             self._completions(step, step.rollout)
-        self._rows = recent([*self._rows, row])  # as a resumed run will read it
-        # A failure that goes on is one alarm, not one a step.
+        self._rows = recent([*self._rows, row])  # as a resumed run will read them
+        # A failure that persists raises one alarm, not one per step.
         before, self._alarms = self._alarms, alarms(self._rows)
         for name, line in self._alarms.items():
             if name not in before:
@@ -80,14 +80,14 @@ class RunLog:
         return {short: f"{metrics[name]:.3g}" for name, short in _BAR.items() if name in metrics}
 
     def incident(self, step: int, kind: str, line: str) -> None:
-        """Report what somebody who was not watching should know: on the terminal and in a file."""
+        """Report an unusual event: on the terminal, in incidents.jsonl and in TensorBoard."""
         self.incidents[kind] += 1
         tqdm.write(printable(f"step {step}: {line}"))
         self._write("incidents", {"step": step, "kind": kind, "says": line})
         self.board.add_text("incidents", f"    {printable(line)}", step)
 
     def validation(self, step: int, right: int, total: int) -> None:
-        """Greedy accuracy on the validation questions after this step."""
+        """Log the greedy accuracy on the validation questions after this step."""
         rate = right / total
         self._write("validation", {"step": step, "right": right, "total": total, "accuracy": rate})
         self.board.add_scalar("validation/accuracy", rate, step)
@@ -102,14 +102,14 @@ class RunLog:
         lines += [f"correct: {question.answer}", ""]
         for reward, text in zip(step.tensors["rewards_NG"][0].tolist(), texts, strict=True):
             lines.append(f"[{reward:.2g}] {text}")
-        # Four spaces make a code block: what the model wrote is shown as it is, never rendered.
+        # Four spaces make a code block: the model's text is shown verbatim, never rendered.
         block = "\n".join(lines).replace("\n", "\n    ")
         self.board.add_text("samples", f"    {block}", step.number)
         if question.images:
             try:
                 image = np.asarray(load_image(question.images[0]))
                 self.board.add_image("samples", image, step.number, dataformats="HWC")
-            except InputError as error:  # readable when the step began: no reason to stop
+            except InputError as error:  # it was readable when the step began: no reason to stop
                 self.incident(step.number, "image", str(error))
 
     def __enter__(self) -> Self:
@@ -121,11 +121,11 @@ class RunLog:
             self.board.close()
         except OSError as full:
             full.filename = str(self.folder)
-            if kind is None:  # else the first error counts: what it kept from the disk fails again
+            if kind is None:  # otherwise the error that ended the run is the one to report
                 raise
 
     def _completions(self, step: Step, rollout: Rollout) -> None:
-        """In the form that `evaluation.audits` read, with the rules' reasons and the advantage."""
+        """Write completions in the format of `evaluation.audits`, plus verdicts and advantages."""
         advantages_NG, rows = step.tensors["advantages_NG"].tolist(), []
         for n, prompt in enumerate(rollout.prompts):
             question = prompt.question
@@ -156,16 +156,16 @@ class RunLog:
             file.write(text)
 
     def _kept(self, name: str, first_step: int) -> list[dict[str, Any]]:
-        """Drop a file's rows from `first_step` on, and what a crash has left of a row.
+        """Delete a file's rows from `first_step` on, and a last row truncated by a crash.
 
-        Returns the rows that stay, except completions.
+        Returns the remaining rows; for completions, an empty list.
         """
         file, partial, kept = self.folder / f"{name}.jsonl", self.folder / f"{name}.partial", []
         with partial.open("w", encoding="utf-8") as out:
             for _, row in read_json_lines(file, f"move {file} away") if file.exists() else ():
                 if row["step"] < first_step:
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    # Nobody here reads completions again, and all of them may fill the memory.
+                    # Completions are not needed again, and all of them may not fit in memory.
                     if name != "completions":
                         kept.append(row)
         os.replace(partial, file)
@@ -173,10 +173,10 @@ class RunLog:
 
 
 def step_metrics(step: Step) -> dict[str, float]:
-    """The numbers of a step: statistics of its update, of its rewards and lengths, and its seconds.
+    """The metrics of a step: statistics of its update, rewards, lengths and time.
 
-    Rewards and lengths are means over completions, or over groups. Names are TRL's where they mean
-    the same.
+    Rewards and lengths are means over completions or over groups. Names follow TRL where the
+    meaning is the same.
     """
     metrics = {name: float(value) for name, value in step.stats.items()}
     seconds = sum(step.seconds.values())

@@ -1,4 +1,4 @@
-"""A run made ready: questions, models, tokens, optimiser, and how far it has come."""
+"""Setting up a run: loads questions, models and optimiser, and the checkpoint to resume from."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +31,9 @@ from .saving import Checkpoints, warn_of_a_small_disk
 
 @contextmanager
 def prepared(config: Config) -> Iterator[Run]:
-    """Begin or resume the run that `config` describes, and say on the terminal what it is.
+    """Start or resume the run that `config` describes, and print a summary.
 
-    Its folder is this process's own until the context is left. InputError for bad input.
+    The run folder stays locked until the context is left. InputError for bad input.
     """
     keep_freed_memory()
     use_device(config)
@@ -47,13 +47,13 @@ def prepared(config: Config) -> Iterator[Run]:
         encoder = prompt_encoder(vocabulary, policy.config, config)
         questions, too_long, unreadable = fitting_questions(encoder, config, questions)
         train, validation, test = map(len, questions)
-        print(f"{train} questions to train on, {validation} to validate on, {test} to test")
+        print(f"questions: {train} for training, {validation} for validation, {test} for testing")
         if any(too_long):
-            counts = "{} of training, {} of validation, {} of test".format(*too_long)
-            print(f"left out as longer than {config.max_prompt_tokens} tokens: {counts}")
+            counts = "{} for training, {} for validation, {} for testing".format(*too_long)
+            print(f"skipped, longer than {config.max_prompt_tokens} tokens: {counts}")
         if unreadable:
             count = f"{len(unreadable)}, first {unreadable[0]}"
-            print(f"left out when their turn comes, as their images can't be read: {count}")
+            print(f"will be skipped because their images can't be read: {count}")
 
         optimizer = MasterAdamW(policy, config)
         progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
@@ -67,10 +67,9 @@ def prepared(config: Config) -> Iterator[Run]:
         progress.contents = contents
         write_config(config)
         weights = sum(param.nbytes for param in policy.parameters())
-        # Before the night, and not in it.
         warn_of_a_small_disk(config, weights + optimizer.state_bytes(), weights)
         if checkpoint:
-            print(f"going on from {checkpoint}")
+            print(f"resuming from {checkpoint}")
         with ThreadPoolExecutor(1, "checkpoint") as saver, RunLog(config, progress.step) as log:
             yield Run(
                 config=config,
@@ -91,9 +90,9 @@ def prepared(config: Config) -> Iterator[Run]:
 def _models(
     config: Config, folder: Path, checkpoint: Path | None
 ) -> tuple[Qwen2VL, Qwen2VL | None]:
-    """The policy, as the checkpoint has it or the base, and the frozen reference, or None."""
+    """The policy, from the checkpoint or else the base, and the frozen reference, or None."""
     policy = load_model(checkpoint or folder, config.device, config.dtype)
-    # Tokenizer files come from the base in any case; the limits of an image are the run's.
+    # Tokenizer files always come from the base; the pixel limits are those of the config.
     policy.companions = with_pixel_limits(folder, config.min_pixels, config.max_pixels)
     policy.recompute = config.activation_checkpointing
     reference = None
@@ -102,7 +101,7 @@ def _models(
     if config.freeze_vision:
         policy.visual.requires_grad_(False)
         if reference is not None:
-            reference.visual = policy.visual  # one tower in memory
+            reference.visual = policy.visual  # one vision tower in memory
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     place = f"{config.dtype} on {config.device}"
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {place}")
@@ -112,13 +111,13 @@ def _models(
 def fitting_questions(
     encoder: PromptEncoder, config: Config, questions: Questions
 ) -> tuple[Questions, list[int], list[InputError]]:
-    """Of the questions those whose prompts fit, and what is said of the others.
+    """Returns the questions whose prompts fit within `max_prompt_tokens`.
 
-    Returns also how many prompts of each of the three sets are too long, and the errors of training
-    images that can't be read but may be skipped.
+    Also returns the number of prompts that are too long in each of the three sets, and the errors
+    of training images that can't be read and will be skipped.
     """
     train = encoder.select(questions.train, keep_unreadable=config.bad_images == "skip")
-    # Runs are compared by the other two sets: no image may be missing there.
+    # Runs are compared on these two sets, so all their images must be readable.
     validation, test = encoder.select(questions.validation), encoder.select(questions.test)
     fitting = Questions(train.questions, validation.questions, test.questions)
     return fitting, [train.too_long, validation.too_long, test.too_long], train.unreadable

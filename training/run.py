@@ -1,4 +1,4 @@
-"""A run: what it consists of, its steps, and what is done between them and when they end."""
+"""A run: its parts, its steps, and the work between and after them."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Run:
-    """What a run consists of. `reference` is None where the loss needs none."""
+    """The parts of a run. `reference` is None if the loss has no KL term."""
 
     config: Config
     questions: Questions
@@ -48,17 +48,17 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     log: RunLog
-    micro_batch_tokens: int  # the config's, or fewer where a GPU's memory does not suffice
+    micro_batch_tokens: int  # the config's value, or less if the GPU ran out of memory
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = 0  # finished steps in the newest checkpoint
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left; each is recorded, and saved where that is due, after its body.
+        """Yields the remaining steps; logs each after the loop body, and validates or saves if due.
 
         Raises:
-            InputError: an image can't be read, too many steps in a row were not finite, or a
-                checkpoint can't be saved.
-            Stopped: the run was asked to stop.
+            InputError: an image can't be read, a checkpoint can't be saved, or the loss or
+                gradient was not finite in too many consecutive steps.
+            Stopped: a signal stopped the run.
         """
         config = self.config
         numbers = range(self.progress.step, config.steps)
@@ -71,48 +71,48 @@ class Run:
             self._leave_out if config.bad_images == "skip" else None,
             LOADERS[config.images],
         )
-        if self._validate_if_due():  # a stop came before it could
+        if self._validate_if_due():  # the run was stopped before this validation
             self._save()
         bar = tqdm(
             total=config.steps,
-            initial=self.progress.step,  # of a resumed run: speed is that of its own steps
+            initial=self.progress.step,  # so that a resumed run shows its own speed
             desc=config.method.upper(),
             unit="step",
             dynamic_ncols=True,
         )
-        # Closed however the loop is left: what is printed next then stands below the bar.
+        # Closed however the loop ends, so that later output appears below the bar.
         with bar:
             for number in numbers:
                 step = Step(number, (), config.device)
                 with step.phase("prompts"):
                     step.prompts = next(prompts_of)
-                if config.freeze_vision:  # all models and passes of the step share what it computes
+                if config.freeze_vision:  # computed once per step, for all models and passes
                     with step.phase("vision"):
                         step.prompts = with_image_features(self.policy, step.prompts)
-                if step.prompts:  # of images that can't be read none may be left
+                if step.prompts:  # empty if none of the step's images could be read
                     yield step
                 bar.set_postfix(self.log.step(step), refresh=False)
                 bar.update()
                 self._end(step)
 
     def _leave_out(self, error: InputError) -> None:
-        self.log.incident(self.progress.step, "image", f"question left out: {error}")
+        self.log.incident(self.progress.step, "image", f"question skipped: {error}")
 
     def micro_batches(self, rollout: Rollout) -> Iterator[MicroBatch]:
-        """Whole groups, as many as memory allows; between two a request to stop is obeyed."""
+        """Yields whole groups, up to `micro_batch_tokens` at once; may stop the run in between."""
         for batch in rollout.micro_batches(self.micro_batch_tokens):
             self.stop.check()
             yield batch
 
     def watch(self, tokens: Tensor) -> None:
-        """Between two tokens of a rollout, or of an answer, a request to stop is obeyed."""
+        """Called after each token of a rollout or an answer; may stop the run."""
         self.stop.check()
 
     def apply_gradient(self, step: Step, stats: dict[str, Tensor]) -> bool:
-        """The optimiser's step on the gradients so far; adds `stats`, and its own, to the step's.
+        """Take an optimiser step on the accumulated gradient; adds statistics to `step.stats`.
 
-        Returns False if loss or gradient is not finite: then no weight was changed. From here on
-        the run may not stop before the step was recorded (`_end`).
+        Returns False, and changes no weight, if the loss or gradient is not finite. From here on,
+        the run may not stop until the step has been logged (`_end`).
         """
         self.stop.deferred = True
         rate = scheduled_rate(step.number, self.config)
@@ -126,12 +126,12 @@ class Run:
         return step.finite
 
     def answers(self, questions: Sequence[Question], label: str) -> list[str]:
-        """The policy's greedy answers as it stands; `label` is the progress bar's."""
+        """The current policy's greedy answers; `label` is for the progress bar."""
         examinee = Examinee(self.policy, self.vocabulary, self.encoder, self.config, self.watch)
         return examinee.greedy_texts(questions, label)
 
     def _end(self, step: Step) -> None:
-        """Count a recorded step, validate and save where that is due, or stop."""
+        """Count a logged step; validate and save if due; stop if requested."""
         config, progress, number = self.config, self.progress, step.number
         if step.finite:
             progress.bad_steps = 0
@@ -148,11 +148,11 @@ class Run:
 
         validated = self._validate_if_due()
         if progress.bad_steps >= config.max_bad_steps:
-            progress.bad_steps = 0  # who goes on from here gets as many again
+            progress.bad_steps = 0  # a resumed run may fail as many times again
             raise InputError(
-                f"{config.run_dir}: {config.max_bad_steps} steps in a row were not finite; "
-                f"`python -m training.incidents {config.run_dir}` tells more; begin anew in "
-                "another --run_dir, with a lower learning_rate"
+                f"{config.run_dir}: loss or gradient was not finite in {config.max_bad_steps} "
+                f"consecutive steps; `python -m training.incidents {config.run_dir}` shows "
+                "details; start again in another --run_dir with a lower learning_rate"
             )
         last = progress.step == config.steps
         if validated or last or progress.step % config.save_every == 0:
@@ -160,14 +160,14 @@ class Run:
         self.stop.check()
 
     def _record_incident(self, step: Step) -> None:
-        line = "loss or gradient is not finite: this update was left out"
+        line = "loss or gradient is not finite: update skipped"
         folder = write_incident(self.config, step, self.policy)
         if folder:
-            line += f"; all of it is in {folder}"
+            line += f"; details in {folder}"
         self.log.incident(step.number, "not finite", line)
 
     def _validate_if_due(self) -> bool:
-        """Validate every `validate_every` steps and after the last; once, also if stopped there."""
+        """Validate every `validate_every` steps and after the last, but only once after a step."""
         progress, config, done = self.progress, self.config, self.progress.step
         due = done > 0 and (done % config.validate_every == 0 or done == config.steps)
         if not self.questions.validation or not due or progress.validated == done:
@@ -185,7 +185,7 @@ class Run:
         self.saved_step = self.progress.step
 
     def save_last_whole_step(self, error: BaseException) -> None:
-        """Save it, if weights and progress are those of a whole step; another fault gets a line."""
+        """Save the last finished step if that is still to do; `InputError`s are only printed."""
         self.optimizer.forget_gradients()
         works = [self.checkpoints.finish]
         if not self.stop.deferred and self.progress.step > self.saved_step:
@@ -201,11 +201,10 @@ class Run:
 def smaller_if_memory_is_full(
     work: Callable[[Run, Rollout, *Rest], Result],
 ) -> Callable[[Run, Rollout, *Rest], Result]:
-    """Let `work(run, rollout, ...)` begin anew with smaller micro-batches when a GPU's memory is
-    full.
+    """Make `work(run, rollout, ...)` retry with smaller micro-batches when GPU memory is full.
 
-    That changes no gradient: the divisor of the loss does not depend on micro-batches. InputError
-    if not even one group fits.
+    The gradient stays the same, because the divisor of the loss does not depend on micro-batches.
+    InputError if not even a single group fits.
     """
 
     @wraps(work)
@@ -214,13 +213,13 @@ def smaller_if_memory_is_full(
             try:
                 return work(run, rollout, *rest)
             except torch.OutOfMemoryError:
-                pass  # left before going on: the error holds the tensors of what failed
+                pass  # retried outside of this block: the error keeps tensors alive
             run.optimizer.forget_gradients()
             torch.cuda.empty_cache()
             before = run.micro_batch_tokens
             run.micro_batch_tokens = rollout.smaller_micro_batches(before)
             line = f"out of memory with micro_batch_tokens = {before}"
-            line += f"; going on with {run.micro_batch_tokens}"
+            line += f"; continuing with {run.micro_batch_tokens}"
             run.log.incident(run.progress.step, "memory", line)
 
     return fitted
@@ -229,7 +228,7 @@ def smaller_if_memory_is_full(
 @smaller_if_memory_is_full
 @torch.no_grad()
 def rollout_logprobs(run: Run, rollout: Rollout, model: Qwen2VL) -> Tensor:
-    """log pi (N, G, T) of a whole rollout under a model as it stands; 0 outside the mask."""
+    """log pi (N, G, T) of a whole rollout under `model`, without gradient; 0 outside the mask."""
     logp_NGT = torch.zeros_like(rollout.logp_NGT)
     for batch in run.micro_batches(rollout):
         allowed_V, temperature = run.vocabulary.allowed_V, run.config.temperature
@@ -240,10 +239,9 @@ def rollout_logprobs(run: Run, rollout: Rollout, model: Qwen2VL) -> Tensor:
 
 @contextmanager
 def saving_at_the_end(run: Run) -> Iterator[None]:
-    """Within, the run is trained, and signals ask it to stop.
+    """Listen to signals, and save the last finished step however training ends.
 
-    Whatever ends it (bad files, a full disk, a signal) leaves a checkpoint of the last whole step
-    behind, if one can be written, before it goes on to the caller.
+    An error or signal (bad files, a full disk, Ctrl-C) is raised again after saving.
     """
     with run.stop.listening():
         try:
@@ -252,9 +250,9 @@ def saving_at_the_end(run: Run) -> Iterator[None]:
             run.stop.check()  # a signal may have come while the last checkpoint was written
         except (Exception, Stopped) as error:
             run.save_last_whole_step(error)
-            if isinstance(error, OSError):  # it says why, but not always where
+            if isinstance(error, OSError):  # it gives the cause, but not always the file
                 error.filename = error.filename or run.config.run_dir
-            if isinstance(error, Stopped):  # only now is it known which checkpoint is the newest
+            if isinstance(error, Stopped):  # only now is the newest checkpoint known
                 newest = run.checkpoints.newest()
-                error.args = (f"stopped; the same command goes on from {newest}",)
+                error.args = (f"stopped; the same command resumes from {newest}",)
             raise

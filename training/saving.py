@@ -21,10 +21,10 @@ from .checkpoint import Progress, checkpoints, written_whole
 
 
 class Checkpoints:
-    """Saves a run's checkpoints, in a thread of its own where memory allows a copy of them.
+    """Saves the checkpoints of a run, in the background if there is enough memory for a copy.
 
-    Kept are the newest `config.keep_checkpoints`, and the best on validation. `thread` has one
-    worker.
+    Keeps the newest `config.keep_checkpoints` and the best on validation. `thread` must have a
+    single worker.
     """
 
     def __init__(self, config: Config, thread: ThreadPoolExecutor) -> None:
@@ -34,12 +34,13 @@ class Checkpoints:
         self._saving: Future[None] | None = None
 
     def save(self, model: Qwen2VL, optimizer: MasterAdamW, progress: Progress) -> Path:
-        """Write `step-NNNNNN`, and return its path.
+        """Save a checkpoint `step-NNNNNN`, and return its path.
 
-        It may still be written when this returns: `finish` waits for it, and so does the next.
+        Writing may continue in the background; `finish` and the next `save` wait for it.
 
         Raises:
-            InputError: this one, or the one before, can't be written.
+            InputError: this checkpoint or the previous one can't be written, or the weights are
+                not finite.
         """
         self.finish()
         self._refuse_diverged(model)
@@ -50,20 +51,20 @@ class Checkpoints:
         if room:
             weights = published_tensors(model)
             state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        now = replace(progress)  # a copy too: the run goes on counting
+        now = replace(progress)  # also a copy, because the run updates its own
         self._saving = self._thread.submit(self._write, final, model, weights, state, now)
         if not room:
             self.finish()
         return final
 
     def finish(self) -> None:
-        """Wait until what is being saved is on the disk. InputError if it can't be."""
+        """Wait until the checkpoint being saved is on disk. InputError if it can't be written."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def newest(self) -> str:
-        """Where a run that ended now would go on from, in words."""
+        """The path of the newest checkpoint, for messages; "the beginning" if there is none."""
         saved = checkpoints(self.folder.parent)
         return str(saved[-1]) if saved else "the beginning"
 
@@ -71,9 +72,9 @@ class Checkpoints:
         finite = torch.stack([param.isfinite().all() for param in model.parameters()]).all()
         if not finite:
             raise InputError(
-                f"{self.folder.parent}: the weights are not finite any more and are not saved: "
-                "training has diverged; begin anew in another --run_dir with a lower learning_rate "
-                f"(the last sound weights: {self.newest()})"
+                f"{self.folder.parent}: the weights are no longer finite and were not saved: "
+                "training has diverged; start again in another --run_dir with a lower "
+                f"learning_rate (last finite weights: {self.newest()})"
             )
 
     def _write(
@@ -85,7 +86,7 @@ class Checkpoints:
         progress: Progress,
     ) -> None:
         try:
-            for leftover in self.folder.glob("*.partial"):  # a kill left it, and it takes room
+            for leftover in self.folder.glob("*.partial"):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
             with written_whole(final) as folder:
                 save_model(model, folder, weights)
@@ -95,36 +96,39 @@ class Checkpoints:
             self._delete_old(progress.best.get("step", 0))
         except OSError as error:
             raise InputError(
-                f"{final}: can't save the checkpoint ({error}); make room (*.damaged, older "
-                "checkpoints and incidents/*/model may go) or mend the disk, and the same command "
-                f"goes on from {self.newest()}"
+                f"{final}: can't save the checkpoint ({error}); free some space (*.damaged, older "
+                "checkpoints and incidents/*/model may be deleted) or repair the disk; the same "
+                f"command then resumes from {self.newest()}"
             ) from None
 
     def _delete_old(self, best: int) -> None:
         for old in checkpoints(self.folder.parent)[: -self.kept]:
             if old.name != f"step-{best:06d}":
-                # Renamed first: a kill while it is deleted leaves nothing that looks whole.
-                going = old.with_suffix(".partial")
-                os.replace(old, going)
-                shutil.rmtree(going)
+                # Renamed first, so that a kill during deletion leaves nothing that looks whole.
+                renamed = old.with_suffix(".partial")
+                os.replace(old, renamed)
+                shutil.rmtree(renamed)
 
 
 def checkpoints_at_once(config: Config) -> int:
-    """How many checkpoints of a run are on the disk at most."""
+    """The largest number of checkpoints of a run that are on disk at any time."""
     best = bool(config.validation_questions or config.validation_fraction)
-    # The one that is being written comes before an old one is deleted.
+    # + 1: a new checkpoint is written before an old one is deleted.
     return config.keep_checkpoints + 1 + best
 
 
 def warn_of_a_small_disk(config: Config, checkpoint: int, model: int) -> None:
-    """Print a line if the disk lacks room for a run's checkpoints and model (bytes of one)."""
+    """Print a warning if the disk is too small for the run.
+
+    `checkpoint` and `model` are the sizes of one checkpoint and of the trained model, in bytes.
+    """
     needed = checkpoints_at_once(config) * checkpoint + model
     run_dir = Path(config.run_dir).absolute()
     folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    # A resumed run writes its new checkpoints in the place of old ones.
+    # A resumed run replaces its old checkpoints by new ones.
     held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step-*/*"))
     free = shutil.disk_usage(folder).free + held
     if needed > free:
-        line = f"checkpoints and model may take {needed / 1e9:.1f} GB in {folder}"
-        remedy = "lower keep_checkpoints or make room"
-        print(f"! {line}, but only {free / 1e9:.1f} GB are free for them: {remedy}")
+        line = f"checkpoints and model may need {needed / 1e9:.1f} GB in {folder}"
+        remedy = "lower keep_checkpoints or free some space"
+        print(f"! {line}, but only {free / 1e9:.1f} GB is available: {remedy}")

@@ -1,4 +1,4 @@
-"""The rules of `rewards`, applied to a whole rollout."""
+"""Scoring a rollout with the rules of `rewards`."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .step import Verdicts
 
 
 def score_rollout(rollout: Rollout) -> Verdicts:
-    """Every rule's verdict on every completion."""
+    """The verdict of every rule on every completion."""
     verdicts_NG = []
     for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
         verdicts_NG.append([score(text, prompt.question.answer) for text in texts])
@@ -19,8 +19,8 @@ def score_rollout(rollout: Rollout) -> Verdicts:
 
 
 def weighted_sum(verdicts_NG: Verdicts, config: Config) -> Tensor:
-    """Rewards (N, G): each rule's score times its weight, which is `config.<rule>_weight`."""
-    # Rules read text and run on the host; one copy to the device at the end.
+    """Rewards (N, G): the sum of each rule's score times its weight, `config.<rule>_weight`."""
+    # Rules run on the CPU; the rewards are copied to the device once, at the end.
     rewards_NG = torch.zeros(len(verdicts_NG), len(verdicts_NG[0]))
     for n, group in enumerate(verdicts_NG):
         for g, verdicts in enumerate(group):

@@ -1,10 +1,10 @@
-"""Supervised fine-tuning on the right letters (SFT): the baseline that GRPO is compared with.
+"""Supervised fine-tuning (SFT) on the correct answers: the baseline for GRPO.
 
-Same questions in the same order, same prompts and pixels, same optimiser, schedule and
-log-probabilities; what differs is the target: the right answer is given, and nothing says how to
-get there. Plain letters, in tags or bare, are what is usually meant by SFT on multiple choice.
-"named" makes the most of what a question file holds: it has no reasoning to imitate, but it does
-say which option is right, and a model may know the words better than their letters.
+Questions and their order, prompts, pixels, optimiser, schedule and log-probabilities are the same
+as in GRPO. Only the target differs: SFT is given the correct answer, without any reasoning. SFT on
+multiple choice usually means the letter alone, in tags or bare. "named" uses the question file to
+the full: it contains no reasoning to imitate, but it does name the correct option, and a model may
+know the option's words better than its letter.
 """
 
 from torch import Tensor
@@ -23,7 +23,7 @@ TARGETS = {
 
 
 def fine_tune(run: Run, config: Config) -> None:
-    """Train `run.policy` by cross-entropy on the right answers; leaves metrics and checkpoints."""
+    """Train `run.policy` with cross-entropy on the correct answers."""
     for step in run.steps():
         targets = [[target(prompt.question, config.sft_answer)] for prompt in step.prompts]
         answers = written_rollout(run.vocabulary, step.prompts, targets, config.device)
@@ -34,18 +34,18 @@ def fine_tune(run: Run, config: Config) -> None:
 
 
 def target(question: Question, form: str) -> str:
-    """The completion that is trained on, in one of the forms of `TARGETS`."""
+    """The completion to train on, in one of the forms of `TARGETS`."""
     option = question.options[ord(question.answer) - ord("A")]
     return TARGETS[form].format(letter=question.answer, option=option)
 
 
 @smaller_if_memory_is_full
 def accumulate_cross_entropy(run: Run, answers: Rollout) -> tuple[Tensor, Tensor]:
-    """Gradient of the mean cross-entropy over all answer tokens, end of turn included.
+    """Accumulate the gradient of the mean cross-entropy over all tokens, end of turn included.
 
-    Returns the loss (nats per token), and the mean probability of a whole answer.
+    Returns the loss (nats per token) and the mean probability of a whole answer.
     """
-    tokens = answers.mask_NGT.sum()  # the divisor, fixed before anything is split
+    tokens = answers.mask_NGT.sum()  # the divisor of the whole step, not of a micro-batch
     loss, probability = answers.logp_NGT.new_zeros(()), answers.logp_NGT.new_zeros(())
     for batch in run.micro_batches(answers):
         logp, _ = completion_logprobs(run.policy, batch, run.vocabulary.allowed_V, temperature=1.0)

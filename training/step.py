@@ -1,4 +1,4 @@
-"""One step of a run: what it works on, what it leaves for the record, and where its time goes."""
+"""One step of a run: its prompts, its results for the logs, and its timings."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,21 +13,21 @@ from grpo.rollout import Rollout
 from rewards import Verdict
 
 Verdicts = Sequence[Sequence[tuple[Verdict, ...]]]
-"""Of N groups of G completions each one's verdicts, in the order of the rules."""
+"""For each of N groups of G completions, the verdicts of all rules, in the order of the rules."""
 TENSORS = ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")
-"""What the loss takes beside the rollout."""
+"""The loss's inputs besides the rollout."""
 
 
 @dataclass
 class Step:
-    """Step `number`, from 0, on its N `prompts`.
+    """Step `number` (from 0) and its N `prompts`.
 
     Attributes:
-        seconds: by phase.
-        stats: the update's numbers, scalars by their name in the metrics.
-        finite: whether every update could be made; False if a loss or gradient was not finite.
-        rollout, verdicts_NG: what was sampled (or, in SFT, given), and the rules' verdicts on it.
-        tensors: those of `TENSORS` that the step needed, by name.
+        seconds: time by phase.
+        stats: statistics of the update: metric name -> scalar.
+        finite: False if a loss or gradient was not finite, so that an update was skipped.
+        rollout, verdicts_NG: the completions (sampled, or in SFT given) and the rules' verdicts.
+        tensors: those of `TENSORS` that the step used, by name.
     """
 
     number: int
@@ -42,15 +42,15 @@ class Step:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time within as this phase's; phases of one name add up."""
+        """Time the enclosed code; phases of the same name add up."""
         start = time.perf_counter()
         yield
-        if self.device.startswith("cuda"):  # kernels are queued: wait for those of this phase
+        if self.device.startswith("cuda"):  # kernels run asynchronously: wait for them
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def keep(self, rollout: Rollout, verdicts_NG: Verdicts = (), *tensors: Tensor | None) -> None:
-        """Keep what the records are made from; the `tensors` are those of `TENSORS`, in order."""
+        """Keep the results for the logs; `tensors` are those named in `TENSORS`, in that order."""
         self.rollout, self.verdicts_NG = rollout, verdicts_NG
-        named = zip(TENSORS, tensors, strict=False)  # supervised steps have none of them
+        named = zip(TENSORS, tensors, strict=False)  # SFT steps have none of them
         self.tensors = {name: x for name, x in named if x is not None}

@@ -1,4 +1,4 @@
-"""The request to stop (Ctrl-C, SIGTERM or SIGHUP), obeyed where nothing is lost by it."""
+"""Stopping on Ctrl-C, SIGTERM or SIGHUP, at a point where no work is lost."""
 
 import os
 import signal
@@ -9,27 +9,27 @@ from types import FrameType
 from common.program import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, what schedulers send, and what a closed terminal sends."""
+"""Ctrl-C, the signal of schedulers, and the signal of a closed terminal."""
 
 
 class StopRequest:
-    """A request to stop the run: within `listening`, `SIGNALS` are noted, and `check` obeys them.
+    """A request to stop the run: set by a signal within `listening`, obeyed by `check`.
 
-    While it is `deferred`, `check` lets the run go on.
+    While `deferred` is set, `check` does nothing.
     """
 
     def __init__(self) -> None:
         self.signal = 0  # none so far
-        # A step changes nothing but gradients until its first update: up to there it may be left
-        # and done anew on resuming. From then on it is half done, and must be finished first.
+        # Until its first update, a step changes only gradients: it can be abandoned, and repeated
+        # when the run is resumed. After that, it must be finished first.
         self.deferred = False
         self._handlers: dict[int, signal.Handlers] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, the first signal is noted, and a second one stops at once."""
+        """Handle `SIGNALS`: the first requests a stop, a second one stops at once."""
         for number in SIGNALS:
-            # What is ignored already stays so: nohup ignores SIGHUP, for the run to outlive it.
+            # An ignored signal stays ignored: under nohup, the run must survive SIGHUP.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._note)  # type: ignore
         try:
@@ -44,11 +44,11 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        message = b"\nstopping where nothing is lost, with a checkpoint; once more stops at once\n"
+        message = b"\nstopping as soon as a checkpoint is saved; a second signal stops at once\n"
         with suppress(OSError):  # the terminal may be gone
-            # Not print: the signal may have interrupted one, and streams can't be entered twice.
+            # Not print: the signal may have interrupted one, and streams are not reentrant.
             os.write(2, message)
-        # A user who presses Ctrl-C twice means it: the second signal finds the old handlers.
+        # So that a second Ctrl-C stops at once.
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
@@ -57,6 +57,6 @@ class StopRequest:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Signal handler where there is nothing to save: raises Stopped wherever the program is."""
+    """Signal handler for when there is nothing to save: raises Stopped immediately."""
     place = "the last checkpoint, if there is one"
-    raise Stopped(number, f"stopped at once; the same command goes on from {place}")
+    raise Stopped(number, f"stopped at once; the same command resumes from {place}")
