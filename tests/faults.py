@@ -200,7 +200,7 @@ FAULTS = (
     ),
     Fault("a value out of range", "prompts_per_step is 0", flags=("--prompts_per_step", "0")),
     Fault("a flag that is none", "--stepz", flags=("--stepz", "3")),
-    Fault("a GPU that is not there", "torch finds no CUDA GPU", flags=("--device", "cuda")),
+    Fault("a GPU that is not there", "torch finds no such CUDA GPU", flags=("--device", "cuda")),
     # the base model
     Fault(
         "no such model folder",
@@ -214,7 +214,7 @@ FAULTS = (
     ),
     Fault(
         "other base weights under a run that has begun",
-        "begun with other base weights",
+        "began with different base weights",
         tensor(lambda t: t["model.norm.weight"].mul_(2)),
     ),
     Fault("no config.json", "config.json", base("config.json", None)),
@@ -329,7 +329,7 @@ FAULTS = (
     ),
     Fault(
         "other questions under a run that has begun",
-        "begun with other training questions",
+        "began with different training questions",
         question(question="What else?"),
     ),
     # images
@@ -352,16 +352,20 @@ FAULTS = (
         leaves=FINISHED,
     ),
     # the run's folder
-    Fault("a folder that can't be written", "can't hold a run", flags=("--run_dir", UNDER)),
+    Fault(
+        "a folder that can't be written",
+        "can't be used as a run folder",
+        flags=("--run_dir", UNDER),
+    ),
     Fault(
         "a file where the folder should be",
-        "can't hold a run",
+        "can't be used as a run folder",
         a_file_in_the_way,
         flags=("--run_dir", "{folder}/file/run"),
     ),
     Fault(
         "a run of another config",
-        "other values of beta (0.04 there, 0.5 here)",
+        "different values of beta (was 0.04, now 0.5)",
         flags=("--beta", "0.5"),
     ),
     Fault(
@@ -381,7 +385,7 @@ FAULTS = (
     Fault("every checkpoint damaged", "every checkpoint is damaged", all_checkpoints_flipped),
     Fault(
         "the run's config.toml torn",
-        "begun with a config that can't be read",
+        "the config of this run can't be read",
         lambda f: (f / "run" / "config.toml").write_text("model = ["),
     ),
     Fault(
@@ -420,21 +424,21 @@ FAULTS = (
     # signals, numbers, memory, time
     Fault(
         "Ctrl-C",
-        "stopped; the same command goes on from",
+        "stopped; the same command resumes from",
         during=press(signal.SIGINT),
         code=130,
         leaves=STEP_2,
     ),
     Fault(
         "SIGHUP, of a terminal that is closed",
-        "stopped; the same command goes on from",
+        "stopped; the same command resumes from",
         during=press(signal.SIGHUP),
         code=129,
         leaves=STEP_2,
     ),
     Fault(
         "SIGTERM",
-        "stopped; the same command goes on from",
+        "stopped; the same command resumes from",
         during=press(signal.SIGTERM),
         code=143,
         leaves=STEP_2,
@@ -454,41 +458,41 @@ TESTED_ELSEWHERE = (
         "137",
         "(nothing)",
         "all but at most save_every steps; the rest ends with the same bytes",
-        "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_what_a_run_leaves",
+        "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_a_runs_output",
     ),
     (
         "a second process on the same folder",
         2,
-        "run: another process is at work there; wait for it or choose another --run_dir",
+        "run: another process is using this run folder; wait for it or choose another --run_dir",
         UNCHANGED,
         "test_train.py::test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing",
     ),
     (
         "a stop in the middle of a step",
         "130, 143",
-        "stopped; the same command goes on from run/checkpoints/step-000002",
+        "stopped; the same command resumes from run/checkpoints/step-000002",
         "every finished step",
         "test_session.py::test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte",
     ),
     (
         "a step whose loss or gradient is not finite",
         0,
-        "step 1: loss or gradient is not finite: this update was left out; all of it is in "
+        "step 1: loss or gradient is not finite: update skipped; details in "
         "run/incidents/step-000001",
         "the finished run, and the step to play again",
-        "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_is_written_down_and_can_be_played_again",
+        "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_and_can_be_replayed",
     ),
     (
         "max_bad_steps of them in a row",
         2,
-        "run: 2 steps in a row were not finite; ...",
+        "run: loss or gradient was not finite in 2 consecutive steps; ...",
         SAVED,
         "test_session.py::test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint",
     ),
     (
         "a GPU that is full",
         0,
-        "out of memory with micro_batch_tokens = 4096; going on with 2048",
+        "out of memory with micro_batch_tokens = 4096; continuing with 2048",
         "the finished run, its gradients the same",
         "test_session.py::test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient",
     ),
@@ -504,7 +508,7 @@ TESTED_ELSEWHERE = (
         2,
         "run/checkpoints/step-000002: can't save the checkpoint ...",
         "the checkpoint before",
-        "test_session.py::test_a_save_that_fails_in_the_background_is_told_and_leaves_the_one_before",
+        "test_session.py::test_a_background_save_that_fails_is_reported_and_keeps_the_previous_checkpoint",
     ),
     (
         "a finished run whose checkpoints were deleted",
@@ -516,8 +520,8 @@ TESTED_ELSEWHERE = (
     (
         "a hub id without network",
         2,
-        "org/model: no such folder, and the hub can't be reached (...); try again, or elsewhere hf "
-        "download org/model --local-dir FOLDER, and give that folder",
+        "org/model: no such folder, and the hub can't be reached (...); try again, or use a "
+        "folder (hf download org/model --local-dir FOLDER on another machine)",
         "no run",
         "test_hub.py::test_a_hub_out_of_reach_is_one_line_at_once",
     ),
@@ -538,14 +542,14 @@ TESTED_ELSEWHERE = (
     (
         "a download that breaks off",
         2,
-        "org/model: the download broke off (...); run the command again, ...",
+        "org/model: the download failed (...); run the command again, ...",
         "what was fetched; the next call completes it",
         "test_hub.py::test_an_interrupted_download_is_completed_and_not_taken_for_whole",
     ),
     (
         "a disk that is full while downloading",
         2,
-        "org/model: can't be stored in ... (...); make room there, or set HF_HOME",
+        "org/model: can't be stored in ... (...); free some space, or set HF_HOME",
         "what was fetched",
         "test_hub.py::test_a_full_disk_is_one_line",
     ),
@@ -573,15 +577,15 @@ TESTED_ELSEWHERE = (
     (
         "a stop in the middle of a validation",
         143,
-        "stopped; the same command goes on from run/checkpoints/step-000002",
+        "stopped; the same command resumes from run/checkpoints/step-000002",
         "every finished step; the validation is done on coming back",
-        "test_resume.py::test_a_stop_in_the_middle_of_a_validation_has_it_done_on_coming_back",
+        "test_resume.py::test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed",
     ),
     (
         "checkpoints that are away (a disk that is not mounted)",
         2,
-        "run: has records of 3 steps, but no checkpoint; bring run/checkpoints "
-        "back (is a disk not mounted?), or choose another --run_dir",
+        "run has records of 3 steps but no checkpoint; restore run/checkpoints "
+        "(is a disk not mounted?), or choose another --run_dir",
         UNCHANGED,
         "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away",
     ),
@@ -595,16 +599,16 @@ TESTED_ELSEWHERE = (
     (
         "weights that have become infinite or NaN",
         2,
-        "run: the weights are not finite any more and are not saved: training has diverged; ...",
+        "run: the weights are no longer finite and were not saved: training has diverged; ...",
         "the last sound checkpoint",
-        "test_session.py::test_weights_that_are_no_numbers_any_more_are_not_saved",
+        "test_session.py::test_weights_that_are_not_finite_are_not_saved",
     ),
     (
         "a run that is moved, with its model and questions",
         0,
         "(it goes on)",
         FINISHED,
-        "test_session.py::test_a_run_that_was_moved_with_its_model_and_questions_goes_on_as_if_it_had_not_been",
+        "test_session.py::test_a_run_moved_with_its_model_and_questions_resumes_unchanged",
     ),
     (
         "an image that is validated on and tested",

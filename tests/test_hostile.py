@@ -92,7 +92,11 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(read, tmp_path):
         file.truncate(MOST_BYTES + 1)  # a sparse file: no space on disk, but much in memory
     tracemalloc.start()
     refused(
-        read, tmp_path / "config.json", "config.json", "larger than 256 MB", "split or shrink it"
+        read,
+        tmp_path / "config.json",
+        "config.json",
+        "larger than the limit of 256 MB",
+        "split or shrink it",
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -167,10 +171,10 @@ def test_a_row_just_within_the_limit_is_read_and_one_beyond_is_not(tmp_path):
         ),
         ('[{"a": ' * 100_000, "not readable as JSON"),
         ('{"a": ' * 100_000, "line 1: not JSON"),
-        ('[{"image": "a", "image": "b"}]', "the field 'image' stands there twice"),
+        ('[{"image": "a", "image": "b"}]', "the field 'image' appears twice"),
         (
             '\n{"image": "a", "image": "b"}',
-            "line 2: not JSON (the field 'image' stands there twice",
+            "line 2: not JSON (the field 'image' appears twice",
         ),
         (json.dumps([ROW])[:-2] + ', "big": ' + "9" * 5000 + "}]", "not readable as JSON"),
         (json.dumps([ROW | {"options": [10**4000, float("inf")]}]), "`options` holds a number"),

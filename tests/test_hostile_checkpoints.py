@@ -335,7 +335,7 @@ def test_progress_of_nonsense_is_one_line(tmp_path, progress):
         checkpoint = saving.save(model, optimizer, Progress(step=2, seconds=1.0, tokens=5))
     assert load_progress(checkpoint, optimizer).step == 2 and damage_of(checkpoint) == ""
     (checkpoint / "progress.json").write_text(progress)
-    refused(lambda: load_progress(checkpoint, optimizer), "step-000002: not a whole checkpoint")
+    refused(lambda: load_progress(checkpoint, optimizer), "step-000002: incomplete checkpoint")
     (checkpoint / "manifest.json").write_text(progress)
     assert damage_of(checkpoint)
 
