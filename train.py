@@ -32,7 +32,7 @@ from training.step import Step
 
 def train(run: Run, config: Config) -> None:
     """Train to the last step of `run`. Lines 1 to 3 are done: pi_theta and pi_ref are loaded."""
-    for step in run.steps():  # lines 4 and 5: a batch of questions; `steps` records and saves
+    for step in run.steps():  # lines 4 and 5: a batch of questions; `steps` logs and saves
         grpo_step(run, step, config)
 
 

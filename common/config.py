@@ -95,13 +95,12 @@ class Questions:
     """images to train on: each question's "own" images, or instead grey ones ("blank"), "noise", or
     those of an "other" question, to measure how much of a gain does not depend on the image"""
     bad_images: str = choice("error", "skip", may_change=True)
-    """what to do about a training image that can't be read: "error" ends the run, "skip" skips its
-    question and logs it"""
+    """handling of unreadable training images: "error" ends the run, "skip" skips the question and
+    logs it"""
     max_prompt_tokens: int = number(1024, least=1)
     """length limit of prompts, including image tokens; prompts are never truncated"""
     too_long: str = choice("error", "skip")
-    """what to do about longer prompts: "error" refuses to start the run, "skip" skips and counts
-    them"""
+    """handling of longer prompts: "error" refuses to start the run, "skip" skips and counts them"""
 
 
 @dataclass(frozen=True, kw_only=True)

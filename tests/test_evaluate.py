@@ -527,7 +527,7 @@ def test_bad_input_is_one_line_that_names_the_thing_with_exit_code_2(
         ([], "--config FILE is missing"),
         (["--config", "CONFIG", "--models", "dpo"], "'dpo' is unknown"),
         (["--config", "CONFIG", "--samples", "-1"], "--samples is -1"),
-        (["--config", "CONFIG", "--device", "cuda:9"], "no CUDA GPU"),
+        (["--config", "CONFIG", "--device", "cuda:9"], "no such CUDA GPU"),
         (["--config", "CONFIG", "--options", "a", "b"], "need --ask"),
         (
             ["--ask", "What?", "--model", "BASE", "--options", "a", "b", "--samples", "3"],

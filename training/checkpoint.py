@@ -33,7 +33,7 @@ class Progress:
     Attributes:
         step: number of finished steps.
         seconds, tokens: total time of these steps, and the number of tokens sampled in them.
-        bad_steps: consecutive steps, up to now, whose loss or gradient was not finite.
+        bad_steps: latest consecutive steps whose loss or gradient was not finite.
         validated: number of finished steps at the last validation.
         best: the best validation so far ("step", counted in finished steps; "right"; "total"), or
             empty.

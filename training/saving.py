@@ -1,4 +1,4 @@
-"""Saving checkpoints while training goes on."""
+"""Saving checkpoints in the background."""
 
 import json
 import os
