@@ -35,4 +35,4 @@ def run_study() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("study", run_study, "stopped; the same command goes on from here"))
+    sys.exit(run_program("study", run_study, "stopped; run the same command again to resume"))
