@@ -148,8 +148,8 @@ class Growing:
     row to its completion. All groups have the same number of rows because they share matrix
     products, so a group may include finished rows. Like those of the cache, the tensors are written
     in place and never replaced. Only the first `rows` entries of the tensors named _R are in use.
-    The model may keep this object, so it is passed to every call and not stored here: a reference
-    cycle would keep both alive.
+    The model may keep this object, so every call takes the model as an argument: storing it here
+    would create a reference cycle that keeps both alive.
     """
 
     def __init__(
