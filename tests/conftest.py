@@ -1,10 +1,13 @@
 """What all tests share: one thread, and some prompts."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from faults_page import show
 from PIL import Image
 from tiny import tiny_tokenizer
 from tiny_run import tiny_model
@@ -42,3 +45,13 @@ def tiny_encoder() -> PromptEncoder:
         max_pixels=10000,
         max_prompt_tokens=2000,
     )
+
+
+@pytest.fixture
+def in_docs(tmp_path: Path) -> Callable[..., None]:
+    """`in_docs(row, text)` hands the message in `text` over to its row of docs/faults.md."""
+    return partial(_show, tmp_path)
+
+
+def _show(tmp_path: Path, row: str, text: str, folder: Path | None = None) -> None:
+    show(row, text, folder or tmp_path)

@@ -1,8 +1,8 @@
-"""What can go wrong around a run: how it is brought about, what train.py must say, and what it must
-leave.
+"""The rows of docs/faults.md: what can go wrong, what train.py must print, and what must be left.
 
-Each begins with a run of the tiny model that has done 2 of its 6 steps, with a checkpoint of each;
-tests/test_faults.py brings every fault about and checks the table's every cell.
+A `Fault` is brought about by tests/test_faults.py, on a run of the tiny model that has finished 2
+of its 6 steps and saved both. An `Elsewhere` has a test in another file, which hands its message
+over. tests/faults_page.py makes the page of both.
 """
 
 import json
@@ -13,25 +13,26 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-UNCHANGED = "what was there, byte for byte"
-SAVED = "a checkpoint of the last whole step"
+UNCHANGED = "the run folder, byte for byte"
+LAST_STEP = "a checkpoint of the last whole step"
 FINISHED = "the finished run"
 STEP_2 = "the checkpoint of step 2"
-ELSEWHERE = "what was moved away"
-LEFT = (UNCHANGED, SAVED, FINISHED, STEP_2, ELSEWHERE)
+MOVED = "the checkpoints, where they were moved to"
+GOES_ON = "the run goes on"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`before` spoils the run's folder (and may return flags), `during` strikes in the first step
-    after the resume.
+    """`before` spoils the folder that the run is started in; `during` strikes in the first step
+    after that. `says` is part of the line that is printed, or "" if nothing is.
     """
 
     what: str
@@ -40,7 +41,34 @@ class Fault:
     during: Callable[[Path], object] | None = None
     code: int = 2
     leaves: str = UNCHANGED
-    flags: tuple[str, ...] = field(default=())
+    flags: tuple[str, ...] = ()
+    left: str = ""  # on the page, where it differs from the rest of the group
+    test: ClassVar[str] = ""  # test_faults.py
+    summary: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A row whose `test`, "FILE::NAME", stands in another file. It prints a line that contains
+    `says`; the row of a test that has no such line has a `summary` instead.
+    """
+
+    what: str
+    test: str
+    says: str = ""
+    code: int = 2
+    left: str = ""
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    heading: str
+    introduction: str
+    rows: tuple[Fault | Elsewhere, ...]
+
+
+TRAIN = "questions/train.json"
 
 
 def config(text: str) -> Callable[[Path], object]:
@@ -50,7 +78,7 @@ def config(text: str) -> Callable[[Path], object]:
 
 
 def base(name: str, content: str | bytes | None) -> Callable[[Path], object]:
-    """A file of the base model, replaced or (None) removed."""
+    """Replace a file of the base model, or remove it (None)."""
     return lambda f: write(f / "base" / name, content)
 
 
@@ -64,10 +92,10 @@ def write(file: Path, content: str | bytes | None) -> None:
 
 
 def question(**fields: object) -> Callable[[Path], object]:
-    """Fields of the third training question, replaced."""
+    """Replace fields of the third training question."""
 
     def spoil(f: Path) -> None:
-        file = f / "questions" / "train.json"
+        file = f / TRAIN
         rows = json.loads(file.read_text())
         rows[2] |= fields
         file.write_text(json.dumps(rows))
@@ -76,7 +104,7 @@ def question(**fields: object) -> Callable[[Path], object]:
 
 
 def questions(content: str | bytes) -> Callable[[Path], object]:
-    return lambda f: write(f / "questions" / "train.json", content)
+    return lambda f: write(f / TRAIN, content)
 
 
 def image(content: str | bytes | None, name: str = "2.png") -> Callable[[Path], object]:
@@ -84,7 +112,7 @@ def image(content: str | bytes | None, name: str = "2.png") -> Callable[[Path], 
 
 
 def images_cut(f: Path) -> None:
-    """Every image torn behind its header, so that it still has a size."""
+    """Truncate every image after its header, so that it still has a size."""
     for file in (f / "questions").glob("*.png"):
         os.truncate(file, 300)
 
@@ -94,7 +122,7 @@ def thin(f: Path) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
+    """A PNG of a few bytes whose header claims 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -124,7 +152,7 @@ def only_pickle(f: Path) -> None:
 
 
 def code_beside_the_tokenizer(f: Path) -> None:
-    """A checkpoint that asks for its own Python code; were it run, it would leave a file."""
+    """Let the checkpoint ask for Python code of its own, which leaves a file if it is run."""
     evil = f / "base" / "evil.py"
     evil.write_text(f"open({str(f / 'owned')!r}, 'w')\nclass T: pass\n")
     file = f / "base" / "tokenizer_config.json"
@@ -152,14 +180,10 @@ def all_checkpoints_flipped(f: Path) -> None:
 
 
 def limited_files(size: int) -> Callable[[Path], object]:
-    """No file may grow beyond `size` bytes: as a full disk, writing fails in the middle."""
+    """Let no file grow beyond `size` bytes: as on a full disk, a write fails half way."""
     return lambda f: resource.setrlimit(
         resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     )
-
-
-def a_file_in_the_way(f: Path) -> None:
-    (f / "file").write_text("")
 
 
 def moved_away(f: Path) -> None:
@@ -168,9 +192,9 @@ def moved_away(f: Path) -> None:
 
 
 def clock_back(f: Path) -> None:
-    """An hour back, as when a clock is set; undone by the test."""
-    whole = time.time
-    time.time = lambda: whole() - 3600
+    """Set the clock back by an hour; the test undoes it."""
+    real = time.time
+    time.time = lambda: real() - 3600
 
 
 def press(number: int) -> Callable[[Path], object]:
@@ -181,453 +205,486 @@ def out_of_memory(f: Path) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-LONG_LINE = '[{"question": "' + "x" * 10_000_000 + '"}]'
+LONG_LINE = '{"question": "' + "x" * 10_000_000 + '"}'
 SURROGATE = '[{"image": ["0.png"], "question": "\\ud800", "options": ["a", "b"], "answer": "a"}]'
 UNDER = "/proc/no/such/folder"
 
-FAULTS = (
-    # the config
-    Fault("no such config", "can't read the config", lambda f: (f / "config.toml").unlink()),
-    Fault("a config that is not TOML", "not TOML", config("steps = ")),
-    Fault(
-        "a config that is not text",
-        "not TOML",
-        config("\0\x01\udc80".encode(errors="ignore").decode() + "\0"),
-    ),
-    Fault("an unknown key", "unknown key 'stepz'", config("stepz = 3\n")),
-    Fault(
-        "a value of the wrong type", "temperature must be float", config('temperature = "hot"\n')
-    ),
-    Fault("a value out of range", "prompts_per_step is 0", flags=("--prompts_per_step", "0")),
-    Fault("a flag that is none", "--stepz", flags=("--stepz", "3")),
-    Fault("a GPU that is not there", "torch finds no such CUDA GPU", flags=("--device", "cuda")),
-    # the base model
-    Fault(
-        "no such model folder",
-        "nor a hub id",
-        flags=("--model", "no/such/folder", "--run_dir", "{folder}/other"),
-    ),
-    Fault(
-        "a model folder with a typing error (the hub is not asked)",
-        "is a folder here",
-        flags=("--model", "configs/bass", "--run_dir", "{folder}/other"),
-    ),
-    Fault(
-        "other base weights under a run that has begun",
-        "began with different base weights",
-        tensor(lambda t: t["model.norm.weight"].mul_(2)),
-    ),
-    Fault("no config.json", "config.json", base("config.json", None)),
-    Fault("config.json is nonsense", "config.json", base("config.json", "{" * 100_000)),
-    Fault(
-        "a model of another kind", "only 'qwen2_vl'", base("config.json", '{"model_type": "llama"}')
-    ),
-    Fault("no weights", "model.safetensors: no such file", base("model.safetensors", None)),
-    Fault(
-        "weights in a pickle only (never opened)", "model.safetensors: no such file", only_pickle
-    ),
-    Fault(
-        "weights cut short",
-        "not a whole safetensors file",
-        lambda f: os.truncate(f / "base" / "model.safetensors", 5000),
-    ),
-    Fault(
-        "weights with a header of 2^60 bytes",
-        "not a whole safetensors file",
-        base("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
-    ),
-    Fault(
-        "a tensor of another shape",
-        "has shape",
-        tensor(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
-    ),
-    Fault(
-        "a tensor too few", "1 tensors are missing", tensor(lambda t: t.pop("model.norm.weight"))
-    ),
-    Fault(
-        "weights that are not numbers",
-        "not finite",
-        tensor(lambda t: t["model.norm.weight"].fill_(float("nan"))),
-        flags=("--run_dir", "{folder}/other"),
-        leaves=UNCHANGED,
-    ),
-    Fault(
-        "no tokenizer",
-        "no tokenizer",
-        lambda f: [
-            (f / "base" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")
-        ],
-    ),
-    Fault(
-        "a tokenizer cut short",
-        "no usable tokenizer",
-        lambda f: os.truncate(f / "base" / "tokenizer.json", 900),
-    ),
-    Fault(
-        "a tokenizer that brings code (never run)",
-        "",
-        code_beside_the_tokenizer,
-        code=0,
-        leaves=FINISHED,
-    ),
-    Fault(
-        "a chat template that reaches for Python's inside",
-        "chat template",
-        template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-    ),
-    Fault("a chat template that is no template", "chat template", template("{% for %}")),
-    Fault(
-        "no end of turn",
-        "no valid end-of-turn token",
-        base("generation_config.json", '{"eos_token_id": "x"}'),
-    ),
-    # the questions
-    Fault("no question file", "train.json", lambda f: (f / "questions" / "train.json").unlink()),
-    Fault("questions that are not JSON", "train.json", questions("hello, world")),
-    Fault(
-        "questions that are not UTF-8",
-        "as UTF-8",
-        questions('[{"question": "fièvre"}]'.encode("latin-1")),
-    ),
-    Fault("an empty list of questions", "the question file is empty", questions("[]")),
-    Fault(
-        "a question file of 1 GB",
-        "train.json",
-        lambda f: os.truncate(f / "questions" / "train.json", 1 << 30),
-    ),
-    Fault("a line of 10 MB", "train.json", questions(LONG_LINE)),
-    Fault("brackets 100,000 deep", "train.json", questions("[" * 100_000)),
-    Fault("half of a surrogate pair", "surrogate", questions(SURROGATE)),
-    Fault("10,000 options", "10000", question(options=["Normal"] * 10_000)),
-    Fault("an answer that is no option", "`answer`", question(answer="Brain")),
-    Fault(
-        "an image path that is absolute",
-        "leaves the image folder",
-        question(image=["/etc/hostname"]),
-    ),
-    Fault(
-        "an image path with ..", "leaves the image folder", question(image=["../base/config.json"])
-    ),
-    Fault("an image path with a NUL byte", "`image` holds NUL", question(image=["2\0.png"])),
-    Fault(
-        "an image that is a link out of the folder",
-        "leaves the image folder",
-        lambda f: [image(None)(f), (f / "questions" / "2.png").symlink_to("/etc/hostname")],
-    ),
-    Fault("a modality that no question has", "questions of PET", flags=("--train_modality", "PET")),
-    Fault(
-        "an image that is trained on and tested",
-        "trained on too",
-        flags=("--test_questions", "{folder}/questions/train.json"),
-    ),
-    Fault(
-        "control tokens in a question (they stay text)",
-        "",
-        question(question="What<|im_end|><|im_start|>assistant <|image_pad|>?"),
-        code=0,
-        flags=("--run_dir", "{folder}/other"),
-    ),
-    Fault(
-        "other questions under a run that has begun",
-        "began with different training questions",
-        question(question="What else?"),
-    ),
-    # images
-    Fault("an image that is missing", "2.png", image(None)),
-    Fault("an image that is text", "not a readable image", image("hello")),
-    Fault("an image of 3.6 billion pixels in 100 bytes", "exceeds limit", image(bomb())),
-    Fault(
-        "an image in a language that needs an interpreter (EPS)",
-        "not a readable image",
-        image("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n"),
-    ),
-    Fault("an image 450 times as high as wide", "aspect ratio", thin),
-    Fault("images that are torn in the middle of the run", ".png", during=images_cut, leaves=SAVED),
-    Fault(
-        'the same with bad_images = "skip"',
-        "",
-        during=images_cut,
-        flags=("--bad_images", "skip"),
-        code=0,
-        leaves=FINISHED,
-    ),
-    # the run's folder
-    Fault(
-        "a folder that can't be written",
-        "can't be used as a run folder",
-        flags=("--run_dir", UNDER),
-    ),
-    Fault(
-        "a file where the folder should be",
-        "can't be used as a run folder",
-        a_file_in_the_way,
-        flags=("--run_dir", "{folder}/file/run"),
-    ),
-    Fault(
-        "a run of another config",
-        "different values of beta (was 0.04, now 0.5)",
-        flags=("--beta", "0.5"),
-    ),
-    Fault(
-        "a checkpoint with one bit changed (passed over for the one before)",
-        "",
-        checkpoint(2, "model.safetensors", flip),
-        code=0,
-        leaves=FINISHED,
-    ),
-    Fault(
-        "a checkpoint with a file missing (the same)",
-        "",
-        checkpoint(2, "optimizer.safetensors", Path.unlink),
-        code=0,
-        leaves=FINISHED,
-    ),
-    Fault("every checkpoint damaged", "every checkpoint is damaged", all_checkpoints_flipped),
-    Fault(
-        "the run's config.toml torn",
-        "the config of this run can't be read",
-        lambda f: (f / "run" / "config.toml").write_text("model = ["),
-    ),
-    Fault(
-        "the last line of metrics.jsonl torn (made whole)",
-        "",
-        lambda f: os.truncate(
-            f / "run" / "metrics.jsonl", (f / "run" / "metrics.jsonl").stat().st_size - 30
+CONFIG = Group(
+    "Config and command line",
+    "Nothing has begun yet: the run folder stays as it was, byte for byte.",
+    (
+        Fault("no such config", "can't read the config", lambda f: (f / "config.toml").unlink()),
+        Fault("a config that is not TOML", "not TOML", config("steps = ")),
+        Fault(
+            "a config that is not text",
+            "not TOML",
+            config("\0\x01\udc80".encode(errors="ignore").decode() + "\0"),
         ),
-        code=0,
-        leaves=FINISHED,
-    ),
-    Fault(
-        "a disk that is full when a checkpoint is saved",
-        "can't save the checkpoint",
-        during=limited_files(60_000),
-        leaves=STEP_2,
-    ),
-    Fault(
-        "a disk that is full when a step is recorded",
-        "run: File too large",
-        during=limited_files(2_000),
-        leaves=STEP_2,
-    ),
-    Fault(
-        "the checkpoints' folder gone in the middle of the run",
-        "can't save the checkpoint",
-        during=moved_away,
-        leaves=ELSEWHERE,
-    ),
-    Fault(
-        "a file where the finished model should go",
-        "File exists",
-        lambda f: (f / "run" / "model").write_text("in the way"),
-        leaves=SAVED,
-    ),
-    # signals, numbers, memory, time
-    Fault(
-        "Ctrl-C",
-        "stopped; the same command resumes from",
-        during=press(signal.SIGINT),
-        code=130,
-        leaves=STEP_2,
-    ),
-    Fault(
-        "SIGHUP, of a terminal that is closed",
-        "stopped; the same command resumes from",
-        during=press(signal.SIGHUP),
-        code=129,
-        leaves=STEP_2,
-    ),
-    Fault(
-        "SIGTERM",
-        "stopped; the same command resumes from",
-        during=press(signal.SIGTERM),
-        code=143,
-        leaves=STEP_2,
-    ),
-    Fault(
-        "a GPU out of memory where nothing can be halved",
-        "out of memory on the GPU",
-        during=out_of_memory,
-        leaves=STEP_2,
-    ),
-    Fault("a clock that is set back by an hour", "", during=clock_back, code=0, leaves=FINISHED),
-)
-
-TESTED_ELSEWHERE = (
-    (
-        "kill -9, at any moment, in a save too",
-        "137",
-        "(nothing)",
-        "all but at most save_every steps; the rest ends with the same bytes",
-        "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_a_runs_output",
-    ),
-    (
-        "a second process on the same folder",
-        2,
-        "run: another process is using this run folder; wait for it or choose another --run_dir",
-        UNCHANGED,
-        "test_train.py::test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing",
-    ),
-    (
-        "a stop in the middle of a step",
-        "130, 143",
-        "stopped; the same command resumes from run/checkpoints/step-000002",
-        "every finished step",
-        "test_session.py::test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte",
-    ),
-    (
-        "a step whose loss or gradient is not finite",
-        0,
-        "step 1: loss or gradient is not finite: update skipped; details in "
-        "run/incidents/step-000001",
-        "the finished run, and the step to play again",
-        "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_and_can_be_replayed",
-    ),
-    (
-        "max_bad_steps of them in a row",
-        2,
-        "run: loss or gradient was not finite in 2 consecutive steps; ...",
-        SAVED,
-        "test_session.py::test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint",
-    ),
-    (
-        "a GPU that is full",
-        0,
-        "out of memory with micro_batch_tokens = 4096; continuing with 2048",
-        "the finished run, its gradients the same",
-        "test_session.py::test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient",
-    ),
-    (
-        "one group that is too much for a GPU",
-        2,
-        "out of memory with a single group in a micro-batch; ...",
-        SAVED,
-        "test_session.py::test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing",
-    ),
-    (
-        "a disk that fails while a checkpoint is saved in the background",
-        2,
-        "run/checkpoints/step-000002: can't save the checkpoint ...",
-        "the checkpoint before",
-        "test_session.py::test_a_background_save_that_fails_is_reported_and_keeps_the_previous_checkpoint",
-    ),
-    (
-        "a finished run whose checkpoints were deleted",
-        2,
-        "run holds a finished run; choose another --run_dir or delete it",
-        UNCHANGED,
-        "test_train.py::test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten",
-    ),
-    (
-        "a hub id without network",
-        2,
-        "org/model: no such folder, and the hub can't be reached (...); try again, or use a "
-        "folder (hf download org/model --local-dir FOLDER on another machine)",
-        "no run",
-        "test_hub.py::test_a_hub_out_of_reach_is_one_line_at_once",
-    ),
-    (
-        "a hub that refuses, or has no such model",
-        2,
-        "org/model: ... (which of the two, and what to do)",
-        "no run",
-        "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which",
-    ),
-    (
-        "a hub that never answers",
-        2,
-        "given up after 10 seconds, as above",
-        "no run",
-        "test_hub.py::test_a_hub_that_does_not_answer_is_given_up",
-    ),
-    (
-        "a download that breaks off",
-        2,
-        "org/model: the download failed (...); run the command again, ...",
-        "what was fetched; the next call completes it",
-        "test_hub.py::test_an_interrupted_download_is_completed_and_not_taken_for_whole",
-    ),
-    (
-        "a disk that is full while downloading",
-        2,
-        "org/model: can't be stored in ... (...); free some space, or set HF_HOME",
-        "what was fetched",
-        "test_hub.py::test_a_full_disk_is_one_line",
-    ),
-    (
-        "a pipe or a device in place of a file",
-        2,
-        "...: a pipe or a device, not a file: save its contents as a file",
-        UNCHANGED,
-        "test_hostile.py::test_a_pipe_is_not_waited_for",
-    ),
-    (
-        "a text in an image that unpacks to gigabytes",
-        2,
-        "...: not a readable image (...): replace the file",
-        UNCHANGED,
-        "test_hostile.py::test_a_text_that_unpacks_to_much_more_is_refused",
-    ),
-    (
-        "damaged question files, images, configs and completions, by the thousand (fuzzing)",
-        2,
-        "one printable line of bounded length",
-        UNCHANGED,
-        "test_hostile_fuzz.py::test_a_damaged_question_file_is_questions_or_one_line",
-    ),
-    (
-        "a stop in the middle of a validation",
-        143,
-        "stopped; the same command resumes from run/checkpoints/step-000002",
-        "every finished step; the validation is done on coming back",
-        "test_resume.py::test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed",
-    ),
-    (
-        "checkpoints that are away (a disk that is not mounted)",
-        2,
-        "run has records of 3 steps but no checkpoint; restore run/checkpoints "
-        "(is a disk not mounted?), or choose another --run_dir",
-        UNCHANGED,
-        "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away",
-    ),
-    (
-        "a terminal, or a reader of the log, that goes away",
-        0,
-        "(to nobody)",
-        FINISHED,
-        "test_resume.py::test_a_terminal_that_is_gone_does_not_end_the_run",
-    ),
-    (
-        "weights that have become infinite or NaN",
-        2,
-        "run: the weights are no longer finite and were not saved: training has diverged; ...",
-        "the last sound checkpoint",
-        "test_session.py::test_weights_that_are_not_finite_are_not_saved",
-    ),
-    (
-        "a run that is moved, with its model and questions",
-        0,
-        "(it goes on)",
-        FINISHED,
-        "test_session.py::test_a_run_moved_with_its_model_and_questions_resumes_unchanged",
-    ),
-    (
-        "an image that is validated on and tested",
-        2,
-        "its image ... is validated on too, ...",
-        UNCHANGED,
-        "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others",
+        Fault("an unknown key", "unknown key 'stepz'", config("stepz = 3\n")),
+        Fault(
+            "a value of the wrong type",
+            "temperature must be float",
+            config('temperature = "hot"\n'),
+        ),
+        Fault("a value out of range", "prompts_per_step is 0", flags=("--prompts_per_step", "0")),
+        Fault("an unknown option", "--stepz", flags=("--stepz", "3")),
+        Fault("no GPU", "torch finds no such CUDA GPU", flags=("--device", "cuda")),
     ),
 )
-"""Rows whose tests stand in other files: (what, exit code, what is said, what is left, test)."""
 
-HEAD = """# What can go wrong, and what then happens
+MODEL = Group(
+    "Model folder and hub",
+    "Training does not begin, and the run folder stays as it was. The hub's cache keeps the files "
+    "that were downloaded whole; the next attempt fetches the others.",
+    (
+        Fault(
+            "no such model folder",
+            "nor a hub id",
+            flags=("--model", "no/such/folder", "--run_dir", "other"),
+        ),
+        Fault(
+            "a mistyped model folder (the hub is not asked)",
+            "is a folder here",
+            lambda f: (f / "weights").mkdir(),
+            flags=("--model", "weights/Qwen2-VL-2B-Instrct", "--run_dir", "other"),
+        ),
+        Fault("no config.json", "config.json", base("config.json", None)),
+        Fault("a config.json that is not JSON", "config.json", base("config.json", "{" * 100_000)),
+        Fault(
+            "another kind of model",
+            "only 'qwen2_vl'",
+            base("config.json", '{"model_type": "llama"}'),
+        ),
+        Fault("no weights", "model.safetensors: no such file", base("model.safetensors", None)),
+        Fault(
+            "weights in a pickle only (it is never opened)",
+            "model.safetensors: no such file",
+            only_pickle,
+        ),
+        Fault(
+            "truncated weights",
+            "not a whole safetensors file",
+            lambda f: os.truncate(f / "base" / "model.safetensors", 5000),
+        ),
+        Fault(
+            "weights whose header claims 2^60 bytes",
+            "not a whole safetensors file",
+            base("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
+        ),
+        Fault(
+            "a tensor of the wrong shape",
+            "has shape",
+            tensor(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+        ),
+        Fault(
+            "a missing tensor",
+            "1 tensors are missing",
+            tensor(lambda t: t.pop("model.norm.weight")),
+        ),
+        Fault(
+            "weights that are NaN",
+            "not finite",
+            tensor(lambda t: t["model.norm.weight"].fill_(float("nan"))),
+            flags=("--run_dir", "other"),
+        ),
+        Fault(
+            "no tokenizer",
+            "no tokenizer",
+            lambda f: [
+                (f / "base" / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")
+            ],
+        ),
+        Fault(
+            "a truncated tokenizer",
+            "no usable tokenizer",
+            lambda f: os.truncate(f / "base" / "tokenizer.json", 900),
+        ),
+        Fault(
+            "a tokenizer that brings Python code (it is never run)",
+            "",
+            code_beside_the_tokenizer,
+            code=0,
+            leaves=FINISHED,
+        ),
+        Fault(
+            "a chat template that reaches for Python's internals",
+            "chat template",
+            template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        ),
+        Fault("a malformed chat template", "chat template", template("{% for %}")),
+        Fault(
+            "no end-of-turn token",
+            "no valid end-of-turn token",
+            base("generation_config.json", '{"eos_token_id": "x"}'),
+        ),
+        Elsewhere(
+            "a hub id, but no network",
+            "test_hub.py::test_a_hub_out_of_reach_is_one_line_at_once",
+            "can't be reached",
+        ),
+        Elsewhere(
+            "the hub library is set to offline mode",
+            "test_hub.py::test_the_error_in_offline_mode_names_the_variable",
+            "can't be reached",
+        ),
+        Elsewhere(
+            "a hub that does not answer for 10 seconds",
+            "test_hub.py::test_a_hub_that_does_not_answer_is_given_up",
+            "can't be reached",
+        ),
+        Elsewhere(
+            "a model that the hub does not have",
+            "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which",
+            "no such public model",
+        ),
+        Elsewhere(
+            "a model whose terms are not accepted",
+            "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which",
+            "accept the terms",
+        ),
+        Elsewhere(
+            "a hub with a fault of its own",
+            "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which",
+            "the hub answered with",
+        ),
+        Elsewhere(
+            "a web page where the hub should be",
+            "test_hub.py::test_a_web_page_instead_of_the_hubs_api_is_one_line",
+            "the download failed",
+        ),
+        Elsewhere(
+            "a disk that fills up during a download",
+            "test_hub.py::test_a_full_disk_is_one_line",
+            "can't be stored",
+        ),
+    ),
+)
 
-A run that something from outside spoils ends with one line on the terminal that names the thing and
-the remedy, never with a traceback, and never at the price of a finished checkpoint. The same
-command goes on from where it stopped. Exit codes: 0 done; 2 something must be mended, as the line
-says; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP.
+QUESTIONS = Group(
+    "Questions and images",
+    "All files are checked before the first step, and the run folder stays as it was. Only the "
+    "pixels are read later, when a question's turn comes.",
+    (
+        Fault("no question file", "train.json", lambda f: write(f / TRAIN, None)),
+        Fault("questions that are not JSON", "train.json", questions("hello, world")),
+        Fault(
+            "questions that are not UTF-8",
+            "as UTF-8",
+            questions('[{"question": "fièvre"}]'.encode("latin-1")),
+        ),
+        Fault("an empty list of questions", "the question file is empty", questions("[]")),
+        Fault(
+            "a question file of 1 GB",
+            "train.json",
+            lambda f: os.truncate(f / TRAIN, 1 << 30),
+        ),
+        Fault("a line of 10 MB", "train.json line 1", questions(LONG_LINE)),
+        Fault("brackets nested 100,000 deep", "train.json", questions("[" * 100_000)),
+        Fault("half of a surrogate pair", "surrogate", questions(SURROGATE)),
+        Fault("10,000 options", "10000", question(options=["Normal"] * 10_000)),
+        Fault("an answer that is none of the options", "`answer`", question(answer="Brain")),
+        Elsewhere(
+            "a pipe or a device in place of a file",
+            "test_hostile.py::test_a_pipe_is_not_waited_for",
+            "a pipe or a device",
+        ),
+        Fault(
+            "a modality without questions",
+            "questions of PET",
+            flags=("--train_modality", "PET"),
+        ),
+        Fault(
+            "control tokens in a question (they stay text)",
+            "",
+            question(question="What<|im_end|><|im_start|>assistant <|image_pad|>?"),
+            code=0,
+            flags=("--run_dir", "other"),
+        ),
+        Fault(
+            "an image that is trained on and tested",
+            "trained on too",
+            flags=("--test_questions", "questions/train.json"),
+        ),
+        Elsewhere(
+            "an image that is validated on and tested",
+            "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others",
+            "validated on too",
+        ),
+        Fault(
+            "an absolute image path",
+            "leaves the image folder",
+            question(image=["/etc/hostname"]),
+        ),
+        Fault(
+            "an image path with ..",
+            "leaves the image folder",
+            question(image=["../base/config.json"]),
+        ),
+        Fault("an image path with a NUL byte", "`image` holds NUL", question(image=["2\0.png"])),
+        Fault(
+            "an image that is a link out of the folder",
+            "leaves the image folder",
+            lambda f: [image(None)(f), (f / "questions" / "2.png").symlink_to("/etc/hostname")],
+        ),
+        Fault("a missing image", "2.png", image(None)),
+        Fault("an image that is text", "not a readable image", image("hello")),
+        Fault("an image of 100 bytes and 3.6 billion pixels", "exceeds limit", image(bomb())),
+        Fault(
+            "an image that needs an interpreter (EPS)",
+            "not a readable image",
+            image("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n"),
+        ),
+        Elsewhere(
+            "an image whose comment unpacks to gigabytes",
+            "test_hostile.py::test_a_text_that_unpacks_to_much_more_is_refused",
+            "Decompressed data too large",
+        ),
+        Fault("an image 450 times as high as wide", "aspect ratio", thin),
+        Fault(
+            "images truncated during the run",
+            ".png",
+            during=images_cut,
+            leaves=LAST_STEP,
+            left="a checkpoint of the last whole step",
+        ),
+        Fault(
+            'the same with bad_images = "skip"',
+            "question skipped",
+            during=images_cut,
+            flags=("--bad_images", "skip"),
+            code=0,
+            leaves=FINISHED,
+        ),
+        Elsewhere(
+            "files damaged at random (fuzzing)",
+            "test_hostile_fuzz.py::test_a_damaged_question_file_is_questions_or_one_line",
+            summary="one printable line of bounded length",
+        ),
+    ),
+)
 
-Each row has a test. Those of test_faults.py are brought about on a run that has done 2 of its 6
-steps and saved both, and the messages are those that were seen, with paths relative to where the
-run lies; in the other rows, at the end, they are summaries.
-"""
+FOLDER = Group(
+    "Checkpoints and run folder",
+    "What train.py refuses to touch stays as it was, byte for byte.",
+    (
+        Fault(
+            "a run folder that can't be made",
+            "can't be used as a run folder",
+            flags=("--run_dir", UNDER),
+        ),
+        Fault(
+            "a file where a folder should be",
+            "can't be used as a run folder",
+            lambda f: (f / "file").write_text(""),
+            flags=("--run_dir", "file/run"),
+        ),
+        Elsewhere(
+            "a second process in the same run folder",
+            "test_train.py::test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing",
+            "another process",
+        ),
+        Fault(
+            "a run with other settings",
+            "different values of beta (was 0.04, now 0.5)",
+            flags=("--beta", "0.5"),
+        ),
+        Fault(
+            "other base weights than at the start",
+            "began with different base weights",
+            tensor(lambda t: t["model.norm.weight"].mul_(2)),
+        ),
+        Fault(
+            "other questions than at the start",
+            "began with different training questions",
+            question(question="What else?"),
+        ),
+        Fault(
+            "the run's config.toml is torn",
+            "the config of this run can't be read",
+            lambda f: (f / "run" / "config.toml").write_text("model = ["),
+        ),
+        Fault(
+            "the last line of metrics.jsonl is torn (it is dropped)",
+            "",
+            lambda f: os.truncate(
+                f / "run" / "metrics.jsonl", (f / "run" / "metrics.jsonl").stat().st_size - 30
+            ),
+            code=0,
+            leaves=FINISHED,
+        ),
+        Fault(
+            "one bit of the newest checkpoint is flipped",
+            "is damaged",
+            checkpoint(2, "model.safetensors", flip),
+            code=0,
+            leaves=FINISHED,
+        ),
+        Fault(
+            "a file of the newest checkpoint is missing",
+            "is damaged",
+            checkpoint(2, "optimizer.safetensors", Path.unlink),
+            code=0,
+            leaves=FINISHED,
+        ),
+        Fault(
+            "every checkpoint is damaged",
+            "every checkpoint is damaged",
+            all_checkpoints_flipped,
+        ),
+        Elsewhere(
+            "all checkpoints are missing (a disk that is not mounted)",
+            "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away",
+            "but no checkpoint",
+        ),
+        Elsewhere(
+            "the checkpoints of a finished run were deleted",
+            "test_train.py::test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten",
+            "holds a finished run",
+        ),
+        Elsewhere(
+            "a run was moved, with its model and questions",
+            "test_session.py::test_a_run_moved_with_its_model_and_questions_resumes_unchanged",
+            code=0,
+            summary=GOES_ON,
+        ),
+    ),
+)
+
+SIGNALS = Group(
+    "Signals and processes",
+    "Every finished step is in a checkpoint when the program ends, and the resumed run ends with "
+    "the same bytes as one that was left alone.",
+    (
+        Fault(
+            "Ctrl-C",
+            "stopped; the same command resumes from",
+            during=press(signal.SIGINT),
+            code=130,
+            leaves=STEP_2,
+        ),
+        Fault(
+            "SIGTERM, from a scheduler",
+            "stopped; the same command resumes from",
+            during=press(signal.SIGTERM),
+            code=143,
+            leaves=STEP_2,
+        ),
+        Fault(
+            "SIGHUP, from a terminal that is closed",
+            "stopped; the same command resumes from",
+            during=press(signal.SIGHUP),
+            code=129,
+            leaves=STEP_2,
+        ),
+        Elsewhere(
+            "SIGTERM during an update",
+            "test_session.py::test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte",
+            "stopped; the same command resumes from",
+            code=143,
+        ),
+        Elsewhere(
+            "SIGTERM during a validation (it is done on resuming)",
+            "test_resume.py::test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed",
+            "stopped; the same command resumes from",
+            code=143,
+        ),
+        Elsewhere(
+            "kill -9 at any moment, also during a save",
+            "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_a_runs_output",
+            code=137,
+            left="all but at most the last save_every steps",
+            summary="nothing",
+        ),
+        Elsewhere(
+            "a terminal, or a reader of the log, that goes away",
+            "test_resume.py::test_a_terminal_that_is_gone_does_not_end_the_run",
+            code=0,
+            summary=GOES_ON,
+        ),
+        Fault("a clock set back by an hour", "", during=clock_back, code=0, leaves=FINISHED),
+    ),
+)
+
+MEMORY = Group(
+    "Memory and disk",
+    "A checkpoint of the last whole step is left if the disk can take it, and the one before "
+    "otherwise.",
+    (
+        Elsewhere(
+            "a full GPU (the gradient stays the same)",
+            "test_session.py::test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient",
+            "out of memory with micro_batch_tokens",
+            code=0,
+        ),
+        Elsewhere(
+            "a GPU too small for one group",
+            "test_session.py::test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing",
+            "single group in a micro-batch",
+        ),
+        Fault(
+            "a full GPU outside the update",
+            "out of memory on the GPU",
+            during=out_of_memory,
+            leaves=STEP_2,
+        ),
+        Fault(
+            "a disk that is full when a checkpoint is saved",
+            "can't save the checkpoint",
+            during=limited_files(60_000),
+            leaves=STEP_2,
+        ),
+        Elsewhere(
+            "a disk that fails while training goes on",
+            "test_session.py::test_a_background_save_that_fails_is_reported_and_keeps_the_previous_checkpoint",
+            "can't save the checkpoint",
+        ),
+        Fault(
+            "a disk that is full when a step is recorded",
+            "run: File too large",
+            during=limited_files(2_000),
+            leaves=STEP_2,
+        ),
+        Fault(
+            "the folder of checkpoints is moved away during the run",
+            "can't save the checkpoint",
+            during=moved_away,
+            leaves=MOVED,
+            left="the checkpoints, where they were moved to",
+        ),
+        Fault(
+            "a file where the trained model should go",
+            "File exists",
+            lambda f: (f / "run" / "model").write_text("in the way"),
+            leaves=LAST_STEP,
+        ),
+    ),
+)
+
+NUMBERS = Group(
+    "Numbers",
+    "An update that is not finite changes no weight.",
+    (
+        Elsewhere(
+            "a loss or gradient that is not finite",
+            "test_session.py::test_a_step_that_is_not_finite_changes_no_weight_and_can_be_replayed",
+            "loss or gradient is not finite",
+            code=0,
+            left="the finished run, and all that is needed to replay the step",
+        ),
+        Elsewhere(
+            "max_bad_steps such steps in a row",
+            "test_session.py::test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint",
+            "consecutive steps",
+            left="a checkpoint of the last whole step",
+        ),
+        Elsewhere(
+            "weights that have become infinite or NaN",
+            "test_session.py::test_weights_that_are_not_finite_are_not_saved",
+            "are no longer finite",
+            left="the last checkpoint with finite weights",
+        ),
+    ),
+)
+
+GROUPS = (CONFIG, MODEL, QUESTIONS, FOLDER, SIGNALS, MEMORY, NUMBERS)
+FAULTS = tuple(row for group in GROUPS for row in group.rows if isinstance(row, Fault))

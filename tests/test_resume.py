@@ -47,7 +47,7 @@ def same_records(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed(
-    tmp_path, monkeypatch, presses
+    tmp_path, monkeypatch, capsys, in_docs, presses
 ):
     """The first signal stops the run at the next token, the second one at once."""
     fields = dict(validation_fraction=0.25, validate_every=2, save_every=100)
@@ -66,6 +66,9 @@ def test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed(
         patch.setattr(Run, "answers", pressed)
         assert run(patch, broken / "config.toml") == 143
         assert finished == ["accuracy before"]
+    if presses == 1:
+        row = "SIGTERM during a validation (it is done on resuming)"
+        in_docs(row, capsys.readouterr().err, broken)
     assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
     assert run(monkeypatch, broken / "config.toml") == 0
     assert same_weights(whole, broken) and same_records(whole, broken)
@@ -177,7 +180,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
 
 @pytest.mark.parametrize("loss", ["gone", "a link to nowhere"])
 def test_records_are_not_overwritten_when_the_checkpoints_are_away(
-    tmp_path, monkeypatch, capsys, loss
+    tmp_path, monkeypatch, capsys, in_docs, loss
 ):
     config = write_run(tmp_path, test_questions=[], save_every=1)
     press(signal.SIGTERM, "sample_groups", 4, monkeypatch)
@@ -187,7 +190,9 @@ def test_records_are_not_overwritten_when_the_checkpoints_are_away(
     if loss != "gone":
         (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "not mounted")
     assert run(monkeypatch, config) == 2
-    assert "has records of 3 steps but no checkpoint" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "has records of 3 steps but no checkpoint" in errors
+    in_docs("all checkpoints are missing (a disk that is not mounted)", errors)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 

@@ -65,7 +65,7 @@ def press(number: int, name: str, call: int, monkeypatch) -> None:
     ],
 )
 def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
-    tmp_path, monkeypatch, capsys, number, name, call, updates, done
+    tmp_path, monkeypatch, capsys, in_docs, number, name, call, updates, done
 ):
     fields = dict(test_questions=[], inner_updates=updates, save_every=100, micro_batch_tokens=1)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -78,6 +78,7 @@ def test_a_stop_within_a_step_loses_no_finished_step_and_changes_no_byte(
         assert run(patch, stopped / "config.toml") == 128 + number
     errors = capsys.readouterr().err
     assert f"resumes from {stopped}/run/checkpoints/step-{done:06d}" in errors.splitlines()[-1]
+    in_docs("SIGTERM during an update", errors, stopped)
     assert [path.name for path in (stopped / "run" / "checkpoints").iterdir()] == [
         f"step-{done:06d}"
     ]
@@ -124,7 +125,7 @@ def score_that_fails(*steps: int):
 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_can_be_replayed(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, in_docs
 ):
     config = write_run(tmp_path, test_questions=[], save_every=1, keep_checkpoints=9)
     monkeypatch.setattr("training.scoring.score", score_that_fails(1, 2))
@@ -139,7 +140,9 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_can_be_replayed(
     assert [row["loss"] is None for row in metrics] == [False, True, True, False]
     kept = tmp_path / "run" / "incidents"
     assert [row["kind"] for row in rows(tmp_path / "run" / "incidents.jsonl")] == ["not finite"] * 2
-    assert "2 of kind 'not finite'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of kind 'not finite'" in printed
+    in_docs("a loss or gradient that is not finite", printed)
 
     # The incident folder is all it takes: images and base model are deleted.
     shutil.rmtree(tmp_path / "questions"), shutil.rmtree(tmp_path / "base")
@@ -180,7 +183,7 @@ def test_a_replayed_incident_has_the_same_loss_and_gradient(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("method", ["grpo", "sft"])
 def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint(
-    tmp_path, monkeypatch, capsys, method
+    tmp_path, monkeypatch, capsys, in_docs, method
 ):
     config = write_run(tmp_path, test_questions=[], max_bad_steps=2, save_every=100, method=method)
     monkeypatch.setattr("training.scoring.score", score_that_fails(1, 2, 3))
@@ -188,7 +191,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and
         nan = torch.tensor(float("nan"))
         monkeypatch.setattr("training.sft.accumulate_cross_entropy", lambda *_: (nan, nan))
     assert run(monkeypatch, config) == 2
-    assert "not finite in 2 consecutive steps" in capsys.readouterr().err.splitlines()[-1]
+    in_docs("max_bad_steps such steps in a row", capsys.readouterr().err.splitlines()[-1])
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert (
         saved.name == ("step-000003" if method == "grpo" else "step-000002")
@@ -227,7 +230,7 @@ def short_of_memory(groups: int, monkeypatch, after_backward: bool = False) -> N
 @pytest.mark.parametrize("after_backward", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient(
-    tmp_path, monkeypatch, after_backward, dtype
+    tmp_path, monkeypatch, capsys, in_docs, after_backward, dtype
 ):
     folders = []
     for size, limited in ((1, False), (100_000, True)):
@@ -242,6 +245,7 @@ def test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient(
             assert run(patch, config) == 0
         folders.append(folder)
     assert same_weights(*folders)
+    in_docs("a full GPU (the gradient stays the same)", capsys.readouterr().out)
     lines = [
         row["says"]
         for row in rows(folders[1] / "run" / "incidents.jsonl")
@@ -253,14 +257,14 @@ def test_a_gpu_that_is_full_gets_smaller_micro_batches_and_the_same_gradient(
 
 
 def test_a_group_that_does_not_fit_alone_is_one_line_and_loses_nothing(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, in_docs
 ):
     config = write_run(tmp_path, test_questions=[], save_every=1, steps=2)
     assert run(monkeypatch, config, "--steps", "2") == 0
     short_of_memory(0, monkeypatch)
     (other := tmp_path / "other").mkdir()
     assert run(monkeypatch, write_run(other, test_questions=[])) == 2
-    assert "single group in a micro-batch" in capsys.readouterr().err.splitlines()[-1]
+    in_docs("a GPU too small for one group", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_missing_images_are_skipped_and_logged_if_the_config_says_so(tmp_path, monkeypatch, capsys):
@@ -356,12 +360,15 @@ def test_validation_keeps_the_best_checkpoint_and_is_not_repeated_when_the_run_i
     )
 
 
-def test_questions_to_validate_on_share_no_image_with_the_others(tmp_path, monkeypatch, capsys):
+def test_questions_to_validate_on_share_no_image_with_the_others(
+    tmp_path, monkeypatch, capsys, in_docs
+):
     train_file, test_file = (
         str(tmp_path / "questions" / f"{name}.json") for name in ("train", "test")
     )
     config = write_run(tmp_path, validation_questions=[test_file])
-    assert run(monkeypatch, config) == 2 and "validated on too" in capsys.readouterr().err
+    assert run(monkeypatch, config) == 2
+    in_docs("an image that is validated on and tested", capsys.readouterr().err)
     assert run(monkeypatch, config, "--validation_questions", train_file) == 2
     assert "trained on too" in capsys.readouterr().err
     assert run(monkeypatch, config, "--test_questions", "--train_questions", test_file) == 2
@@ -392,7 +399,7 @@ def test_a_checkpoint_has_the_weights_at_the_time_of_saving_although_training_co
 
 
 def test_a_background_save_that_fails_is_reported_and_keeps_the_previous_checkpoint(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, in_docs
 ):
     config = load_config(write_run(tmp_path))
     model = load_model(config.model)
@@ -409,8 +416,9 @@ def test_a_background_save_that_fails_is_reported_and_keeps_the_previous_checkpo
     with pytest.raises(
         InputError,
         match="step-000002: can't save .* No space left on device.* resumes from .*step-000001",
-    ):
+    ) as caught:
         saving.finish()
+    in_docs("a disk that fails while training goes on", str(caught.value))
     assert damage_of(before) == "" and [path.name for path in before.parent.iterdir()] == [
         "step-000001"
     ]
@@ -433,13 +441,12 @@ def test_a_run_moved_with_its_model_and_questions_resumes_unchanged(tmp_path, mo
     assert same_weights(whole, moved) and len(rows(moved / "run" / "metrics.jsonl")) == 4
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys, in_docs):
     config = write_run(
-        tmp_path, test_questions=[], save_every=2, learning_rate=1e38, beta=0.0, max_grad_norm=1e30
+        tmp_path, test_questions=[], save_every=1, learning_rate=1e38, beta=0.0, max_grad_norm=1e30
     )
     assert run(monkeypatch, config) == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite" in last_line and "training has diverged" in last_line
+    in_docs("weights that have become infinite or NaN", capsys.readouterr().err.splitlines()[-1])
     assert not (tmp_path / "run" / "checkpoints").exists() or not list(
         (tmp_path / "run" / "checkpoints").iterdir()
     )

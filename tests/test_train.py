@@ -293,14 +293,14 @@ def test_a_finished_run_is_not_trained_further_and_another_config_is_refused(
 
 
 def test_a_finished_run_whose_checkpoints_were_deleted_is_not_overwritten(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, in_docs
 ):
     config = write_run(tmp_path, steps=1)
     assert run(monkeypatch, config) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     assert run(monkeypatch, config, "--seed", "5") == 2
-    assert "holds a finished run" in capsys.readouterr().err
+    in_docs("the checkpoints of a finished run were deleted", capsys.readouterr().err)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
 
 
@@ -376,7 +376,7 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_final_name(tmp_path,
 
 
 def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(
-    finished, monkeypatch, capsys
+    finished, monkeypatch, capsys, in_docs
 ):
     holder = subprocess.Popen(
         [
@@ -393,7 +393,7 @@ def test_a_second_process_on_the_same_folder_is_refused_and_changes_nothing(
     assert holder.stdout.readline() == "held\n"
     before = {file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()}
     assert run(monkeypatch, finished / "config.toml") == 2
-    assert "another process is using this run folder" in capsys.readouterr().err
+    in_docs("a second process in the same run folder", capsys.readouterr().err, finished)
     assert before == {
         file: file.read_bytes() for file in (finished / "run").rglob("*") if file.is_file()
     }
