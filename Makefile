@@ -1,4 +1,4 @@
-# Every target sets up what it needs from a bare clone; what is done already is not done again.
+# Every target sets up what it needs, from a bare clone on, and does nothing twice.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/miniature.toml
@@ -9,16 +9,16 @@ BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
 
 help:
 	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for another run)"
-	@echo "make sft          the baseline beside it: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
-	@echo "make blind        the control beside it: GRPO trained without its images (BLIND_CONFIG=...)"
-	@echo "make eval         the table, the audits and the report of base, SFT and GRPO (trains the SFT baseline if need be)"
-	@echo "make study        every arm on three bases with several seeds, about two hours; rewrites docs/study.md"
-	@echo "make bench        what a step costs here, beside transformers and (if installed) TRL; rewrites BENCHMARKS.md"
+	@echo "make sft          the baseline: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
+	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
+	@echo "make eval         the table, the audits and the report of base, SFT and GRPO (trains SFT first if it is missing)"
+	@echo "make study        all methods on three bases with several seeds, about two hours; rewrites docs/study.md"
+	@echo "make bench        the cost of a step here, beside transformers and (if installed) TRL; rewrites BENCHMARKS.md"
 	@echo "make test         all tests, on two cores"
 	@echo "make check        format, lint and types: ruff format, ruff check, mypy"
 	@echo "make tensorboard  curves, completions and images of the runs"
-	@echo "make base         make the miniature's base model anew from nothing (half an hour)"
-	@echo "make clean        remove the environment and the generated questions (never a run)"
+	@echo "make base         train the miniature's base model from scratch (half an hour)"
+	@echo "make clean        delete the environment and the generated questions, but no runs"
 
 setup: .venv/.installed
 
@@ -40,7 +40,7 @@ sft: questions
 blind: questions
 	$(BIN)/python train.py --config $(BLIND_CONFIG)
 
-# A run that is finished is not trained further: this only measures it again, in seconds.
+# A finished run is not trained further: this only measures it again, in seconds.
 eval: sft
 	$(BIN)/python evaluate.py --config $(CONFIG)
 

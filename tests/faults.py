@@ -553,7 +553,7 @@ FOLDER = Group(
 SIGNALS = Group(
     "Signals and processes",
     "Every finished step is in a checkpoint when the program ends, and the resumed run ends with "
-    "the same bytes as one that was left alone.",
+    "the same bytes as an uninterrupted one (on a processor with a fixed number of threads).",
     (
         Fault(
             "Ctrl-C",

@@ -25,20 +25,20 @@ HEAD = """# What can go wrong
 
 When something outside the program goes wrong (a file, a disk, a GPU's memory, a signal), train.py
 ends with one line on stderr that names the cause and the remedy, without a traceback, and finished
-checkpoints stay. Once the cause is mended, the same command resumes the run.
+checkpoints stay. Once the cause is fixed, the same command resumes the run.
 
 | exit code | meaning | what to do |
 |---|---|---|
 | 0 | done | look at `summary.json`, evaluate `model/` |
-| 2 | something must be mended | what the line says, then the same command |
+| 2 | something must be fixed | what the line says, then the same command |
 | 130, 143, 129 | stopped by Ctrl-C, SIGTERM or SIGHUP | the same command |
 | 137 | killed, perhaps for want of memory | see `--dry-run`, then the same command |
 
 Every row below has a test; where no file is named it is in
 [test_faults.py](../tests/test_faults.py). That one runs train.py on a tiny model that has finished
 2 of its 6 steps and saved both. The tests write the messages into this page as they saw them, with
-paths shortened; only those in italics are summaries. A bold number is the exit code, where it is
-not 2. With exit code 0 the run went on to its end.
+paths shortened; only the words in italics are summaries. A bold number is the exit code, where it
+is not 2. With exit code 0 the run went on to its end.
 """
 
 
