@@ -8,12 +8,12 @@ BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
 .PHONY: help setup train sft blind eval study bench test check questions base tensorboard clean
 
 help:
-	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for another run)"
+	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for others)"
 	@echo "make sft          the baseline: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
-	@echo "make eval         the table, the audits and the report of base, SFT and GRPO (trains SFT first if it is missing)"
-	@echo "make study        all methods on three bases with several seeds, about two hours; rewrites docs/study.md"
-	@echo "make bench        the cost of a step here, beside transformers and (if installed) TRL; rewrites BENCHMARKS.md"
+	@echo "make eval         the table, audits and report of base, SFT and GRPO (trains SFT first if missing)"
+	@echo "make study        all methods, three bases, several seeds: two hours; rewrites docs/study.md"
+	@echo "make bench        a step's cost beside transformers and TRL (if installed); rewrites BENCHMARKS.md"
 	@echo "make test         all tests, on two cores"
 	@echo "make check        format, lint and types: ruff format, ruff check, mypy"
 	@echo "make tensorboard  curves, completions and images of the runs"
