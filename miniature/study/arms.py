@@ -9,12 +9,11 @@ from typing import NamedTuple
 from ..base import SEED
 
 GRPO_CONFIG, SFT_CONFIG = "configs/miniature.toml", "configs/miniature_sft.toml"
-VALIDATION = "build/miniature/validation.json"  # MRI only, like training
 TEST = "build/miniature/test.json"
 TRAIN = "build/miniature/train.json"
 
 RATES = ("3e-5", "1e-4", "3e-4", "1e-3")
-LENGTHS = (50, 100, 150)  # steps of 16 questions: one trial of 150 is validated at each
+LENGTHS = (50, 100, 150)  # steps of 16 questions; a trial has 150 and is validated at each
 TRIAL_SEED = 0  # of no run that is tested: a lucky trial must not be counted as a result
 
 

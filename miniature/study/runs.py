@@ -203,7 +203,7 @@ def _training(
         return []
     flags = ["--model", str(begin), "--run_dir", str(folder), "--learning_rate", rate]
     flags += ["--steps", str(steps), "--seed", str(seed), "--test_questions"]
-    if seed == TRIAL_SEED:  # of the arms that others go on from any length may be chosen
-        flags += ["--keep_checkpoints", str(len(LENGTHS))]
+    if seed == TRIAL_SEED:  # validated at each length, and kept: another arm may begin there
+        flags += ["--validate_every", str(LENGTHS[0]), "--keep_checkpoints", str(len(LENGTHS))]
     command = ("train.py", "--config", arm.config, *arm.flags, *flags)
     return [Command(command, Path(f"{folder}.log"))]
