@@ -8,7 +8,7 @@ BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
 .PHONY: help setup train sft blind eval bench test check questions base tensorboard clean
 
 help:
-	@echo "make train        GRPO on the miniature, about ten minutes on 2 CPU cores (CONFIG=... for others)"
+	@echo "make train        GRPO on the miniature, a few minutes on 2 CPU cores (CONFIG=... for others)"
 	@echo "make sft          the baseline: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
 	@echo "make eval         the table, audits and report of base, SFT and GRPO (trains SFT first if missing)"
