@@ -71,7 +71,7 @@ class Qwen2VL(nn.Module):
             patches_SC: the patches of all images in reading order, in the layout of the Hugging
                 Face image processor.
             grids_I3: the grid of patches of each image, (t, h, w).
-            lengths_B: tokens in each row without padding; None if there is none.
+            lengths_B: tokens in each row without padding; None if no row is padded.
         """
         if lengths_B is None:
             lengths_B = torch.full(tokens_BL.shape[:1], tokens_BL.shape[1])

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakSet, finalize
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor, UntypedStorage, library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -106,14 +106,14 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
-def fused_attention() -> torch.library.Library:
+def fused_attention() -> library.Library:
     """Make attention on the meta device use as much memory as a fused kernel on real devices.
 
     Otherwise it would store all attention scores. In effect until the returned object is deleted.
     """
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
-    return library
+    kernels = library.Library("aten", "IMPL")
+    kernels.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+    return kernels
 
 
 def _attention(

@@ -23,7 +23,7 @@ class Workload:
         left_out: number of questions skipped because their prompts are too long.
         prompts: number of tokens in each question's prompt.
         trained, tested: the questions with the longest prompts in the training data, and in the
-            data on which accuracy is measured (None if there is none).
+            data on which accuracy is measured (None without such data).
         micro_batch, test_batch: number of questions in a micro-batch, and in a batch when accuracy
             is measured.
         group_size, completion: completions per question in training, and their length in tokens.

@@ -64,7 +64,7 @@ class Checkpoints:
             saving.result()
 
     def newest(self) -> str:
-        """The path of the newest checkpoint, for messages; "the beginning" if there is none."""
+        """The path of the newest checkpoint, for messages; "the beginning" before the first."""
         saved = checkpoints(self.folder.parent)
         return str(saved[-1]) if saved else "the beginning"
 
