@@ -225,8 +225,8 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             "warmup_steps", self.warmup_steps <= self.steps, f"at most steps ({self.steps})"
         )
         self._require("max_pixels", self.max_pixels >= self.min_pixels, "at least min_pixels")
-        rewarded = self.format_weight or self.accuracy_weight
-        self._require("accuracy_weight", rewarded, "above 0, because format_weight is 0")
+        rewarded = any(getattr(self, weight.name) for weight in fields(Rewards))
+        self._require("accuracy_weight", rewarded, "above 0, because all other weights are 0")
         device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
         self._require("device", device, "cpu or cuda")
 

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,16 @@ def test_the_command_line_overrides_the_file_and_the_file_overrides_the_defaults
     assert config.test_questions == ("a.json", "b.json")
     assert load_config(file).test_questions == ("one.json",)
     assert load_config(file).beta == 1.0 and isinstance(load_config(file).beta, float)
+
+
+def test_any_weight_above_0_makes_a_reward_whatever_its_rule_is_called(tmp_path, monkeypatch):
+    # A third field under the heading stands for the weight of a new rule.
+    extended = type("Rewards", (), {"__annotations__": {"seed": int}, "seed": 0})
+    monkeypatch.setattr("common.config.Rewards", dataclass(extended))
+    weights = "format_weight = 0\naccuracy_weight = 0\n"
+    assert load_config(written(tmp_path, weights + "seed = 3")).accuracy_weight == 0
+    with pytest.raises(InputError, match="accuracy_weight"):
+        load_config(written(tmp_path, weights + "seed = 0"))
 
 
 def test_resolved_config_reads_back_equal(tmp_path):
