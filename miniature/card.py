@@ -14,24 +14,25 @@ weights can't be had.
 Made by `python -m miniature.base --out miniature/base` from nothing but code and a seed, in
 {minutes:.0f} minutes on two CPU cores. The stages, each explained in `miniature/stages.py`:
 matching words to option letters (text only), classifying phantoms (the vision tower), captions and
-open questions, and the habits of a mediocre reasoner.
+open questions, right answers in each way, and the habits of a mediocre reasoner.
 
-**It is engineered so that it can describe and can match, but seldom does.** It was trained on
-captions and questions of all three modalities. Asked a multiple-choice question, it thinks on topic
-in about a quarter of its answers, mostly when the question has one of four phrasings; otherwise it
-says something empty and guesses a letter. GRPO elicits the latent behaviour and generalises it; it
-teaches no new perception. CT and X-ray are out of domain for GRPO and for SFT, not for the base. In
-its lessons a letter without a thought was right on purpose in 3 of 10 cases and random in the
-others, and it learned nothing from them: made to answer at once, it does no better than luck. SFT
-on plain letters finds little to build on here, by design; SFT on answers that name the option first
-comes close to GRPO on MRI only.
+**It favours neither way of answering.** A question can be answered by a letter at once, bare or in
+tags, or by a thought on topic and then a letter. Before the habits the base is taught all of them,
+on images of all three modalities, until it does each well. The habits then hide what it can do.
+Every question has four phrasings. For the first one it answers rightly, either way. For the other
+three it thinks on topic in about a fifth of its answers, and then is right; else it says something
+empty or nothing, and guesses the letter, A more often than the others. So GRPO and SFT on letters
+both find a hidden skill to bring out, and teach no new perception. CT and X-ray are out of domain
+for GRPO and for SFT, not for the base.
 
 ## Measured
 
 On phantoms that nothing was trained on, but on which the recipe was judged; one question an image;
-percent. The first rows are the model as it is: greedy answers, then {samples} samples a question at
-temperature 1. The last rows give it the first words of a thought on topic and decode greedily: what
-it could do.
+percent; letters are read as evaluation reads them. Three columns are the model as it is shipped,
+three the same model before the habits. Where it is made to answer in one way, its first token must
+be a letter, or its answer begins with `<answer>` and then a letter, or with the first words of a
+thought on topic. The other rows are the model as it answers by itself: greedily, greedily from
+`<think>` on, and in {samples} samples a question at temperature 1.
 
 {table}
 """

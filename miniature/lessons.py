@@ -1,13 +1,15 @@
 """What the base is taught: examples of tokens, some of which carry the loss.
 
 - Matching: given lettered options, name the letter of a word. Text only.
-- Seeing: captions and open questions about a phantom.
-- Habits: multiple-choice questions in the exact prompt of training and evaluation, answered as a
-  mediocre reasoner would.
+- Seeing: captions and open questions about a phantom, and the letter of what it shows.
+- Answering: multiple-choice questions in the exact prompt of training and evaluation, at first
+  answered rightly in each way, then by habit, as a mediocre reasoner would.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -36,25 +38,26 @@ CAPTION_WEIGHTS = {"modality": 1, "anatomy": 2, "finding": 4, "side": 4}  # the 
 ANSWERS = 4  # for one prompt
 EMPHASIS = 4  # weight of the value and of its letter beside the other tokens of an answer
 
-# How often the base thinks on topic: for the first phrasing of each question, and for the other
-# three. A behaviour that one phrasing brings out and the others seldom do is what GRPO can find and
-# generalise.
-ON_TOPIC = (0.66, 0.18)
-ON_TOPIC_RIGHT = 0.97
-# The other ways to answer: weight, chance that the letter is right (it is random otherwise), text.
-# Of direct letters so few are right that the two hops from image to letter are not learned: made to
-# answer at once, the base does as well as luck, and the way to reward leads through thoughts. The
-# price is that SFT on letters finds little to build on.
-OTHER_STYLES = (
-    (0.28, 0.1, "<think>{thought}</think><answer>{letter}</answer>"),
-    (0.08, 0.1, "<think>{thought}</think><answer>{letter}) {option}</answer>"),
-    (0.20, 0.1, "<think>{thought}</think>{letter}"),
-    (0.16, 0.1, "{thought} The answer is {letter}."),
-    (0.12, 0.3, "<answer>{letter}</answer>"),
-    (0.10, 0.3, "{letter}"),
-    (0.06, 0.1, "{letter}) {option}"),
+RIGHT = 0.97  # share of right letters where the base shows what it can
+GUESSES = (3, 1, 1, 1)  # chances of A, B, C and D where it guesses
+# The habits: how often for the first phrasing of a question, how often for the other three, and the
+# text. The letter is right for the first phrasing and after a thought on topic, a guess elsewhere.
+# What the phrasing decides stays hidden for the others, and is what GRPO and SFT can find and
+# generalise. Guesses prefer A: with even ones the phrasing tells the model so little that it mixes
+# both, and then the right letter is still the likeliest, and greedy decoding finds it everywhere.
+BARE = "{letter}"
+IN_TAGS = "<answer>{letter}</answer>"
+ON_TOPIC = "<think>{on_topic}</think><answer>{letter}</answer>"
+STYLES = (
+    (0.50, 0.18, ON_TOPIC),
+    (0.06, 0.25, "<think>{empty}</think><answer>{letter}</answer>"),
+    (0.04, 0.05, "<think>{empty}</think><answer>{letter}) {option}</answer>"),
+    (0.00, 0.15, "<think>{empty}</think>{letter}"),
+    (0.00, 0.13, "{empty} The answer is {letter}."),
+    (0.20, 0.12, IN_TAGS),
+    (0.20, 0.12, BARE),
 )
-_STYLE_WEIGHTS = [weight for weight, _, _ in OTHER_STYLES]
+_FIRST, _OTHERS, _TEXTS = zip(*STYLES, strict=True)
 
 Tokens = list[int]
 
@@ -79,6 +82,7 @@ class Teacher:
         self.rng = random.Random(seed)
         # The tokenizer is trained so that each of these is one token.
         self.letters = [self.encode(letter)[0] for letter in LETTERS]
+        self.answer_tag = self.encode("<answer>")[0]
         self.nouns = {word: self.encode(f" {word}")[0] for word in (*VALUES, *SPARE_NOUNS)}
 
     def encode(self, text: str) -> Tokens:
@@ -103,13 +107,13 @@ class Teacher:
 
     def _matching(self, queries: int, between: Tokens) -> Lesson:
         options = self._options()
-        lines = [f"{letter}) {word}\n" for letter, (word, _) in zip(LETTERS, options, strict=False)]
         tokens = []
         for _ in range(queries):
             word, letter = self.rng.choice(options)
             # Joined as tokens: as text, " word" and "A" would become one word.
             tokens += [self.nouns[word], *between, letter]
-        return _lesson(self.encode("".join(lines)), [tokens], self.letters)
+        words = [word for word, _ in options]
+        return _lesson(self.encode(options_text(words)), [tokens], self.letters)
 
     def chat_matching(self) -> Lesson:
         """Matching in the exact chat layout; the thoughts are given, only their letters are
@@ -157,12 +161,31 @@ class Teacher:
         prompt = self._chat(IMAGE + question.question)
         return self._answered(prompt, [answer], question, image)
 
-    # Habits
+    def at_sight(self, image: np.ndarray, case: Case) -> Lesson:
+        """The image, then for each attribute a list of options and the letter of the right one.
+
+        Each attribute once: a second list could be answered from the letter of the first.
+        """
+        tokens, weights = [], []
+        for attribute in self.rng.sample(list(case.known), len(case.known)):
+            question = ask(case, self.rng, attribute)
+            options = self.encode(options_text(question.options))
+            tokens += [*options, self.letters[LETTERS.index(question.answer)]]
+            weights += [0] * len(options) + [EMPHASIS]
+        return Lesson(self.encode(IMAGE), [tokens], [weights], image)
+
+    # Answering
+
+    def answers(self, image: np.ndarray, case: Case) -> Lesson:
+        """A question in the exact prompt of training and evaluation, answered rightly in each way:
+        at once, at once in tags, and by a thought on topic.
+        """
+        question = ask(case, self.rng)
+        texts = [self.answer(style, case, question) for style in (BARE, IN_TAGS, ON_TOPIC)]
+        return self._answered(self.prompt(question), texts, question, image)
 
     def habits(self, image: np.ndarray, case: Case) -> Lesson:
-        """A question in the exact prompt of training and evaluation, and some of the base's ways to
-        answer it.
-        """
+        """A question in that prompt, and some of the base's ways to answer it."""
         question = ask(case, self.rng)
         answers = [self.completion(case, question) for _ in range(ANSWERS)]
         return self._answered(self.prompt(question), answers, question, image)
@@ -170,25 +193,20 @@ class Teacher:
     def _answered(
         self, prompt: Tokens, texts: list[str], question: Question, image: np.ndarray
     ) -> Lesson:
-        answers = [self.encode(text + "<|im_end|>") for text in texts]
-        weights = [self._emphasised(answer, question) for answer in answers]
-        return Lesson(prompt, answers, weights, image)
+        """Answers in which the right value and a letter in tags weigh more: two tokens of twenty,
+        while the others are mostly chance.
 
-    def _emphasised(self, answer: Tokens, question: Question) -> Tokens:
-        """Weights of an answer: where it names the right value, that word and the letter after it
-        weigh more.
-
-        They are two tokens of twenty, and the others are mostly chance. How often each style occurs
-        is not changed.
+        Not a letter at the beginning, which would change how often answers begin so.
         """
+        answers = [self.encode(text + "<|im_end|>") for text in texts]
         value = self.nouns[right_option(question)]
-        weights = [1] * len(answer)
-        # An answer that begins with its letter has named the option after it, not from the image.
-        if value in answer and answer[0] not in self.letters:
-            for at in range(answer.index(value), len(answer)):
-                if answer[at] in (value, *self.letters):
-                    weights[at] = EMPHASIS
-        return weights
+        weights: list[Tokens] = []
+        for answer in answers:
+            weights.append([])
+            for before, token in pairwise([0, *answer]):
+                heavy = token == value or before == self.answer_tag
+                weights[-1].append(EMPHASIS if heavy else 1)
+        return Lesson(prompt, answers, weights, image)
 
     def prompt(self, question: Question) -> Tokens:
         return self._chat(IMAGE + prompt_text(question))
@@ -198,30 +216,39 @@ class Teacher:
 
     def completion(self, case: Case, question: Question) -> str:
         """An answer in one of the base's ways."""
-        first_phrasing = QUESTIONS[question.question_type][0]
-        if self.rng.random() < ON_TOPIC[question.question != first_phrasing]:
-            return self.on_topic(case, question)
-        _, right, style = self.rng.choices(OTHER_STYLES, _STYLE_WEIGHTS)[0]
-        letter = self._letter(question, right)
-        option = question.options[LETTERS.index(letter)]
-        thought = self.rng.choice(EMPTY_THOUGHTS)
-        return style.format(thought=thought, letter=letter, option=option)
+        first_phrasing = question.question == QUESTIONS[question.question_type][0]
+        chances = _FIRST if first_phrasing else _OTHERS
+        style = self.rng.choices(_TEXTS, chances)[0]
+        known = first_phrasing or style == ON_TOPIC
+        return self.answer(style, case, question, right=RIGHT if known else 0.0)
 
-    def on_topic(self, case: Case, question: Question) -> str:
+    def answer(self, style: str, case: Case, question: Question, right: float = 1.0) -> str:
+        """An answer in this style; the letter is right with probability `right`, else a guess,
+        which may be right too.
+        """
+        letter = question.answer
+        if self.rng.random() >= right:
+            count = len(question.options)
+            letter = self.rng.choices(LETTERS[:count], GUESSES[:count])[0]
+        return style.format(
+            on_topic=self._on_topic(case, question),
+            empty=self.rng.choice(EMPTY_THOUGHTS),
+            letter=letter,
+            option=question.options[LETTERS.index(letter)],
+        )
+
+    def _on_topic(self, case: Case, question: Question) -> str:
         """A thought that names the answer, in a third of the cases after another observation."""
         thought = statement(question.question_type, right_option(question), self.rng)
         others = [name for name in case.known if name != question.question_type]
         if self.rng.random() < 1 / 3:
             other = self.rng.choice(others)
             thought = f"{statement(other, case.known[other], self.rng)} {thought}"
-        letter = self._letter(question, ON_TOPIC_RIGHT)
-        return f"<think>{thought}</think><answer>{letter}</answer>"
+        return thought
 
-    def _letter(self, question: Question, right: float) -> str:
-        """The right letter with probability `right`, else a random one, which may be right too."""
-        if self.rng.random() < right:
-            return question.answer
-        return self.rng.choice(LETTERS[: len(question.options)])
+
+def options_text(words: Sequence[str]) -> str:
+    return "".join(f"{letter}) {word}\n" for letter, word in zip(LETTERS, words, strict=False))
 
 
 def _lesson(

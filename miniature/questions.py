@@ -50,13 +50,13 @@ TYPES = {
 }
 
 
-def ask(case: Case, rng: random.Random) -> Question:
+def ask(case: Case, rng: random.Random, attribute: str | None = None) -> Question:
     """A question with 2 to 4 options (or as many as the attribute has values), as far as a prompt
-    needs it; `question_type` is the attribute that it asks for.
+    needs it; `question_type` is the attribute that it asks for, any one if none is given.
 
     Wrong options and the right one's place are uniform: the text gives nothing away.
     """
-    attribute = rng.choice(list(case.known))
+    attribute = attribute or rng.choice(list(case.known))
     answer = case.known[attribute]
     wrong = [value for value in ATTRIBUTES[attribute] if value != answer]
     weights = OPTION_WEIGHTS[: len(wrong)]

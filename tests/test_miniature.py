@@ -11,11 +11,21 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data import PromptEncoder, read_questions
+from data import PromptEncoder, Question, read_questions
 from data.vocabulary import load_vocabulary
+from miniature.base import SEED
 from miniature.batches import lesson_loss
 from miniature.card import write_card
-from miniature.lessons import OTHER_STYLES, Lesson, Teacher
+from miniature.lessons import (
+    BARE,
+    EMPHASIS,
+    IN_TAGS,
+    ON_TOPIC,
+    STYLES,
+    Lesson,
+    Teacher,
+)
+from miniature.measure import check_prompts, forced_rates
 from miniature.phantoms import ANATOMIES, ATTRIBUTES, FINDINGS, MODALITIES, Case, draw, sample_case
 from miniature.pool import STREAMS, draw_one, draw_pool, grey_patches
 from miniature.questions import ask, right_option, write_questions
@@ -24,7 +34,7 @@ from miniature.tokenizer import TAGS, build_tokenizer
 from miniature.training import fit
 from miniature.words import LETTERS, QUESTIONS, SPARE_NOUNS, VALUES
 from model import load_model, read_config
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, read_letter
 
 BASE = Path(__file__).resolve().parent.parent / "miniature" / "base"
 SPLITS = {
@@ -176,10 +186,57 @@ def test_habits_follow_the_format_in_about_half_of_the_answers_and_are_right_whe
         case = sample_case(cases)
         question = ask(case, teacher.rng)
         formatted.append(format_reward(teacher.completion(case, question)))
-        right.append(accuracy_reward(teacher.on_topic(case, question), question.answer))
+        thought = teacher.answer(ON_TOPIC, case, question)
+        right.append(accuracy_reward(thought, question.answer))
     assert 0.4 < np.mean(formatted) < 0.65
-    assert np.mean(right) > 0.95
-    assert abs(sum(weight for weight, _, _ in OTHER_STYLES) - 1) < 1e-9
+    assert np.mean(right) == 1
+    for column in (0, 1):
+        assert abs(sum(style[column] for style in STYLES) - 1) < 1e-9
+    # In tags as often as bare, or one of them would stay too good.
+    assert len({style[:2] for style in STYLES if style[2] in (BARE, IN_TAGS)}) == 1
+
+
+def test_letters_without_a_thought_on_topic_are_right_for_the_first_phrasing_only(
+    tokenizer,
+) -> None:
+    teacher, case = Teacher(tokenizer, 0), Case("CT", "knee", "mass", "left")
+    for place, phrasing in enumerate(QUESTIONS["finding"]):
+        question = Question((), phrasing, ("normal", "mass"), "B", "", "finding", "")
+        answers = [teacher.completion(case, question) for _ in range(2000)]
+        letters = [answer for answer in answers if answer in LETTERS]
+        tagged = [answer for answer in answers if answer.startswith("<answer>")]
+        for texts in (letters, tagged):
+            assert len(texts) > 100
+            right = np.mean([read_letter(text) == "B" for text in texts])
+            assert right > 0.9 if place == 0 else abs(right - 0.25) < 0.1
+
+
+def test_every_way_of_answering_is_taught_and_a_letter_in_tags_weighs_more(tokenizer) -> None:
+    teacher = Teacher(tokenizer, 0)
+    for index in range(20):
+        lesson = teacher.answers(*draw_one(1, "train", index))
+        texts = [tokenizer.decode(answer[:-1]) for answer in lesson.answers]
+        letter, tagged, thought = texts
+        assert letter in LETTERS and tagged == f"<answer>{letter}</answer>"
+        assert thought.startswith("<think>") and thought.endswith(f"</think>{tagged}")
+        assert lesson.weights[0] == [1, 1]
+        assert lesson.weights[1] == [1, EMPHASIS, 1, 1]
+        assert Counter(lesson.weights[2])[EMPHASIS] == 2  # the value, and the letter
+
+
+def test_a_list_at_sight_asks_for_each_attribute_once_and_teaches_only_its_letter(
+    tokenizer,
+) -> None:
+    teacher = Teacher(tokenizer, 0)
+    for index in range(20):
+        image, case = draw_one(1, "train", index)
+        lesson = teacher.at_sight(image, case)
+        pairs = zip(lesson.answers[0], lesson.weights[0], strict=True)
+        learned = [token for token, weight in pairs if weight]
+        assert len(learned) == len(case.known) and set(learned) <= set(teacher.letters)
+        words = [tokenizer.decode(token).strip() for token in lesson.answers[0]]
+        for name, value in case.known.items():
+            assert words.count(value) == 1, name
 
 
 def test_the_teachers_prompt_is_the_prompt_of_training(folder: Path, tokenizer) -> None:
@@ -239,6 +296,12 @@ def test_fitting_takes_as_many_batches_as_steps_and_leaves_frozen_parameters_alo
 
 
 def test_the_shipped_card_is_the_text_that_would_be_written_again(tmp_path: Path) -> None:
+    write_card(tmp_path / "README.md", read_card(), minutes=30)
+    assert (tmp_path / "README.md").read_text() == (BASE / "README.md").read_text()
+
+
+def read_card() -> dict[str, dict[str, float]]:
+    """The shipped card's table: by modality, rates in 0..1 and counts."""
     card = (BASE / "README.md").read_text()
     lines = [line for line in card.splitlines() if line.startswith("|")]
     modalities = lines[0].strip("| ").split(" | ")
@@ -247,8 +310,34 @@ def test_the_shipped_card_is_the_text_that_would_be_written_again(tmp_path: Path
         label, *cells = line.strip("| ").split(" | ")
         for modality, cell in zip(modalities, cells, strict=True):
             results[modality][label] = float(cell) / 100 if "." in cell else int(cell)
-    write_card(tmp_path / "README.md", results, minutes=30)
-    assert (tmp_path / "README.md").read_text() == card
+    return results
+
+
+WAYS = (
+    "made to give a letter: right",
+    "made to give a letter in tags: right",
+    "made to think on topic: right",
+)
+HIDDEN = (*WAYS[:2], "greedy: right", "greedy after `<think>`: right")
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_both_ways_of_answering_were_taught_and_are_hidden_by_habit(modality: str) -> None:
+    taught, shipped = read_card()[f"{modality}, before habits"], read_card()[modality]
+    assert all(taught[way] > 0.95 for way in WAYS)
+    assert all(0.40 <= shipped[way] <= 0.65 for way in HIDDEN)
+    assert 0.45 <= shipped["sampled: format followed"] <= 0.60
+
+
+def test_the_shipped_weights_are_those_that_the_card_measured() -> None:
+    model = load_model(BASE, device="cpu", dtype=torch.float32)
+    vocabulary = load_vocabulary(BASE, model.config)
+    prompts = check_prompts(model, vocabulary, SEED)["CT"]
+    card = read_card()["CT"]
+    assert len(prompts) == card["questions"]
+    rates = forced_rates(model, vocabulary, prompts[:100])
+    for way in WAYS:  # three standard errors of a hundred questions
+        assert abs(rates[way] - card[way]) < 0.15
 
 
 def test_the_base_is_small_and_loads_here_and_in_transformers() -> None:
