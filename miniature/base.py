@@ -95,10 +95,10 @@ def make_base(folder: Path, seed: int = SEED) -> None:
         for name, parameter in model.visual.named_parameters():
             parameter.copy_(torch.from_numpy(tower.result()[name]))
     torch.set_num_threads(2)
-    fit("describing", model, describing(model, teacher, pool), steps=900, rate=1e-3)
-    fit("answering", model, answering(model, teacher, pool), steps=2000, rate=1e-3)
+    fit("describing", model, describing(model, teacher, pool), steps=700, rate=1e-3)
+    fit("answering", model, answering(model, teacher, pool), steps=1500, rate=1e-3)
     taught = write_and_measure(model, tokenizer, folder, seed)
-    fit("habits", model, habits(model, teacher, pool), steps=800, rate=7e-4)
+    fit("habits", model, habits(model, teacher, pool), steps=700, rate=7e-4)
     minutes = (time.time() - started) / 60
 
     results = write_and_measure(model, tokenizer, folder, seed)

@@ -14,7 +14,7 @@ weights can't be had.
 Made by `python -m miniature.base --out miniature/base` from nothing but code and a seed, in
 {minutes:.0f} minutes on two CPU cores. The stages, each explained in `miniature/stages.py`:
 matching words to option letters (text only), classifying phantoms (the vision tower), captions and
-open questions, right answers in each way, and the habits of a mediocre reasoner.
+short lists of options, right answers in each way, and the habits of a mediocre reasoner.
 
 **It favours neither way of answering.** A question can be answered by a letter at once, bare or in
 tags, or by a thought on topic and then a letter. Before the habits the base is taught all of them,

@@ -1,7 +1,7 @@
 """What the base is taught: examples of tokens, some of which carry the loss.
 
 - Matching: given lettered options, name the letter of a word. Text only.
-- Seeing: captions and open questions about a phantom, and the letter of what it shows.
+- Seeing: captions of a phantom, and the letters of what it shows in short lists of options.
 - Answering: multiple-choice questions in the exact prompt of training and evaluation, at first
   answered rightly in each way, then by habit, as a mediocre reasoner would.
 """
@@ -153,13 +153,6 @@ class Teacher:
         tokens = self.encode(" ".join(statements))
         values = [self.nouns[value] for value in known.values()]
         return _lesson(self.encode(IMAGE), [tokens], values, image)
-
-    def open_question(self, image: np.ndarray, case: Case) -> Lesson:
-        """A question without options in the chat layout, answered by a statement on topic."""
-        question = ask(case, self.rng)
-        answer = statement(question.question_type, right_option(question), self.rng)
-        prompt = self._chat(IMAGE + question.question)
-        return self._answered(prompt, [answer], question, image)
 
     def at_sight(self, image: np.ndarray, case: Case) -> Lesson:
         """The image, then for each attribute a list of options and the letter of the right one.

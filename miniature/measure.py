@@ -53,13 +53,12 @@ class Answer:
 
 def measure(model: Qwen2VL, vocabulary: Vocabulary, seed: int) -> dict[str, Rates]:
     """The model card's numbers by modality: how many questions, one an image, and rates in 0..1."""
-    prompts = check_prompts(model, vocabulary, seed)
     results = {}
-    for modality, asked in prompts.items():
-        chances = [1 / len(prompt.question.options) for prompt in asked]
-        counts = {"questions": len(asked), "chance (1 / options)": _mean(chances)}
-        forced = forced_rates(model, vocabulary, asked)
-        results[modality] = counts | forced | _free_rates(model, vocabulary, asked, seed)
+    for modality, prompts in check_prompts(model, vocabulary, seed).items():
+        chances = [1 / len(prompt.question.options) for prompt in prompts]
+        counts = {"questions": len(prompts), "chance (1 / options)": _mean(chances)}
+        forced = forced_rates(model, vocabulary, prompts)
+        results[modality] = counts | forced | _free_rates(model, vocabulary, prompts, seed)
     return results
 
 

@@ -75,17 +75,17 @@ def attribute_labels(pool: Pool) -> Tensor:
 
 
 def describing(model: Qwen2VL, teacher: Teacher, pool: Pool) -> Losses:
-    """Say what is in the image: captions, then answers to open questions. Matching is replayed, or
-    it would be forgotten.
+    """Say what is in the image, in captions, and find its letter in short lists of options.
+    Matching is replayed, or it would be forgotten.
 
     The tower stays as it is, here and later: the first, wild gradients of a language model that has
     never met an image would spoil it.
     """
     while True:
-        phantoms = [teacher.rng.choice(pool) for _ in range(40)]
-        captions = [teacher.caption(*phantom) for phantom in phantoms[:28]]
-        questions = [teacher.open_question(*phantom) for phantom in phantoms[28:]]
-        yield lesson_loss(model, captions + questions + rehearsal(teacher, 12, 8))
+        phantoms = [teacher.rng.choice(pool) for _ in range(36)]
+        captions = [teacher.caption(*phantom) for phantom in phantoms[:20]]
+        lists = [teacher.at_sight(*phantom) for phantom in phantoms[20:]]
+        yield lesson_loss(model, captions + lists + rehearsal(teacher, 8, 6))
 
 
 def answering(model: Qwen2VL, teacher: Teacher, pool: Pool) -> Losses:
@@ -93,15 +93,15 @@ def answering(model: Qwen2VL, teacher: Teacher, pool: Pool) -> Losses:
     a thought on topic with its letter.
 
     A letter at once takes two hops, from the image to a value that is never written, and from there
-    to the value's letter. Among the habits alone that is not learned. Short lists of options
-    directly after the image give four such letters for fewer tokens than one whole prompt has.
+    to the value's letter: among the habits alone that is not learned. The short lists go on, since
+    each gives four such letters for fewer tokens than one whole prompt has.
     """
     while True:
         phantoms = [teacher.rng.choice(pool) for _ in range(34)]
-        lists = [teacher.at_sight(*phantom) for phantom in phantoms[:16]]
-        answers = [teacher.answers(*phantom) for phantom in phantoms[16:28]]
-        captions = [teacher.caption(*phantom) for phantom in phantoms[28:]]
-        yield lesson_loss(model, lists + answers + captions + rehearsal(teacher, 4, 4))
+        captions = [teacher.caption(*phantom) for phantom in phantoms[:6]]
+        lists = [teacher.at_sight(*phantom) for phantom in phantoms[6:22]]
+        answers = [teacher.answers(*phantom) for phantom in phantoms[22:]]
+        yield lesson_loss(model, captions + lists + answers + rehearsal(teacher, 4, 4))
 
 
 def habits(model: Qwen2VL, teacher: Teacher, pool: Pool) -> Losses:
