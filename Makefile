@@ -5,13 +5,14 @@ CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
 BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
 
-.PHONY: help setup train sft blind eval bench test check questions base tensorboard clean
+.PHONY: help setup train sft blind eval study bench test check questions base tensorboard clean
 
 help:
 	@echo "make train        GRPO on the miniature, a few minutes on 2 CPU cores (CONFIG=... for others)"
 	@echo "make sft          the baseline: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
 	@echo "make eval         the table, audits and report of base, SFT and GRPO (trains SFT first if missing)"
+	@echo "make study        all methods, three bases, several seeds: two hours; rewrites docs/study.md"
 	@echo "make bench        a step's cost beside transformers and TRL (if installed); rewrites BENCHMARKS.md"
 	@echo "make test         all tests, on two cores"
 	@echo "make check        format, lint and types: ruff format, ruff check, mypy"
@@ -42,6 +43,9 @@ blind: questions
 # A finished run is not trained further: this only measures it again, in seconds.
 eval: sft
 	$(BIN)/python evaluate.py --config $(CONFIG)
+
+study: questions
+	$(BIN)/python -m miniature.study
 
 bench: setup
 	$(BIN)/python -m benchmarks

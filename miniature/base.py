@@ -79,6 +79,7 @@ def make_base(folder: Path, seed: int = SEED) -> None:
     """All stages, then the folder, then the measurements of what was written."""
     started = time.time()
     keep_freed_memory()
+    threads = min(2, torch.get_num_threads())  # more would wait for each other on so small a model
     tokenizer = build_tokenizer()
     model = Qwen2VL(base_config(tokenizer))
     initialise(model, seed)
@@ -94,7 +95,7 @@ def make_base(folder: Path, seed: int = SEED) -> None:
         fit("in chat", model, matching_in_chat(model, teacher), steps=500, rate=1e-3)
         for name, parameter in model.visual.named_parameters():
             parameter.copy_(torch.from_numpy(tower.result()[name]))
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     fit("describing", model, describing(model, teacher, pool), steps=700, rate=1e-3)
     fit("answering", model, answering(model, teacher, pool), steps=1500, rate=1e-3)
     taught = write_and_measure(model, tokenizer, folder, seed)

@@ -64,8 +64,13 @@ def curves_svg(rows: Sequence[Metrics]) -> str:
     """The metrics over the steps, as small multiples. `rows` (at least one) are those of
     metrics.jsonl.
     """
+    return picture_of(curve_panels(rows))
+
+
+def picture_of(panels: Sequence[Markup]) -> str:
+    """The panels as one picture, two in each row."""
     return ENVIRONMENT.get_template("curves.svg.jinja").render(
-        panels=curve_panels(rows), style=STYLE, panel_width=WIDTH, panel_height=HEIGHT, gap=GAP
+        panels=panels, style=STYLE, panel_width=WIDTH, panel_height=HEIGHT, gap=GAP
     )
 
 
@@ -80,7 +85,11 @@ def curve_panels(rows: Sequence[Metrics]) -> list[Markup]:
 
 
 def panel_svg(
-    title: str, series: Sequence[tuple[str, str, Points]], unit: str = "step", top: float = 0.0
+    title: str,
+    series: Sequence[tuple[str, str, Points]],
+    unit: str = "step",
+    top: float = 0.0,
+    labels: float = 14,
 ) -> Markup:
     """One panel as an <svg> element: lines over x, with y from 0 to `top`. If `top` is 0, y ends at
     a round number above all points.
@@ -88,6 +97,7 @@ def panel_svg(
     Args:
         series: label ("" for none), colour (a class), points (x, y).
         unit: the unit of x.
+        labels: the y pixel of the first label; the others follow below.
     """
     every_point = list(chain.from_iterable(points for _, _, points in series))
     steps, heights = zip(*every_point or [(0.0, 0.0)], strict=True)
@@ -95,6 +105,7 @@ def panel_svg(
         title=title,
         series=series,
         unit=unit,
+        labels=labels,
         width=WIDTH,
         height=HEIGHT,
         # Room for the labels of y at the left, the title above, and the labels of x below.

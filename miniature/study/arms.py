@@ -1,0 +1,69 @@
+"""The arms of the study: how each differs from the others, and what all of them share.
+
+Fixed before any test question was answered: the arms, the rates and lengths that are tried, the
+rule that chooses among them, the seeds and the bases.
+"""
+
+from typing import NamedTuple
+
+from ..base import SEED
+
+GRPO_CONFIG, SFT_CONFIG = "configs/miniature.toml", "configs/miniature_sft.toml"
+TEST = "build/miniature/test.json"
+TRAIN = "build/miniature/train.json"
+
+RATES = ("3e-5", "1e-4", "3e-4", "1e-3")
+LENGTHS = (50, 100, 150)  # steps of 16 questions; a trial has 150 and is validated at each
+TRIAL_SEED = 0  # of no run that is tested: a lucky trial must not be counted as a result
+
+
+class Base(NamedTuple):
+    """A base model: its name, the seed that `make base` gives it, and those of the runs on it."""
+
+    name: str
+    seed: int
+    seeds: tuple[int, ...]
+
+
+SHIPPED = Base("shipped", SEED, (1, 2, 3))
+BASES = (SHIPPED, Base("second", SEED + 1, (1,)), Base("third", SEED + 2, (1,)))
+"""The study makes all but the first."""
+
+
+class Arm(NamedTuple):
+    """One way to train.
+
+    Attributes:
+        name: what tables call it.
+        folder: what its runs' folders are called.
+        config: the config file of its runs.
+        flags: fields that differ from the config, as on the command line.
+        settings_of: folder of the arm whose rate and length it takes; "" if trials choose its own.
+        begins_with: folder of the arm whose trained model it goes on from; "" for the base.
+    """
+
+    name: str
+    folder: str
+    config: str
+    flags: tuple[str, ...] = ()
+    settings_of: str = ""
+    begins_with: str = ""
+
+
+ARMS = (
+    Arm("SFT, bare letters", "sft-bare", SFT_CONFIG, ("--sft_answer", "bare")),
+    Arm("SFT, letters in tags", "sft-tags", SFT_CONFIG, ("--sft_answer", "tags")),
+    Arm("SFT, option named first", "sft-named", SFT_CONFIG, ("--sft_answer", "named")),
+    Arm("GRPO", "grpo", GRPO_CONFIG),
+    Arm("SFT on letters in tags, then GRPO", "sft-grpo", GRPO_CONFIG, begins_with="sft-tags"),
+    # The controls: GRPO as above but for the images of training. No choice of their own, so that
+    # sight is all that differs.
+    Arm("GRPO, grey images", "grpo-blank", GRPO_CONFIG, ("--images", "blank"), "grpo"),
+    Arm("GRPO, noise", "grpo-noise", GRPO_CONFIG, ("--images", "noise"), "grpo"),
+    Arm(
+        "GRPO, another question's images", "grpo-other", GRPO_CONFIG, ("--images", "other"), "grpo"
+    ),
+)
+BY_FOLDER = {arm.folder: arm for arm in ARMS}
+FROM_BASES = tuple(arm for arm in ARMS if not arm.begins_with)
+FROM_ARMS = tuple(arm for arm in ARMS if arm.begins_with)
