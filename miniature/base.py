@@ -3,10 +3,10 @@ cores).
 
     python -m miniature.base --out miniature/base
 
-A Qwen2-VL of 1.5 million parameters in Hugging Face layout, that *can* answer questions about
-phantoms both ways, by a letter at once and by a thought on topic, and mostly does neither: its
-habits hide what it can for three of four phrasings. See stages.py for how, and the README.md that
-this writes for what it reaches.
+A Qwen2-VL of 1.5 million parameters in Hugging Face layout. It *can* answer questions about
+phantoms in both ways, by a letter at once and by a thought on topic, and mostly does neither: for
+three of four phrasings its habits hide what it can do. stages.py says how it is made; the
+README.md that this writes says what it reaches.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def make_base(folder: Path, seed: int = SEED) -> None:
     teacher = Teacher(tokenizer, seed)
     pool = draw_pool(seed, "base", POOL_IMAGES)
     model.visual.requires_grad_(False)  # from here to the end: it is trained beside, and then kept
-    # The first two stages share no weight: one core each, which beats two cores in turn.
+    # The first two stages share no weight, so each has a core of its own: faster than one after the
+    # other on two.
     torch.set_num_threads(1)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         tower = executor.submit(_train_tower, model.config, pool, seed)
@@ -111,9 +112,7 @@ def make_base(folder: Path, seed: int = SEED) -> None:
 def write_and_measure(
     model: Qwen2VL, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int
 ) -> dict[str, Rates]:
-    """Write the folder; what is measured is what is shipped: the weights as bf16 has rounded
-    them.
-    """
+    """Write the folder, and measure what it holds: the weights as rounded to bf16."""
     write_folder(model, tokenizer, folder)
     shipped = load_model(folder, device="cpu", dtype=torch.float32)
     return measure(shipped, load_vocabulary(folder, shipped.config), seed)

@@ -41,10 +41,10 @@ EMPHASIS = 4  # weight of the value and of its letter beside the other tokens of
 RIGHT = 0.97  # share of right letters where the base shows what it can
 GUESSES = (3, 1, 1, 1)  # chances of A, B, C and D where it guesses
 # The habits: how often for the first phrasing of a question, how often for the other three, and the
-# text. The letter is right for the first phrasing and after a thought on topic, a guess elsewhere.
-# What the phrasing decides stays hidden for the others, and is what GRPO and SFT can find and
-# generalise. Guesses prefer A: with even ones the phrasing tells the model so little that it mixes
-# both, and then the right letter is still the likeliest, and greedy decoding finds it everywhere.
+# text. The letter is right for the first phrasing and after a thought on topic; else it is a guess.
+# What only the first phrasing brings out is what GRPO and SFT can find, and carry over to the
+# others. Guesses prefer A. If they were uniform, the model would not tell the phrasings apart: with
+# right letters and guesses mixed, the right one stays the likeliest, and greedy decoding finds it.
 BARE = "{letter}"
 IN_TAGS = "<answer>{letter}</answer>"
 ON_TOPIC = "<think>{on_topic}</think><answer>{letter}</answer>"

@@ -52,7 +52,7 @@ TYPES = {
 
 def ask(case: Case, rng: random.Random, attribute: str | None = None) -> Question:
     """A question with 2 to 4 options (or as many as the attribute has values), as far as a prompt
-    needs it; `question_type` is the attribute that it asks for, any one if none is given.
+    needs it. It asks for `attribute`, by default for any one, which is then its `question_type`.
 
     Wrong options and the right one's place are uniform: the text gives nothing away.
     """
@@ -73,8 +73,8 @@ def right_option(question: Question) -> str:
 
 
 def write_questions(folder: Path, splits: Splits = SPLITS, seed: int = SEED) -> None:
-    """Write all splits and their images below `folder`; nothing is done if that same version
-    already stands there.
+    """Write all splits and their images below `folder`. If this version is there already, do
+    nothing.
     """
     stamp = folder / "stamp.json"
     contents = json.dumps({"version": VERSION, "seed": seed, "splits": splits}) + "\n"

@@ -1,5 +1,5 @@
-"""The stages by which the base is made, in order. Each says why it is there, and yields the losses
-of one batch after another, without an end.
+"""The stages by which the base is made, in order. Each says why it is there, and yields one batch's
+loss after another, for ever.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ def matching(model: Qwen2VL, teacher: Teacher) -> Losses:
 
 
 def matching_in_chat(model: Qwen2VL, teacher: Teacher) -> Losses:
-    """When attention from a word to its earlier self has formed: the longer ways from word to
-    letter that a completion takes.
+    """The longer ways from word to letter that a completion takes, once attention from a word to
+    its earlier self has formed.
     """
     while True:
         yield lesson_loss(model, rehearsal(teacher, 24, 8))

@@ -1,8 +1,8 @@
-"""Write an evaluation's tables into Markdown pages, between markers.
+"""Tables in Markdown pages, written between markers by commands and not by hand.
 
-    python -m evaluation.report.markdown runs/miniature/eval README.md docs/audits.md
+    python -m evaluation.report.markdown runs/miniature/eval README.md
 
-Each table goes wherever a page has its markers:
+writes an evaluation's accuracy table to where the page has these two lines:
 
     <!-- accuracy: written by a command -->
     <!-- accuracy: end -->
@@ -31,22 +31,17 @@ NAMES = {
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def write_tables(page: Path, texts: dict[str, str]) -> list[str]:
-    """Replace the text between the page's markers with `texts` (marker name -> text). Returns the
-    names of the markers that the page has.
-    """
-    whole, written = page.read_text(encoding="utf-8"), []
-    for name, text in texts.items():
-        before, begin, rest = whole.partition(f"<!-- {name}: written by a command -->\n")
-        _, end, after = rest.partition(f"<!-- {name}: end -->\n")
-        if end:
-            whole = f"{before}{begin}{text}\n{end}{after}"
-            written.append(name)
-    page.write_text(whole, encoding="utf-8")
-    return written
+def write_between_markers(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the page's markers of this name. InputError if it has none."""
+    begin, end = f"<!-- {name}: written by a command -->\n", f"<!-- {name}: end -->\n"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise InputError(f"{page}: has no markers; add the lines {begin}{end}")
+    page.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
 
 
 def accuracy_table(results: Row) -> str:
@@ -70,56 +65,17 @@ def accuracy_table(results: Row) -> str:
     return markdown_table(["", *counts], [(name, *line) for name, line in cells.items()])
 
 
-def type_table(results: Row) -> str:
-    """Accuracy by modality and question type, with the stars of `accuracy_table`."""
-    rows = [row for row in results["accuracy"] if row["question_type"] is not None]
-    kinds = list(dict.fromkeys(row["question_type"] for row in rows))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        star = "" if row["sees"] else " \\*"
-        line = cells.setdefault((row["modality"], row["model"]), {})
-        line[row["question_type"]] = percent(row["rate"]) + star
-    lines = []
-    for modality in dict.fromkeys(row["modality"] for row in rows):
-        for (of, model), line in cells.items():
-            if of == modality:
-                lines.append((modality, model, *(line.get(kind, "") for kind in kinds)))
-    return markdown_table(("", "", *kinds), lines)
-
-
-def check_table(results: Row) -> str:
-    """For each check of reasoning and answers, the rate in percent and the number counted."""
-    models = [model["name"] for model in results["models"]]
-    cells: dict[str, dict[str, str]] = {}
-    for row in results["faithfulness"]:
-        cells.setdefault(row["check"], {})[row["model"]] = f"{percent(row['rate'])} of {row['of']}"
-    lines = [(check, *(line.get(model, "") for model in models)) for check, line in cells.items()]
-    return markdown_table(("", *models), lines)
-
-
-TABLES = {"accuracy": accuracy_table, "types": type_table, "checks": check_table}
-"""Marker name -> function that makes the table from the content of results.json."""
-
-
 def main() -> int:
     return run_program("markdown", _write)
 
 
 def _write() -> None:
-    parser = argparse.ArgumentParser(description="Write an evaluation's tables into pages.")
+    parser = argparse.ArgumentParser(description="Write an evaluation's table into a page.")
     parser.add_argument("evaluation", type=Path, help="folder of an evaluation, with results.json")
-    parser.add_argument("pages", nargs="+", type=Path, help="Markdown pages with markers")
+    parser.add_argument("page", type=Path, help="Markdown page with the markers")
     arguments = parser.parse_args()
     results = read_json(arguments.evaluation / "results.json", "run evaluate.py first")
-    texts = {name: table(results) for name, table in TABLES.items()}
-    for page in arguments.pages:
-        written = write_tables(page, texts)
-        if not written:
-            raise InputError(
-                f"{page}: has no markers for {', '.join(texts)}; add two lines, such as "
-                "<!-- accuracy: written by a command --> and <!-- accuracy: end -->"
-            )
-        print(f"{page}: {', '.join(written)}")
+    write_between_markers(arguments.page, "accuracy", accuracy_table(results))
 
 
 if __name__ == "__main__":

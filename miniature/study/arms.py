@@ -12,7 +12,7 @@ GRPO_CONFIG, SFT_CONFIG = "configs/miniature.toml", "configs/miniature_sft.toml"
 TEST = "build/miniature/test.json"
 TRAIN = "build/miniature/train.json"
 
-RATES = ("3e-5", "1e-4", "3e-4", "1e-3")
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
 LENGTHS = (50, 100, 150)  # steps of 16 questions; a trial has 150 and is validated at each
 TRIAL_SEED = 0  # of no run that is tested: a lucky trial must not be counted as a result
 

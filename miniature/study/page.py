@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation.report.curves import HEIGHT, panel_svg, picture_of, read_metrics
-from evaluation.report.markdown import write_tables
+from evaluation.report.markdown import write_between_markers
 
 from . import tables
 from .arms import BASES, BY_FOLDER, SHIPPED, Arm
@@ -31,7 +31,7 @@ def write_page(study: Study, folder: Path) -> None:
         "shortcuts": tables.shortcuts(answers, SHIPPED),
     }
     for base in BASES[1:]:
-        texts[f"{base.name} base"] = "\n\n".join(
+        texts[f"{base.name} base"] = "\n".join(
             (
                 tables.accuracies(answers, base),
                 tables.paired(answers, base),
@@ -39,7 +39,8 @@ def write_page(study: Study, folder: Path) -> None:
                 tables.shortcuts(answers, base),
             )
         )
-    write_tables(folder / "study.md", texts)
+    for name, text in texts.items():
+        write_between_markers(folder / "study.md", name, text)
     (folder / "study.svg").write_text(curves(study), encoding="utf-8")
 
 
