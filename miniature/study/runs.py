@@ -28,6 +28,7 @@ from rewards import read_letter
 from .arms import ARMS, BASES, BY_FOLDER, LENGTHS, RATES, SHIPPED, TEST, TRIAL_SEED, Arm, Base
 
 REMEDY = "delete it, and `make study` makes it anew"
+CURVE_EVERY = 10  # steps between the points of a run's curve
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Two runs side by side on a core each take less time than one after the other on two."""
 
@@ -205,5 +206,7 @@ def _training(
     flags += ["--steps", str(steps), "--seed", str(seed), "--test_questions"]
     if seed == TRIAL_SEED:  # validated at each length, and kept: another arm may begin there
         flags += ["--validate_every", str(LENGTHS[0]), "--keep_checkpoints", str(len(LENGTHS))]
+    else:
+        flags += ["--validate_every", str(CURVE_EVERY)]
     command = ("train.py", "--config", arm.config, *arm.flags, *flags)
     return [Command(command, Path(f"{folder}.log"))]
