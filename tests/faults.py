@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 UNCHANGED = "the run folder, byte for byte"
-LAST_STEP = "a checkpoint of the last whole step"
+LAST_STEP = "a checkpoint of the last complete step"
 FINISHED = "the finished run"
 STEP_2 = "the checkpoint of step 2"
 MOVED = "the checkpoints, where they were moved to"
@@ -211,7 +211,7 @@ UNDER = "/proc/no/such/folder"
 
 CONFIG = Group(
     "Config and command line",
-    "Nothing has begun yet: the run folder stays as it was, byte for byte.",
+    "Training has not begun: the run folder is unchanged, byte for byte.",
     (
         Fault("no such config", "can't read the config", lambda f: (f / "config.toml").unlink()),
         Fault("a config that is not TOML", "not TOML", config("steps = ")),
@@ -234,8 +234,8 @@ CONFIG = Group(
 
 MODEL = Group(
     "Model folder and hub",
-    "Training does not begin, and the run folder stays as it was. The hub's cache keeps the files "
-    "that were downloaded whole; the next attempt fetches the others.",
+    "Training does not begin, and the run folder is unchanged. The hub's cache keeps completely "
+    "downloaded files; the next attempt fetches the rest.",
     (
         Fault(
             "no such model folder",
@@ -257,7 +257,7 @@ MODEL = Group(
         ),
         Fault("no weights", "model.safetensors: no such file", base("model.safetensors", None)),
         Fault(
-            "weights in a pickle only (it is never opened)",
+            "weights only as a pickle (never opened)",
             "model.safetensors: no such file",
             only_pickle,
         ),
@@ -343,7 +343,7 @@ MODEL = Group(
             "accept the terms",
         ),
         Elsewhere(
-            "a hub with a fault of its own",
+            "a server error on the hub",
             "test_hub.py::test_a_refusal_by_the_hub_is_one_line_that_says_which",
             "the hub answered with",
         ),
@@ -362,8 +362,8 @@ MODEL = Group(
 
 QUESTIONS = Group(
     "Questions and images",
-    "All files are checked before the first step, and the run folder stays as it was. Only the "
-    "pixels are read later, when a question's turn comes.",
+    "All files are checked before the first step, and the run folder is unchanged. Only the pixels "
+    "are read later, when a question comes up.",
     (
         Fault("no question file", "train.json", lambda f: write(f / TRAIN, None)),
         Fault("questions that are not JSON", "train.json", questions("hello, world")),
@@ -380,9 +380,9 @@ QUESTIONS = Group(
         ),
         Fault("a line of 10 MB", "train.json line 1", questions(LONG_LINE)),
         Fault("brackets nested 100,000 deep", "train.json", questions("[" * 100_000)),
-        Fault("half of a surrogate pair", "surrogate", questions(SURROGATE)),
+        Fault("a lone surrogate", "surrogate", questions(SURROGATE)),
         Fault("10,000 options", "10000", question(options=["Normal"] * 10_000)),
-        Fault("an answer that is none of the options", "`answer`", question(answer="Brain")),
+        Fault("an answer that matches none of the options", "`answer`", question(answer="Brain")),
         Elsewhere(
             "a pipe or a device in place of a file",
             "test_hostile.py::test_a_pipe_is_not_waited_for",
@@ -401,12 +401,12 @@ QUESTIONS = Group(
             flags=("--run_dir", "other"),
         ),
         Fault(
-            "an image that is trained on and tested",
+            "an image in both the training and the test set",
             "trained on too",
             flags=("--test_questions", "questions/train.json"),
         ),
         Elsewhere(
-            "an image that is validated on and tested",
+            "an image in both the validation and the test set",
             "test_session.py::test_questions_to_validate_on_share_no_image_with_the_others",
             "validated on too",
         ),
@@ -422,7 +422,7 @@ QUESTIONS = Group(
         ),
         Fault("an image path with a NUL byte", "`image` holds NUL", question(image=["2\0.png"])),
         Fault(
-            "an image that is a link out of the folder",
+            "an image that is a symbolic link out of the folder",
             "leaves the image folder",
             lambda f: [image(None)(f), (f / "questions" / "2.png").symlink_to("/etc/hostname")],
         ),
@@ -439,13 +439,13 @@ QUESTIONS = Group(
             "test_hostile.py::test_a_text_that_unpacks_to_much_more_is_refused",
             "Decompressed data too large",
         ),
-        Fault("an image 450 times as high as wide", "aspect ratio", thin),
+        Fault("an image 450 times as tall as it is wide", "aspect ratio", thin),
         Fault(
             "images truncated during the run",
             ".png",
             during=images_cut,
             leaves=LAST_STEP,
-            left="a checkpoint of the last whole step",
+            left="a checkpoint of the last complete step",
         ),
         Fault(
             'the same with bad_images = "skip"',
@@ -468,7 +468,7 @@ FOLDER = Group(
     "What train.py refuses to touch stays as it was, byte for byte.",
     (
         Fault(
-            "a run folder that can't be made",
+            "a run folder that can't be created",
             "can't be used as a run folder",
             flags=("--run_dir", UNDER),
         ),
@@ -489,22 +489,22 @@ FOLDER = Group(
             flags=("--beta", "0.5"),
         ),
         Fault(
-            "other base weights than at the start",
+            "base weights that differ from those at the start",
             "began with different base weights",
             tensor(lambda t: t["model.norm.weight"].mul_(2)),
         ),
         Fault(
-            "other questions than at the start",
+            "questions that differ from those at the start",
             "began with different training questions",
             question(question="What else?"),
         ),
         Fault(
-            "the run's config.toml is torn",
+            "the run's config.toml is truncated",
             "the config of this run can't be read",
             lambda f: (f / "run" / "config.toml").write_text("model = ["),
         ),
         Fault(
-            "the last line of metrics.jsonl is torn (it is dropped)",
+            "the last line of metrics.jsonl is truncated (it is dropped)",
             "",
             lambda f: os.truncate(
                 f / "run" / "metrics.jsonl", (f / "run" / "metrics.jsonl").stat().st_size - 30
@@ -532,7 +532,7 @@ FOLDER = Group(
             all_checkpoints_flipped,
         ),
         Elsewhere(
-            "all checkpoints are missing (a disk that is not mounted)",
+            "all checkpoints are missing (for example, a disk is not mounted)",
             "test_resume.py::test_records_are_not_overwritten_when_the_checkpoints_are_away",
             "but no checkpoint",
         ),
@@ -552,8 +552,9 @@ FOLDER = Group(
 
 SIGNALS = Group(
     "Signals and processes",
-    "Every finished step is in a checkpoint when the program ends, and the resumed run ends with "
-    "the same bytes as an uninterrupted one (on a processor with a fixed number of threads).",
+    "Except after `kill -9`, every finished step is in a checkpoint when the program ends. The "
+    "resumed run produces the same bytes as an uninterrupted one (on a CPU with a fixed number of "
+    "threads).",
     (
         Fault(
             "Ctrl-C",
@@ -570,7 +571,7 @@ SIGNALS = Group(
             leaves=STEP_2,
         ),
         Fault(
-            "SIGHUP, from a terminal that is closed",
+            "SIGHUP, from a closed terminal",
             "stopped; the same command resumes from",
             during=press(signal.SIGHUP),
             code=129,
@@ -583,20 +584,20 @@ SIGNALS = Group(
             code=143,
         ),
         Elsewhere(
-            "SIGTERM during a validation (it is done on resuming)",
+            "SIGTERM during validation (repeated on resuming)",
             "test_resume.py::test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed",
             "stopped; the same command resumes from",
             code=143,
         ),
         Elsewhere(
-            "kill -9 at any moment, also during a save",
+            "kill -9 at any moment, even during a save",
             "test_soak.py::test_three_kills_at_random_moments_change_no_byte_of_a_runs_output",
             code=137,
-            left="all but at most the last save_every steps",
+            left="everything up to the last complete checkpoint",
             summary="nothing",
         ),
         Elsewhere(
-            "a terminal, or a reader of the log, that goes away",
+            "a terminal or log reader that disappears",
             "test_resume.py::test_a_terminal_that_is_gone_does_not_end_the_run",
             code=0,
             summary=GOES_ON,
@@ -607,8 +608,8 @@ SIGNALS = Group(
 
 MEMORY = Group(
     "Memory and disk",
-    "A checkpoint of the last whole step is left if the disk can take it, and the one before "
-    "otherwise.",
+    "If the disk has room, the last complete step is saved; otherwise the previous checkpoint "
+    "remains.",
     (
         Elsewhere(
             "a full GPU (the gradient stays the same)",
@@ -645,7 +646,7 @@ MEMORY = Group(
             leaves=STEP_2,
         ),
         Fault(
-            "the folder of checkpoints is moved away during the run",
+            "the checkpoints folder is moved during the run",
             "can't save the checkpoint",
             during=moved_away,
             leaves=MOVED,
@@ -662,7 +663,7 @@ MEMORY = Group(
 
 NUMBERS = Group(
     "Numbers",
-    "An update that is not finite changes no weight.",
+    "An update whose loss or gradient is not finite changes no weight.",
     (
         Elsewhere(
             "a loss or gradient that is not finite",
@@ -675,7 +676,7 @@ NUMBERS = Group(
             "max_bad_steps such steps in a row",
             "test_session.py::test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_a_line_and_a_checkpoint",
             "consecutive steps",
-            left="a checkpoint of the last whole step",
+            left="a checkpoint of the last complete step",
         ),
         Elsewhere(
             "weights that have become infinite or NaN",

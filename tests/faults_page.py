@@ -24,21 +24,22 @@ LONG_WORD = 17
 HEAD = """# What can go wrong
 
 When something outside the program goes wrong (a file, a disk, a GPU's memory, a signal), train.py
-ends with one line on stderr that names the cause and the remedy, without a traceback, and finished
-checkpoints stay. Once the cause is fixed, the same command resumes the run.
+prints one line on stderr that names the cause and the remedy, without a traceback. Finished
+checkpoints are kept. Once the cause is fixed, the same command resumes the run.
 
 | exit code | meaning | what to do |
 |---|---|---|
-| 0 | done | look at `summary.json`, evaluate `model/` |
-| 2 | something must be fixed | what the line says, then the same command |
-| 130, 143, 129 | stopped by Ctrl-C, SIGTERM or SIGHUP | the same command |
-| 137 | killed, perhaps for want of memory | see `--dry-run`, then the same command |
+| 0 | done | look at `summary.json`; evaluate `model/` |
+| 2 | something must be fixed | do what the line says, then run the same command again |
+| 130, 143, 129 | stopped by Ctrl-C, SIGTERM or SIGHUP | run the same command again |
+| 137 | killed, perhaps by the out-of-memory killer | check memory with `--dry-run`, then run the \
+same command again |
 
-Every row below has a test; where no file is named it is in
-[test_faults.py](../tests/test_faults.py). That one runs train.py on a tiny model that has finished
-2 of its 6 steps and saved both. The tests write the messages into this page as they saw them, with
-paths shortened; only the words in italics are summaries. A bold number is the exit code, where it
-is not 2. With exit code 0 the run went on to its end.
+Every row below has a test; unless a file is named, it is in
+[test_faults.py](../tests/test_faults.py), which resumes a tiny run that has finished 2 of its 6
+steps, with a checkpoint after each. The tests write the messages into this page as printed, with
+paths shortened; only words in italics are summaries. A bold number is an exit code other than 2;
+with 0, the run completed.
 """
 
 

@@ -142,7 +142,7 @@ ANSWERS = {
     "gated, asked without a login": (401, {"X-Error-Code": "GatedRepo"}, GATED),
     "gated, asked with a login": (403, {"X-Error-Code": "GatedRepo"}, GATED),
     "forbidden": (403, {}, GATED),
-    "down": (507, {}, "a hub with a fault of its own"),
+    "down": (507, {}, "a server error on the hub"),
 }
 """Case -> status, headers, and the row of docs/faults.md that has the message."""
 

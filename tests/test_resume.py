@@ -67,7 +67,7 @@ def test_a_validation_that_was_stopped_is_done_when_the_run_is_resumed(
         assert run(patch, broken / "config.toml") == 143
         assert finished == ["accuracy before"]
     if presses == 1:
-        row = "SIGTERM during a validation (it is done on resuming)"
+        row = "SIGTERM during validation (repeated on resuming)"
         in_docs(row, capsys.readouterr().err, broken)
     assert [path.name for path in checkpoints(broken / "run")] == ["step-000002"]
     assert run(monkeypatch, broken / "config.toml") == 0
@@ -192,7 +192,7 @@ def test_records_are_not_overwritten_when_the_checkpoints_are_away(
     assert run(monkeypatch, config) == 2
     errors = capsys.readouterr().err
     assert "has records of 3 steps but no checkpoint" in errors
-    in_docs("all checkpoints are missing (a disk that is not mounted)", errors)
+    in_docs("all checkpoints are missing (for example, a disk is not mounted)", errors)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 

@@ -368,7 +368,7 @@ def test_questions_to_validate_on_share_no_image_with_the_others(
     )
     config = write_run(tmp_path, validation_questions=[test_file])
     assert run(monkeypatch, config) == 2
-    in_docs("an image that is validated on and tested", capsys.readouterr().err)
+    in_docs("an image in both the validation and the test set", capsys.readouterr().err)
     assert run(monkeypatch, config, "--validation_questions", train_file) == 2
     assert "trained on too" in capsys.readouterr().err
     assert run(monkeypatch, config, "--test_questions", "--train_questions", test_file) == 2
