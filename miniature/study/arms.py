@@ -38,7 +38,6 @@ class Arm(NamedTuple):
         folder: what its runs' folders are called.
         config: the config file of its runs.
         flags: fields that differ from the config, as on the command line.
-        settings_of: folder of the arm whose rate and length it takes; "" if trials choose its own.
         begins_with: folder of the arm whose trained model it goes on from; "" for the base.
     """
 
@@ -46,7 +45,6 @@ class Arm(NamedTuple):
     folder: str
     config: str
     flags: tuple[str, ...] = ()
-    settings_of: str = ""
     begins_with: str = ""
 
 
@@ -56,14 +54,13 @@ ARMS = (
     Arm("SFT, option named first", "sft-named", SFT_CONFIG, ("--sft_answer", "named")),
     Arm("GRPO", "grpo", GRPO_CONFIG),
     Arm("SFT on letters in tags, then GRPO", "sft-grpo", GRPO_CONFIG, begins_with="sft-tags"),
-    # The controls: GRPO as above but for the images of training. No choice of their own, so that
-    # sight is all that differs.
-    Arm("GRPO, grey images", "grpo-blank", GRPO_CONFIG, ("--images", "blank"), "grpo"),
-    Arm("GRPO, noise", "grpo-noise", GRPO_CONFIG, ("--images", "noise"), "grpo"),
-    Arm(
-        "GRPO, another question's images", "grpo-other", GRPO_CONFIG, ("--images", "other"), "grpo"
-    ),
+    # The controls: GRPO as above but for the images of training. Their rate and length are chosen
+    # with the real images, like those of all arms: the best that training without sight can do.
+    Arm("GRPO, grey images", "grpo-blank", GRPO_CONFIG, ("--images", "blank")),
+    Arm("GRPO, noise", "grpo-noise", GRPO_CONFIG, ("--images", "noise")),
+    Arm("GRPO, another question's images", "grpo-other", GRPO_CONFIG, ("--images", "other")),
 )
+CONTROLS = ARMS[5:]
 BY_FOLDER = {arm.folder: arm for arm in ARMS}
 FROM_BASES = tuple(arm for arm in ARMS if not arm.begins_with)
 FROM_ARMS = tuple(arm for arm in ARMS if arm.begins_with)

@@ -14,7 +14,7 @@ from .runs import Study
 
 CURVES = {"sft-bare": "orange", "sft-named": "violet", "grpo": "blue", "grpo-blank": "grey"}
 """The arms whose curves are drawn, each with its colour."""
-LABELS = HEIGHT - 30 - 12 * len(CURVES)  # in the corner below, where no curve ends
+LABELS = HEIGHT - 20 - 12 * len(CURVES)  # in the corner below, where no curve ends
 
 
 def write_page(study: Study, folder: Path) -> None:

@@ -138,17 +138,15 @@ class Study:
                 chosen = self.choice(BY_FOLDER[arm.begins_with])
                 begin = self.trial_dir(BY_FOLDER[arm.begins_with], chosen.rate)
                 begin = begin / "checkpoints" / f"step-{chosen.steps:06d}"
-            if not arm.settings_of:
-                for rate in RATES:
-                    folder = self.trial_dir(arm, rate)
-                    jobs += _training(arm, begin, folder, rate, max(LENGTHS), TRIAL_SEED)
+            for rate in RATES:
+                folder = self.trial_dir(arm, rate)
+                jobs += _training(arm, begin, folder, rate, max(LENGTHS), TRIAL_SEED)
         return jobs
 
     def choice(self, arm: Arm) -> Choice:
         """The trial with the most validation questions right; of equals the shorter one, then
         that of the lower rate.
         """
-        arm = BY_FOLDER[arm.settings_of or arm.folder]
         choices = []
         for steps in LENGTHS:
             for rate in RATES:

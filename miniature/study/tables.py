@@ -17,7 +17,19 @@ from evaluation.report.markdown import markdown_table
 from evaluation.statistics import mcnemar, percent, percent_with_interval
 
 from ..words import LETTERS
-from .arms import ARMS, BASES, BY_FOLDER, LENGTHS, RATES, SHIPPED, TEST, TRAIN, Arm, Base
+from .arms import (
+    ARMS,
+    BASES,
+    BY_FOLDER,
+    CONTROLS,
+    LENGTHS,
+    RATES,
+    SHIPPED,
+    TEST,
+    TRAIN,
+    Arm,
+    Base,
+)
 from .runs import REMEDY, Study
 
 Row = dict[str, Any]
@@ -66,8 +78,6 @@ def settings(study: Study) -> str:
     for arm in ARMS:
         chosen = study.choice(arm)
         validated = percent(chosen.right / chosen.total)
-        if arm.settings_of:
-            validated = f"as {BY_FOLDER[arm.settings_of].name}"
         seen = f"{chosen.steps * QUESTIONS_PER_STEP:,}"
         rows.append((arm.name, chosen.rate, chosen.steps, seen, validated))
     return markdown_table(("arm", "learning rate", "steps", "questions seen", "validation"), rows)
@@ -77,11 +87,10 @@ def trials(study: Study) -> str:
     """Every trial: accuracy on the validation questions."""
     rows = []
     for arm in ARMS:
-        if not arm.settings_of:
-            for rate in RATES:
-                validated = study.validated(study.trial_dir(arm, rate))
-                rates = [right / total for right, total in map(validated.__getitem__, LENGTHS)]
-                rows.append((arm.name, rate, *map(percent, rates)))
+        for rate in RATES:
+            validated = study.validated(study.trial_dir(arm, rate))
+            rates = [right / total for right, total in map(validated.__getitem__, LENGTHS)]
+            rows.append((arm.name, rate, *map(percent, rates)))
     return markdown_table(("arm", "learning rate", *(f"{steps} steps" for steps in LENGTHS)), rows)
 
 
@@ -150,7 +159,7 @@ def by_type(answers: Answers) -> str:
 def sight(answers: Answers, base: Base) -> str:
     """What GRPO gains over the base, in points, with its images and without them in training."""
     rows = []
-    for arm in (GRPO, *(arm for arm in ARMS if arm.settings_of)):
+    for arm in (GRPO, *CONTROLS):
         cells = [arm.name]
         for modality in MODALITIES:
             gain = answers.rate(base, arm, modality) - answers.rate(base, None, modality)
