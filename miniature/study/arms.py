@@ -1,7 +1,7 @@
 """The arms of the study: how each differs from the others, and what all of them share.
 
-Fixed before any test question was answered: the arms, the rates and lengths that are tried, the
-rule that chooses among them, the seeds and the bases.
+All that the study decides beforehand: the arms, the rates and lengths that are tried, the rule that
+chooses among them, the seeds and the bases. docs/study.md says what was changed on the way.
 """
 
 from typing import NamedTuple
