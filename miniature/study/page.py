@@ -12,7 +12,7 @@ from . import tables
 from .arms import BASES, BY_FOLDER, SHIPPED, Arm
 from .runs import Study
 
-CURVES = {"sft-bare": "orange", "sft-named": "violet", "grpo": "blue", "grpo-blank": "grey"}
+CURVES = {"sft-bare": "orange", "sft-named": "violet", "grpo": "blue", "grpo-noise": "grey"}
 """The arms whose curves are drawn, each with its colour."""
 LABELS = HEIGHT - 20 - 12 * len(CURVES)  # in the corner below, where no curve ends
 
