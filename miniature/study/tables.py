@@ -4,6 +4,7 @@ Rates are means over an arm's seeds. The seeds answer the same questions, so tha
 that of as many questions as one seed was asked: three seeds do not make a test set larger.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ def shortcuts(answers: Answers, base: Base) -> str:
                     offered += "MRI" in options
                     if "MRI" in options and row["letter"] == LETTERS[options.index("MRI")]:
                         # Letters differ from question to question, the sentence does not.
-                        texts[row["completion"].replace(f">{row['letter']}<", ">…<")] += 1
+                        texts[re.sub(rf"\b{row['letter']}\b", "…", row["completion"])] += 1
         common = ", ".join(f"`{text}` ({count})" for text, count in texts.most_common(SHOWN))
         rows.append((name_of(arm), offered, percent(texts.total() / offered), common or "none"))
     return markdown_table(("", "MRI offered", "MRI chosen", "most often by"), rows)
