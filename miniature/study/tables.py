@@ -130,7 +130,9 @@ def _against(own: list[Row], grpo: list[Row], modality: str) -> str:
         return cell
     only_grpo = sum(b > a for a, b in zip(right, right_of_grpo, strict=True))
     only_own = sum(a > b for a, b in zip(right, right_of_grpo, strict=True))
-    return f"{cell} ({only_grpo}:{only_own}, p = {mcnemar(only_grpo, only_own):.2g})"
+    p = mcnemar(only_grpo, only_own)
+    p_text = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    return f"{cell} ({only_grpo}:{only_own}, {p_text})"
 
 
 def modality_apart(answers: Answers, base: Base) -> str:
