@@ -1,6 +1,7 @@
 """What all tests share: one thread, and some prompts."""
 
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from data import Prompt, PromptEncoder, Question
 # Tiny matrices only wait for a second thread. The variable is for the programs that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Under nohup it is ignored, and a run rightly goes on; the tests of a stop are not about that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
