@@ -12,7 +12,7 @@ help:
 	@echo "make sft          the baseline: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
 	@echo "make eval         the table, audits and report of base, SFT and GRPO (trains SFT first if missing)"
-	@echo "make study        all methods, three bases, several seeds: two hours; rewrites docs/study.md"
+	@echo "make study        all methods, three bases, several seeds: two to three hours; rewrites docs/study.md"
 	@echo "make bench        a step's cost beside transformers and TRL (if installed); rewrites BENCHMARKS.md"
 	@echo "make test         all tests, on two cores"
 	@echo "make check        format, lint and types: ruff format, ruff check, mypy"

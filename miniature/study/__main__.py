@@ -1,4 +1,4 @@
-"""SFT against GRPO, with and without sight, on three bases (about two hours on 2 CPU cores).
+"""SFT against GRPO, with and without sight, on three bases (two to three hours on 2 cores).
 
     python -m miniature.study
 
