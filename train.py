@@ -4,11 +4,10 @@
     python train.py --config FILE --dry-run                 print the plan of the run, and stop
     python train.py --config configs/miniature_sft.toml     the baseline (training/sft.py)
 
-Each step draws N questions, samples a group of G completions for each, scores every completion
-with rules, compares it with its own group, and makes the better ones more likely while staying
-close to the frozen base model. Departures from Algorithm 1: no outer loop (I = 1: the base is the
-reference throughout) and no reward model (rewards are rules). mu is `inner_updates`; with 1, the
-default, pi_old is pi_theta itself. grpo/advantages.py and grpo/loss.py list their own departures.
+Each step samples a group of G completions for each of N questions, scores them with rules,
+compares each with its own group, and makes the better ones more likely while staying close to the
+frozen base. Departures from Algorithm 1: no outer loop (I = 1) and no reward model. mu is
+`inner_updates`; with 1, the default, pi_old is pi_theta itself. Variants are knobs of the config.
 
 Suffixes of names: N prompts, G completions of each, T completion tokens (the limit in the noise,
 the longest completion in a rollout or micro-batch), V vocabulary.
@@ -20,13 +19,13 @@ from torch import Tensor
 
 from common.config import Config
 from grpo.advantages import group_advantages
-from grpo.loss import grpo_loss, token_weights
+from grpo.loss import grpo_loss, token_weights, truncated_importance
 from grpo.rollout import Rollout, completion_logprobs
 from grpo.sampler import sample_groups, sampling_noise
 from planning.plan import print_plan
 from training.launch import launch
 from training.run import Run, rollout_logprobs, smaller_if_memory_is_full
-from training.scoring import score_rollout, weighted_sum
+from training.scoring import score_rollout
 from training.step import Step
 
 
@@ -39,8 +38,8 @@ def train(run: Run, config: Config) -> None:
 def grpo_step(run: Run, step: Step, config: Config) -> None:
     """Lines 6 to 11 for the questions of one step."""
     with step.phase("rollout"):  # lines 6 and 7: o_1 .. o_G ~ pi_old(. | q), the current policy
-        N, G, T = len(step.prompts), config.group_size, config.max_new_tokens
-        noise_NGT = sampling_noise(config.seed, step.number, range(N), G, T)
+        prompts, G, T = range(len(step.prompts)), config.group_size, config.max_new_tokens
+        noise_NGT = sampling_noise(config.seed, step.number, prompts, G, T)
         rollout = sample_groups(
             run.policy,
             run.vocabulary,
@@ -51,9 +50,10 @@ def grpo_step(run: Run, step: Step, config: Config) -> None:
         )
 
     with step.phase("rewards"):  # line 8: rewards r_i; line 9: advantages relative to the group
-        verdicts_NG = score_rollout(rollout)
-        rewards_NG = weighted_sum(verdicts_NG, config)
-        advantages_NG = group_advantages(rewards_NG, scale=config.advantage_scale)
+        # With oversampling (DAPO), some groups of equal rewards are dropped here.
+        rollout, verdicts_NG, rewards_NG = score_rollout(step, rollout, config)
+        baseline, scale = config.advantage_baseline, config.advantage_scale
+        advantages_NG = group_advantages(rewards_NG, baseline=baseline, scale=scale)
 
     with step.phase("reference"):  # log pi_ref for the KL term; with beta = 0 there is no reference
         ref_NGT = rollout_logprobs(run, rollout, run.reference) if run.reference else None
@@ -82,29 +82,29 @@ def accumulate_gradient(
 ) -> dict[str, Tensor]:
     """Accumulate the gradient of equation 3 over a rollout; returns statistics."""
     config, allowed_V = run.config, run.vocabulary.allowed_V
-    # Token weights come from the whole rollout: averages over each micro-batch would make the
-    # gradient depend on how the rollout is split.
+    # From the whole rollout: averages over micro-batches would make the gradient depend on them.
     average, limit = config.loss_average, config.max_new_tokens
-    weights_NGT = token_weights(rollout.mask_NGT, average=average, max_new_tokens=limit)
+    mask_NGT = rollout.trained_mask(config.mask_truncated)
+    weights_NGT = token_weights(mask_NGT, average=average, max_new_tokens=limit)
     totals: dict[str, Tensor] = {}
     for batch in run.micro_batches(rollout):
         logp, entropy = completion_logprobs(run.policy, batch, allowed_V, config.temperature)
-        weights = batch.cut(weights_NGT)
+        weights, sampled = batch.cut(weights_NGT), batch.cut(rollout.logp_NGT)
+        old = logp.detach() if old_NGT is None else batch.cut(old_NGT)  # mu = 1: pi_theta itself
         loss, sums = grpo_loss(
             logp,
-            old=logp.detach() if old_NGT is None else batch.cut(old_NGT),  # mu = 1: pi_theta itself
+            old=old,
             ref=None if ref_NGT is None else batch.cut(ref_NGT),
             advantages=advantages_NG[batch.groups],
             mask=batch.mask_NGT,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            beta=config.beta,
+            importance=truncated_importance(old, sampled, batch.mask_NGT, config.importance_cap),
             weights=weights,
+            **config.objective,  # clip_low, clip_high, ratio, dual_clip, beta, kl
         )
         loss.backward()
         run.optimizer.accumulate()  # in fp32: summing micro-batches in bf16 loses precision
 
-        gap = (logp.detach() - batch.cut(rollout.logp_NGT)).abs()
+        gap = (logp.detach() - sampled).abs()
         sums |= {"entropy": (weights * entropy).sum(), "policy_gap": (weights * gap).sum()}
         totals["loss"] = totals.get("loss", 0) + loss.detach()
         for name, value in sums.items():  # weighted means: "constant" weights don't sum to 1

@@ -5,20 +5,27 @@ import ast
 import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 from .config import HEADINGS, Config, load_config
 from .errors import InputError
 
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
+
 
 def parse_arguments(
     description: str, arguments: Sequence[str] | None = None
 ) -> tuple[Config, bool]:
-    """Parse `--config FILE [--field value ...] [--dry-run]`, by default from `sys.argv`.
+    """Parse `--config FILE [--preset NAME] [--field value ...] [--dry-run]`, by default from
+    `sys.argv`.
 
     Returns the config, and whether `--dry-run` was given.
     """
     parser = config_parser(description, [one.name for one in fields(Config)])
+    names = sorted(file.stem for file in PRESETS.glob("*.toml"))
+    preset_help = f"turn the method's knobs as published: {', '.join(names)} (configs/presets/)"
+    parser.add_argument("--preset", choices=names, metavar="NAME", help=preset_help)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -37,7 +44,8 @@ def config_of(given: dict[str, Any]) -> Config:
         if one.name in given:
             value = given[one.name]
             overrides[one.name] = tuple(value) if isinstance(value, list) else value
-    return load_config(given["config"], overrides)
+    preset = given.get("preset")
+    return load_config(given["config"], overrides, PRESETS / f"{preset}.toml" if preset else "")
 
 
 def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:

@@ -132,6 +132,9 @@ class Rollout:
 
     prompts_per_step: int = number(4, least=1, most=100_000)
     """N, number of questions per step"""
+    oversampling: float = number(1.0, least=1, most=100)
+    """questions sampled per step, over prompts_per_step: groups of equal rewards, which teach
+    nothing, give way to the spare ones (DAPO's dynamic sampling); 1 is off"""
     group_size: int = number(8, least=2, most=10_000)
     """G, number of completions sampled per question; at least two, to compare them"""
     max_new_tokens: int = number(512, least=1, most=1_000_000)
@@ -148,6 +151,9 @@ class Rewards:
     """weight of the format rule: a think block, then an answer block, and nothing else"""
     accuracy_weight: float = number(1.0, least=0)
     """weight of the accuracy rule: the correct letter, alone (1) or with other text (0.5)"""
+    length_penalty: float = number(0.0, least=0, most=1)
+    """share of max_new_tokens, at its end, over which the reward falls by up to 1 (DAPO's soft
+    overlong punishment); 0 is off"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +166,31 @@ class Loss:
     """the probability ratio is clipped to at least 1 - clip_low"""
     clip_high: float = number(0.2, least=0)
     """the probability ratio is clipped to at most 1 + clip_high"""
+    ratio: str = choice("token", "sequence", "detached")
+    """the probability ratio: of each "token" (GRPO), of the whole "sequence" (GSPO), or of each
+    token but "detached", so that it only weighs the gradient (CISPO)"""
+    dual_clip: float = number(0.0, least=0)
+    """c, above 1: the surrogate of a bad completion counts at most c times; 0 is off"""
+    importance_cap: float = number(0.0, least=0)
+    """weigh tokens by the trainer's probability over the sampler's, up to this cap, where the two
+    differ in their kernels or precision; 0 is off"""
     beta: float = number(0.04, least=0)
     """weight of the KL penalty against the frozen base model; with 0, no reference is loaded"""
-    advantage_scale: str = choice("std", "none")
-    """"std" divides a group's centred rewards by their standard deviation (GRPO), "none" does not
-    (Dr. GRPO)"""
+    kl: str = choice("k3", "k2", "k1")
+    """estimate of the KL divergence: "k3" (GRPO), or "k2", whose gradient is that of the
+    divergence, or "k1", whose gradient is zero on average"""
+    advantage_baseline: str = choice("mean", "leave_one_out", "none")
+    """what a reward is compared with: the "mean" of its group (GRPO), the mean of the others
+    ("leave_one_out", RLOO), or "none" (REINFORCE)"""
+    advantage_scale: str = choice("std", "batch_std", "none")
+    """what the difference is divided by: the "std" (standard deviation) of its group (GRPO), that
+    of all the step's rewards ("batch_std"), or "none" (Dr. GRPO)"""
     loss_average: str = choice("sequence", "token", "constant")
     """how the loss is averaged: over each "sequence" (GRPO), over all tokens ("token", DAPO) or
     with a "constant" divisor (Dr. GRPO)"""
+    mask_truncated: bool = plain(False)
+    """leave completions that reached max_new_tokens out of the loss, though not out of their
+    group's mean reward (DAPO's overlong filtering)"""
     sft_answer: str = choice("tags", "bare", "named")
     """target of "sft": "tags" is <answer>B</answer>, "bare" is B, "named" first gives the option's
     text in a think block, then <answer>B</answer>"""
@@ -227,8 +250,33 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
         self._require("max_pixels", self.max_pixels >= self.min_pixels, "at least min_pixels")
         rewarded = any(getattr(self, weight.name) for weight in fields(Rewards))
         self._require("accuracy_weight", rewarded, "above 0, because all other weights are 0")
+        self._require(
+            "advantage_scale",
+            self.advantage_baseline != "none" or self.advantage_scale != "std",
+            "batch_std or none, because with advantage_baseline = none a group of equal rewards "
+            "would be divided by 0",
+        )
+        self._require("dual_clip", self.dual_clip == 0 or self.dual_clip > 1, "0 or above 1")
+        self._require(
+            "dual_clip",
+            self.dual_clip == 0 or self.ratio != "detached",
+            "0 with ratio = detached, which has no surrogate to bound",
+        )
         device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
         self._require("device", device, "cpu or cuda")
+
+    @property
+    def questions_per_step(self) -> int:
+        """N and the spare ones; SFT has no use for these."""
+        spares = 1 if self.method == "sft" else self.oversampling
+        return round(self.prompts_per_step * spares)
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The keyword arguments of `grpo_loss` that a config decides."""
+        names = ("clip_low", "clip_high", "ratio", "beta", "kl")
+        knobs = {name: getattr(self, name) for name in names}
+        return knobs | {"dual_clip": self.dual_clip or None}
 
     def _require(self, name: str, holds: object, rule: str) -> None:
         if not holds:
@@ -260,15 +308,20 @@ def _within_bounds(field: Field[Any], value: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def load_config(file: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a TOML file; `overrides` take precedence. InputError names the file and the key."""
+def load_config(
+    file: str | Path, overrides: dict[str, Any] | None = None, preset: str | Path = ""
+) -> Config:
+    """Read a TOML file, over it that of a preset, over both `overrides`. InputError names the file
+    and the key.
+    """
     known = {one.name: one for one in fields(Config)}
     values = {}
-    for key, value in read_toml(file).items():
-        if key not in known:
-            remedy = "`python train.py --help` lists all keys"
-            raise InputError(f"{file}: unknown key {key!r}; {remedy}")
-        values[key] = _typed(f"{file}: {key}", known[key].type, value)
+    for source in (file, preset) if preset else (file,):
+        for key, value in read_toml(source).items():
+            if key not in known:
+                remedy = "`python train.py --help` lists all keys"
+                raise InputError(f"{source}: unknown key {key!r}; {remedy}")
+            values[key] = _typed(f"{source}: {key}", known[key].type, value)
     values |= overrides or {}
     for one in known.values():
         if one.default is MISSING and one.name not in values:

@@ -1,32 +1,46 @@
-"""The GRPO objective (DeepSeekMath, arXiv 2402.03300, equations 3 and 4), as functions of tensors.
+"""The GRPO objective (DeepSeekMath, arXiv 2402.03300, equations 3 and 4) and its relatives, as
+functions of tensors.
 
 The loss is a weighted sum over tokens. The weights are computed once, from the mask of the whole
 step, and each micro-batch takes its slice of them. So the gradient does not depend on how the step
 is split.
 
-Departures: the clip range may differ below and above 1 (clip-higher, DAPO, arXiv 2503.14476). The
-average may be taken over all tokens (DAPO) or against a constant (Dr. GRPO, arXiv 2503.20783)
-instead of per completion.
+Variants are knobs that combine: which probability ratio, where it is clipped, which estimate of
+the KL divergence, how tokens are averaged. The defaults are GRPO. docs/grpo.md explains each knob,
+and configs/presets/ holds the published combinations.
+
+Departure: the exponents of ratios end at `LARGEST_LOG_RATIO`. A token that became e^20 times
+likelier tells nothing, and an infinite ratio would end the run.
 """
 
 import torch
 from torch import Tensor
 
+AVERAGES = ("sequence", "token", "constant")
+RATIOS = ("token", "sequence", "detached")
+KL_ESTIMATES = ("k3", "k2", "k1")
+LARGEST_LOG_RATIO = 20.0
+
 
 def token_weights(
-    mask_NGT: Tensor, *, average: str = "sequence", max_new_tokens: int | None = None
+    mask_NGT: Tensor,
+    *,
+    average: str = "sequence",
+    max_new_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight of each token in the loss, float32 (N, G, T), zero outside the mask.
+    """The weight of each token in the loss, (N, G, T), zero outside the mask.
 
     Args:
         mask_NGT: bool, the completion tokens of the whole step, each completion up to and
             including its end of turn.
         average: "sequence" is equation 3, 1/(N G) sum_i 1/|o_i| sum_t. "token" gives every token
-            of the step the same weight, 1 / (number of tokens). "constant" divides by
-            N G max_new_tokens, whatever the lengths.
+            of the step the same weight, 1 / (number of tokens) (DAPO, arXiv 2503.14476).
+            "constant" divides by N G max_new_tokens, whatever the lengths (Dr. GRPO, arXiv
+            2503.20783).
         max_new_tokens: the sampler's limit, not the longest completion; needed for "constant".
     """
-    mask = mask_NGT.float()
+    mask = mask_NGT.to(dtype)
     completions = mask.shape[:-1].numel()
     if average == "sequence":
         lengths = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -40,19 +54,64 @@ def token_weights(
     )
 
 
-def k3_divergence(logp: Tensor, ref: Tensor) -> Tensor:
-    """The KL estimate of equation 4 per token, r - log r - 1 with r = pi_ref / pi_theta.
+def kl_estimate(logp: Tensor, ref: Tensor, kind: str = "k3") -> Tensor:
+    """Each token's estimate of KL(pi_theta || pi_ref), by one of Schulman's three estimators
+    (joschu.net/blog/kl-approx.html). With x = log pi_ref - log pi_theta, on tokens that pi_theta
+    sampled:
 
-    This is Schulman's k3 estimator. It is never negative, and on tokens sampled from pi_theta its
-    mean is KL(pi_theta || pi_ref). Its gradient, however, is on average that of
-    KL(pi_ref || pi_theta). The paper differentiates it as it stands, and so do we.
+        kind   estimate       mean of the estimate         mean of its gradient
+        k1     -x             KL(pi_theta || pi_ref)       zero: it pulls nowhere
+        k2     x^2 / 2        close to it while x is small that of KL(pi_theta || pi_ref)
+        k3     e^x - x - 1    KL(pi_theta || pi_ref)       that of KL(pi_ref || pi_theta)
+
+    k3 is equation 4, which the paper differentiates as it stands, and so do we. It is never
+    negative, while a single token's k1 may be.
 
     Args:
         logp: log pi_theta.
         ref: log pi_ref.
     """
-    log_ratio = ref - logp
-    return log_ratio.exp() - log_ratio - 1
+    log_ratio = (ref - logp).clamp(max=LARGEST_LOG_RATIO)
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return log_ratio.square() / 2
+    if kind == "k3":
+        return log_ratio.exp() - log_ratio - 1
+    raise ValueError(f"kl must be one of {', '.join(KL_ESTIMATES)}, not {kind!r}")
+
+
+def probability_ratio(logp: Tensor, old: Tensor, mask: Tensor, kind: str = "token") -> Tensor:
+    """pi_theta / pi_old of each token (..., T).
+
+    "sequence" gives all tokens of a completion the geometric mean of their ratios (GSPO, arXiv
+    2507.18071, equation 7), and so each of them a part in it. "detached" is the ratio of each
+    token, without gradient.
+    """
+    log_ratio = (logp - old).masked_fill(~mask, 0.0)
+    if kind == "sequence":
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
+    elif kind == "detached":
+        log_ratio = log_ratio.detach()
+    elif kind != "token":
+        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, not {kind!r}")
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+
+
+def truncated_importance(old: Tensor, sampled: Tensor, mask: Tensor, cap: float) -> Tensor | None:
+    """min(pi_old / pi_sampler, cap) of each token, without gradient; None if `cap` is 0.
+
+    It corrects for a sampler whose probabilities differ from the trainer's (other kernels, other
+    precision).
+
+    The cap bounds the variance, as IMPALA's truncated weights do (arXiv 1802.01561, section 4.1).
+
+    Args:
+        old: log pi_old, as the trainer computes it (..., T).
+        sampled: log pi_old, as the sampler did.
+    """
+    return probability_ratio(old, sampled, mask, "detached").clamp(max=cap) if cap else None
 
 
 def grpo_loss(
@@ -65,6 +124,10 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     beta: float = 0.04,
+    ratio: str = "token",
+    kl: str = "k3",
+    dual_clip: float | None = None,
+    importance: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus the objective of equation 3: -(clipped surrogate - beta * KL), averaged by `weights`.
@@ -77,16 +140,24 @@ def grpo_loss(
         advantages: A_i, one per completion (...,).
         mask: bool (..., T), True on completion tokens, False on padding.
         clip_low, clip_high: epsilon, below and above: the ratio is clipped to
-            [1 - clip_low, 1 + clip_high].
+            [1 - clip_low, 1 + clip_high]. DAPO's clip-higher (arXiv 2503.14476) has the upper one
+            larger.
         beta: weight of the KL term.
+        ratio: "token" and "sequence" as in `probability_ratio`. "detached" is CISPO (arXiv
+            2506.13585): the clipped ratio only weighs the gradient of log pi_theta, so that no
+            token loses its gradient to the clip.
+        kl: as in `kl_estimate`.
+        dual_clip: c > 1 (arXiv 1912.09729, equation 5): where A < 0, the surrogate is at least
+            c A, however likely the completion has become. None is off.
+        importance: `truncated_importance` (..., T), which multiplies the surrogate; None is 1.
         weights: this micro-batch's slice (..., T) of `token_weights`; None treats the given tokens
             as the whole step.
 
     Returns:
         The scalar loss, and detached statistics. Each statistic is summed over tokens with
         `weights`, so that those of the micro-batches add up: "ratio"; "clip_ratio/low_mean" and
-        "clip_ratio/high_mean", the share of tokens that lost their gradient to the lower and the
-        upper clip; "kl", if there is a reference.
+        "clip_ratio/high_mean", the share of tokens that the lower and the upper clip (or the dual
+        clip) changed; "kl", if there is a reference.
     """
     if weights is None:
         weights = token_weights(mask)
@@ -94,20 +165,27 @@ def grpo_loss(
     logp, old = logp.masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0)
     advantages = advantages.unsqueeze(-1)  # all tokens of a completion share one
 
-    ratio = (logp - old).exp()  # pi_theta / pi_old
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    r = probability_ratio(logp, old, mask, ratio)  # pi_theta / pi_old
+    clipped = r.clamp(1 - clip_low, 1 + clip_high)
+    below, above = r < 1 - clip_low, r > 1 + clip_high
+    if ratio == "detached":
+        surrogate = clipped * advantages * logp
+    else:
+        surrogate = torch.minimum(r * advantages, clipped * advantages)
+        # The minimum takes the clipped side, which has no gradient, only in these two cases.
+        below, above = below & (advantages < 0), above & (advantages > 0)
+        if dual_clip is not None:
+            bounded = torch.maximum(surrogate, dual_clip * advantages)
+            surrogate = torch.where(advantages < 0, bounded, surrogate)
+            above = above | (r > dual_clip) & (advantages < 0)
+    if importance is not None:
+        surrogate = surrogate * importance
     per_token = -surrogate
-    # The clip removes the gradient where ratio < 1 - low and A < 0, or ratio > 1 + high and A > 0.
-    stats = {
-        "ratio": ratio,
-        "clip_ratio/low_mean": (ratio < 1 - clip_low) & (advantages < 0),
-        "clip_ratio/high_mean": (ratio > 1 + clip_high) & (advantages > 0),
-    }
+    stats = {"ratio": r, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above}
     if ref is not None:
-        kl = k3_divergence(logp, ref.masked_fill(~mask, 0.0))
-        per_token = per_token + beta * kl
-        stats["kl"] = kl
+        divergence = kl_estimate(logp, ref.masked_fill(~mask, 0.0), kl)
+        per_token = per_token + beta * divergence
+        stats["kl"] = divergence
     elif beta:
         raise ValueError("beta is not 0, so ref must hold the reference's log-probabilities")
     sums = {name: (weights * value.detach()).sum() for name, value in stats.items()}

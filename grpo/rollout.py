@@ -102,6 +102,23 @@ class Rollout:
     ended_NG: Tensor
     texts: list[list[str]]
 
+    def trained_mask(self, mask_truncated: bool) -> Tensor:
+        """Bool (N, G, T): the tokens to train on; of truncated completions none, if so asked."""
+        if mask_truncated:
+            return self.mask_NGT & self.ended_NG[..., None]
+        return self.mask_NGT
+
+    def select(self, groups: Sequence[int]) -> "Rollout":
+        """The rollout of these groups alone, in this order."""
+        return Rollout(
+            [self.prompts[n] for n in groups],
+            self.tokens_NGT[groups],
+            self.mask_NGT[groups],
+            self.logp_NGT[groups],
+            self.ended_NG[groups],
+            [self.texts[n] for n in groups],
+        )
+
     def micro_batches(self, tokens_each: int) -> Iterator[MicroBatch]:
         """Whole groups in order, as many at a time as `tokens_each` allows, but at least one."""
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
@@ -135,6 +152,17 @@ class Rollout:
         sizes = [len(prompt.tokens_P) for prompt in self.prompts]
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
         return micro_batch_slices(sizes, longest_N, self.mask_NGT.shape[1], tokens_each)
+
+
+def informative_groups(rewards_NG: Tensor, count: int) -> list[int]:
+    """Dynamic sampling (DAPO, arXiv 2503.14476, equation 11): which `count` groups to train on.
+
+    The first whose rewards differ; if they are too few, then the first of the others, in whose
+    advantages there is nothing to learn. With no spare group, all, in their order.
+    """
+    equal_N = (rewards_NG.amax(-1) == rewards_NG.amin(-1)).tolist()
+    by_use = sorted(range(len(equal_N)), key=equal_N.__getitem__)  # stable: the order is kept
+    return sorted(by_use[:count])
 
 
 def micro_batch_slices(

@@ -71,7 +71,7 @@ class Rehearsal:
         if load.tested:
             phases["test"] = self._sample(load.tested, load.test_batch, 1)
         if config.method == "grpo":
-            size = config.prompts_per_step, config.group_size
+            size = config.questions_per_step, config.group_size
             phases["rollout"] = self._sample(load.trained, *size)
         if self.device["reference"]:  # the reference has the policy's shape
             with self.meter.phase() as phases["reference"], torch.no_grad():

@@ -118,9 +118,7 @@ def _loss(logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], config: C
         ref=batch.cut(tensors["ref_NGT"]) if "ref_NGT" in tensors else None,
         advantages=tensors["advantages_NG"][batch.groups],
         mask=batch.mask_NGT,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        beta=config.beta,
+        **config.objective,
     )
     return loss
 

@@ -66,7 +66,7 @@ class Run:
             self.encoder,
             self.questions.train,
             numbers,
-            config.prompts_per_step,
+            config.questions_per_step,
             config.seed,
             self._leave_out if config.bad_images == "skip" else None,
             LOADERS[config.images],
