@@ -1,0 +1,81 @@
+"""Every preset on the miniature, from the same base: the table of docs/grpo.md (about a quarter of
+an hour on 2 CPU cores).
+
+    python -m miniature.study.presets
+
+Stopped, it goes on from there. Test questions are not touched: accuracy is that on the MRI
+validation questions.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from common.command_line import PRESETS
+from common.config import load_config, read_toml
+from common.program import run_program
+from evaluation.report.curves import read_metrics
+from evaluation.report.markdown import markdown_table, write_between_markers
+from evaluation.statistics import percent_with_interval
+
+from .arms import GRPO_CONFIG
+from .runs import Command, Study, do
+
+SEEDS = (1, 2, 3)
+STEPS = 50
+SHOWN = 5  # steps whose mean reward is shown, the first and the last
+
+
+def run_dir(root: Path, preset: str, seed: int) -> Path:
+    return root / preset / str(seed)
+
+
+def jobs(root: Path) -> list[Command]:
+    """The runs that are not finished."""
+    commands = []
+    for file in sorted(PRESETS.glob("*.toml")):
+        for seed in SEEDS:
+            folder = run_dir(root, file.stem, seed)
+            flags = ["--preset", file.stem, "--seed", str(seed), "--steps", str(STEPS)]
+            flags += ["--run_dir", str(folder), "--test_questions"]
+            if not (folder / "summary.json").exists():
+                command = ("train.py", "--config", GRPO_CONFIG, *flags)
+                commands.append(Command(command, Path(f"{folder}.log")))
+    return commands
+
+
+def table(root: Path) -> str:
+    """What each preset changes, and its rewards and accuracy, means over the seeds."""
+    defaults = load_config(PRESETS / "grpo.toml", {"run_dir": "-", "model": "-"}, "")
+    rows = []
+    for file in sorted(PRESETS.glob("*.toml")):
+        turned = []
+        for name, value in read_toml(file).items():
+            if value != getattr(defaults, name):
+                turned.append(f"`{name}` {value}")
+        first, last, right, total = [], [], 0, 0
+        for seed in SEEDS:
+            folder = run_dir(root, file.stem, seed)
+            rewards = [row["reward"] for row in read_metrics(folder / "metrics.jsonl")]
+            first.append(fmean(rewards[:SHOWN]))
+            last.append(fmean(rewards[-SHOWN:]))
+            of_run, total = Study(root).validated(folder)[STEPS]
+            right += of_run
+        accuracy = percent_with_interval(right / len(SEEDS), total)
+        rewards_text = f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
+        rows.append((f"`{file.stem}`", ", ".join(turned) or "the defaults", rewards_text, accuracy))
+    return markdown_table(("preset", "changes", "reward", "validation accuracy"), rows)
+
+
+def _run() -> None:
+    parser = argparse.ArgumentParser(description="Train the miniature with every preset.")
+    parser.add_argument("--out", type=Path, default=Path("runs/presets"), help="folder of the runs")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where grpo.md stands")
+    arguments = parser.parse_args()
+    do("presets", jobs(arguments.out))
+    write_between_markers(arguments.docs / "grpo.md", "presets", table(arguments.out))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("presets", _run, "stopped; run the same command again to resume"))
