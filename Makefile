@@ -5,7 +5,7 @@ CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
 BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
 
-.PHONY: help setup train sft blind eval study bench test check questions base tensorboard clean
+.PHONY: help setup train sft blind eval study lesson bench test check questions base tensorboard clean
 
 help:
 	@echo "make train        GRPO on the miniature, a few minutes on 2 CPU cores (CONFIG=... for others)"
@@ -13,6 +13,7 @@ help:
 	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
 	@echo "make eval         the table, audits and report of base, SFT and GRPO (trains SFT first if missing)"
 	@echo "make study        all methods, three bases, several seeds: two to three hours; rewrites docs/study.md"
+	@echo "make lesson       what each knob of GRPO does to the gradient: bias and noise beside the exact one, in a minute"
 	@echo "make bench        a step's cost beside transformers and TRL (if installed); rewrites BENCHMARKS.md"
 	@echo "make test         all tests, on two cores"
 	@echo "make check        format, lint and types: ruff format, ruff check, mypy"
@@ -46,6 +47,9 @@ eval: sft
 
 study: questions
 	$(BIN)/python -m miniature.study
+
+lesson: setup
+	$(BIN)/python -m miniature.lesson
 
 bench: setup
 	$(BIN)/python -m benchmarks
