@@ -78,10 +78,18 @@ def keep_informative(groups: Groups, config: Config) -> Groups:
 
 
 def step_loss(
-    logits_QPV: Tensor, groups: Groups, old_QPV: Tensor, ref_QPV: Tensor, config: Config
+    logits_QPV: Tensor,
+    groups: Groups,
+    old_QPV: Tensor,
+    ref_QPV: Tensor,
+    config: Config,
+    bonus: float = 0.0,
 ) -> tuple[Tensor, Stats]:
-    """The loss of one step and its statistics, by the functions that train.py calls."""
-    rewards_NG, mask_NGT = groups.rewards(config.length_penalty), groups.mask()
+    """The loss of one step and its statistics, by the functions that train.py calls.
+
+    `bonus` is added to all rewards.
+    """
+    rewards_NG, mask_NGT = groups.rewards(config.length_penalty) + bonus, groups.mask()
     baseline, scale = config.advantage_baseline, config.advantage_scale
     weights_NGT = token_weights(mask_NGT, average=config.loss_average, max_new_tokens=LIMIT)
     loss, sums = grpo_loss(
@@ -118,13 +126,17 @@ def loss_gradients(
 
 
 def step_gradients(
-    config: Config, groups: Groups, sampler_QPV: Tensor, logits: Tensor | None = None
+    config: Config,
+    groups: Groups,
+    sampler_QPV: Tensor,
+    logits: Tensor | None = None,
+    bonus: float = 0.0,
 ) -> tuple[Tensor, Stats]:
     """The gradient of each step's objective (R, Q, P, V), and its statistics (R,).
 
     `logits` are the policies (R, Q, P, V), where they are no longer the one that sampled.
     """
-    loss = partial(step_loss, old_QPV=sampler_QPV, ref_QPV=sampler_QPV, config=config)
+    loss = partial(step_loss, old_QPV=sampler_QPV, ref_QPV=sampler_QPV, config=config, bonus=bonus)
     gradients, stats = loss_gradients(loss, sampler_QPV if logits is None else logits, groups)
     return -gradients, stats  # the loss is minus the objective
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -131,20 +132,27 @@ def questions(replicates: int) -> Lesson:
 
 
 def baselines(replicates: int) -> Lesson:
-    """No baseline turns the gradient. mean shortens it, and its noise alike, by (G - 1) / G. In
-    small groups the mean reward is itself so noisy that no baseline does better; here a baseline
-    lowers the noise only in groups of more than 8.
+    """No baseline turns the gradient. mean shortens it, and its noise alike, by (G - 1) / G. With
+    rewards of 0 and 1, doing without is no noisier in small groups, whose mean is a noisy number
+    itself. With 1 added to all rewards (as for a format that is always right) it is far noisier;
+    mean and leave_one_out would not change.
     """
     settings = {name: replace(UNBIASED, advantage_baseline=name) for name in BASELINES}
     measured = measure_knob(settings, replicates)
-    length: dict[str, Points] = {name: [] for name in BASELINES}
-    noise: dict[str, Points] = {name: [] for name in BASELINES}
+    for size in GROUP_SIZES:
+        groups = sample_steps(size, replicates)
+        gradients, _ = step_gradients(settings["none"], groups, START, bonus=1.0)
+        measured[size, "none, rewards + 1"] = compare(gradients, EXACT)
+    measured = dict(sorted(measured.items(), key=itemgetter(0)))
+    length: dict[str, Points] = {name: [] for _, name in measured}
+    noise: dict[str, Points] = {name: [] for _, name in measured}
     for (size, name), one in measured.items():
         length[name].append((math.log2(size), one.length))
         noise[name].append((math.log2(size), one.noise / one.length))
     # Where two lines are the same, they are drawn once.
     length = {"mean": length["mean"], "leave_one_out and none": length["none"]}
-    noise = {"mean and leave_one_out": noise["mean"], "none": noise["none"]}
+    noise["mean and leave_one_out"] = noise.pop("mean")
+    del noise["leave_one_out"]
     panels = (
         Panel("Length of the mean gradient", "log2 of G", length, labels_below=True),
         Panel("Noise over length", "log2 of G", noise),

@@ -63,7 +63,9 @@ def table(root: Path) -> str:
             of_run, total = Study(root).validated(folder)[STEPS]
             right += of_run
         accuracy = percent_with_interval(right / len(SEEDS), total)
-        rewards_text = f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
+        rewards_text = (
+            f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
+        )
         rows.append((f"`{file.stem}`", ", ".join(turned) or "the defaults", rewards_text, accuracy))
     return markdown_table(("preset", "changes", "reward", "validation accuracy"), rows)
 
@@ -74,7 +76,9 @@ def _run() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where grpo.md stands")
     arguments = parser.parse_args()
     do("presets", jobs(arguments.out))
-    write_between_markers(arguments.docs / "grpo.md", "presets", table(arguments.out))
+    write_between_markers(
+        arguments.docs / "grpo.md", "presets on the miniature", table(arguments.out)
+    )
 
 
 if __name__ == "__main__":

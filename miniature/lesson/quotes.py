@@ -1,0 +1,70 @@
+"""Quotes from the source in Markdown pages: code blocks, and links to lines.
+
+    python -m miniature.lesson.quotes docs/grpo.md
+
+A marker such as
+
+    <!-- source: grpo/loss.py | surrogate = torch.minimum | below, above = below -->
+
+is followed by the lines of that file from the first that begins with the one text to the next that
+begins with the other. A link whose text is code, [`r = probability_ratio(`](../grpo/loss.py#L1),
+gets the number of the line that contains this text. Both must be found, and the first only once.
+"""
+
+import argparse
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from common.errors import InputError
+from common.program import run_program
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BLOCK = re.compile(r"(<!-- source: (.+?) \| (.+?) \| (.+?) -->\n)(?:```python\n.*?```\n)?", re.S)
+LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([\w/]+\.py)#L\d+\)")
+
+
+def with_quotes(text: str) -> str:
+    """The page with every quote as the source has it now."""
+    text = BLOCK.sub(_block, text)
+    return LINK.sub(_link, text)
+
+
+def _block(match: re.Match[str]) -> str:
+    marker, file, begin, end = match.groups()
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    first = _only_line(lines, file, begin)
+    for last in range(first, len(lines)):
+        if lines[last].lstrip().startswith(end):
+            code = textwrap.dedent("\n".join(lines[first : last + 1]))
+            return f"{marker}```python\n{code}\n```\n"
+    raise InputError(f"{file}: no line after {begin!r} begins with {end!r}")
+
+
+def _link(match: re.Match[str]) -> str:
+    code, file = match.groups()
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return f"[`{code}`](../{file}#L{_only_line(lines, file, code) + 1})"
+
+
+def _only_line(lines: list[str], file: str, begin: str) -> int:
+    found = [n for n, line in enumerate(lines) if line.lstrip().startswith(begin)]
+    if len(found) != 1:
+        raise InputError(f"{file}: {len(found)} lines begin with {begin!r}, not one")
+    return found[0]
+
+
+def write_quotes(page: Path) -> None:
+    page.write_text(with_quotes(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Renew the quotes from the source in a page.")
+    parser.add_argument("page", type=Path, help="for instance docs/grpo.md")
+    page = parser.parse_args().page
+    return run_program("quotes", lambda: write_quotes(page))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
