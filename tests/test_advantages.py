@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.advantages import group_advantages
+from grpo.advantages import BASELINES, SCALES, group_advantages
 from rewards import Verdict
 from training.scoring import weighted_sum
 
@@ -70,9 +70,77 @@ def test_the_rewards_given_are_not_changed_and_half_precision_is_computed_in_fp3
     assert torch.equal(rewards, before)
 
 
-def test_an_unknown_scale_is_an_error():
-    with pytest.raises(ValueError, match="'std' or 'none'"):
-        group_advantages(REWARDS, scale="max")
+@pytest.mark.parametrize("knob", ["baseline", "scale"])
+def test_an_unknown_baseline_or_scale_is_an_error(knob):
+    with pytest.raises(ValueError, match="'max' is none of"):
+        group_advantages(REWARDS, **{knob: "max"})
+
+
+def test_leave_one_out_compares_each_reward_with_the_mean_of_the_others():
+    # Rewards 2, 0, 1, 1: the others' means are 2/3, 4/3, 1 and 1.
+    rewards = torch.tensor([[2.0, 0.0, 1.0, 1.0]])
+    centred = torch.tensor([[4 / 3, -4 / 3, 0.0, 0.0]])
+    advantages = group_advantages(rewards, baseline="leave_one_out", scale="none")
+    torch.testing.assert_close(advantages, centred)
+    # The scale is that of the rewards, whatever the baseline.
+    advantages = group_advantages(rewards, baseline="leave_one_out", scale="std")
+    torch.testing.assert_close(advantages, centred / (2 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_leave_one_out_is_the_groups_mean_times_G_over_G_minus_1(scale):
+    for size in (2, 3, 4):
+        rewards = REWARDS[:, :size]
+        expected = group_advantages(rewards, scale=scale) * size / (size - 1)
+        advantages = group_advantages(rewards, baseline="leave_one_out", scale=scale)
+        torch.testing.assert_close(advantages, expected)
+
+
+def test_without_a_baseline_advantages_are_the_rewards_and_equal_ones_still_count():
+    rewards = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    assert torch.equal(group_advantages(rewards, baseline="none", scale="none"), rewards)
+    # Mean 1, squared deviations 1 + 1 + 0 + 0, sample variance 2/3.
+    advantages = group_advantages(rewards, baseline="none", scale="batch_std")
+    torch.testing.assert_close(advantages, rewards / (2 / 3) ** 0.5)
+
+
+def test_batch_std_divides_all_groups_by_the_standard_deviation_of_all_rewards():
+    # Mean 1.5, squared deviations 0.25 + 2.25 + 2.25 + 0.25, sample variance 5/3; group means 1, 2.
+    rewards = torch.tensor([[2.0, 0.0], [3.0, 1.0]])
+    expected = torch.tensor([[1.0, -1.0], [1.0, -1.0]]) / (5 / 3) ** 0.5
+    torch.testing.assert_close(group_advantages(rewards, scale="batch_std"), expected)
+    # A single group is a batch.
+    single = group_advantages(REWARDS[:1], scale="batch_std")
+    torch.testing.assert_close(single, group_advantages(REWARDS[:1], scale="std"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_group_of_equal_rewards_gives_exact_zeros_whatever_the_knobs(baseline, scale, size):
+    rewards = torch.full((2, size), 0.1)
+    knobs = {"baseline": baseline, "scale": scale}
+    assert torch.equal(group_advantages(rewards, **knobs), torch.zeros(2, size))
+    rewards[1] = torch.arange(size)  # its neighbour does not change that
+    assert torch.equal(group_advantages(rewards, **knobs)[0], torch.zeros(size))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_of_equal_rewards_is_not_divided_by_zero():
+    for rewards in (torch.full((2, 3), 0.1), torch.full((1, 1), 0.1)):
+        assert torch.equal(group_advantages(rewards, baseline="none", scale="batch_std"), rewards)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_order_of_groups_and_completions_does_not_matter(baseline, scale):
+    knobs = {"baseline": baseline, "scale": scale}
+    groups, order = torch.tensor([2, 0, 1]), torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(
+        group_advantages(REWARDS[groups][:, order], **knobs),
+        group_advantages(REWARDS, **knobs)[groups][:, order],
+    )
 
 
 def test_rewards_of_a_single_group_are_the_weighted_scores_on_the_runs_device():
