@@ -107,8 +107,8 @@ def accumulate_gradient(
         gap = (logp.detach() - sampled).abs()
         sums |= {"entropy": (weights * entropy).sum(), "policy_gap": (weights * gap).sum()}
         totals["loss"] = totals.get("loss", 0) + loss.detach()
-        for name, value in sums.items():  # weighted means: "constant" weights don't sum to 1
-            totals[name] = totals.get(name, 0) + value / weights_NGT.sum()
+        for name, value in sums.items():  # means: weights may not sum to 1, and if masked even to 0
+            totals[name] = totals.get(name, 0) + value / weights_NGT.sum().clamp(min=1e-30)
     return totals
 
 
