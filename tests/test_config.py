@@ -80,6 +80,17 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("freeze_vision = 1", "freeze_vision must be bool"),
         ("micro_batch_tokens = 0", "micro_batch_tokens"),
         ("device = 'cpu:3'", "cpu or cuda"),
+        ("oversampling = 0.5", "oversampling is 0.5; it must be at least 1"),
+        ("length_penalty = 1.5", "length_penalty is 1.5; it must be at most 1"),
+        ("importance_cap = -1", "importance_cap is -1.0; it must be at least 0"),
+        ("ratio = 'group'", "ratio is 'group'; it must be one of token, sequence, detached"),
+        ("kl = 'k4'", "kl is 'k4'; it must be one of k3, k2, k1"),
+        ("advantage_baseline = 'median'", "one of mean, leave_one_out, none"),
+        ("advantage_scale = 'max'", "one of std, batch_std, none"),
+        ("advantage_baseline = 'none'", "would be divided by 0"),
+        ("dual_clip = 1", "dual_clip is 1.0; it must be 0 or above 1"),
+        ("dual_clip = 0.5", "dual_clip is 0.5; it must be 0 or above 1"),
+        ("dual_clip = 3\nratio = 'detached'", "detached, which has no surrogate to bound"),
         ("steps = ", "not TOML"),
     ],
 )
@@ -87,6 +98,32 @@ def test_an_invalid_config_is_one_line_that_names_the_key(tmp_path, text, named)
     with pytest.raises(InputError, match=re.escape(named)) as caught:
         load_config(written(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "advantage_baseline = 'none'\nadvantage_scale = 'none'",
+        "advantage_baseline = 'none'\nadvantage_scale = 'batch_std'",
+        "advantage_baseline = 'leave_one_out'",
+        "dual_clip = 1.5\nratio = 'sequence'",
+        "ratio = 'detached'",
+    ],
+)
+def test_combinations_beside_the_refused_ones_are_accepted(tmp_path, text):
+    load_config(written(tmp_path, text))
+
+
+def test_a_dual_clip_of_0_reaches_the_loss_as_none():
+    values = {"model": "m", "train_questions": "q", "run_dir": "r"}
+    assert Config(**values).objective["dual_clip"] is None
+    assert Config(**values, dual_clip=3.0).objective["dual_clip"] == 3.0
+
+
+def test_spare_questions_are_drawn_for_grpo_and_not_for_sft():
+    values = {"model": "m", "train_questions": "q", "run_dir": "r", "oversampling": 1.5}
+    assert Config(**values, prompts_per_step=4).questions_per_step == 6
+    assert Config(**values, prompts_per_step=4, method="sft").questions_per_step == 4
 
 
 def test_missing_file_missing_field_and_bad_flags_are_named(tmp_path):
@@ -141,7 +178,6 @@ def test_every_field_is_used_and_every_shipped_config_loads():
         *(ROOT / "data").glob("*.py"),
         *(ROOT / "training").glob("*.py"),
         *(ROOT / "evaluation").glob("*.py"),
-        *(ROOT / "common").glob("*.py"),
     ]:
         for node in ast.walk(ast.parse(file.read_text())):
             if (
@@ -151,6 +187,11 @@ def test_every_field_is_used_and_every_shipped_config_loads():
             ):
                 read.add(node.attr)
     read |= {f"{rule}_weight" for rule in RULES}  # read by name in training/scoring.py
+    config = Config(model="m", train_questions="q", run_dir="r")
+    if "objective" in read:
+        read |= config.objective.keys()  # the keyword arguments of grpo_loss
+    if "questions_per_step" in read:
+        read |= {"oversampling"}
     assert {field.name for field in fields(Config)} <= read
     configs = list((ROOT / "configs").glob("*.toml"))
     assert configs
