@@ -1,7 +1,8 @@
 """A training step written out plainly: the slow twin that our runs are compared with.
 
-GRPO is Algorithm 1 of DeepSeekMath (arXiv 2402.03300) with equations 3 and 4. The other averages
-and scales are those of DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783). The policy is
+GRPO is Algorithm 1 of DeepSeekMath (arXiv 2402.03300) with equations 3 and 4. The other knobs are
+those of DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783), GSPO (arXiv 2507.18071), CISPO (arXiv
+2506.13585), RLOO (arXiv 2402.14740) and dual-clip PPO (arXiv 1912.09729). The policy is
 transformers' own Qwen2-VL. Every completion runs alone after its whole prompt, all logits are kept,
 and plain autograd and AdamW do the rest. The twin imports none of our code: it gets the sampled
 completions and the fields of the config.
@@ -44,6 +45,8 @@ class Outcome:
     lengths: list[int] = field(default_factory=list)
     clipped_below: int = 0
     clipped_above: int = 0
+    dual_clipped: int = 0
+    capped: int = 0  # importance weights, at their cap
     ratio_margin: float = math.inf  # smallest distance of a ratio from the edge of the clip range
 
 
@@ -81,7 +84,7 @@ class StepTwin:
         """Lines 6 to 11 of Algorithm 1, except for the sampling."""
         knobs, outcome = self.knobs, Outcome()
         rewards = [self.score(group, outcome) for group in groups]
-        outcome.advantages = [advantages(group, knobs.advantage_scale) for group in rewards]
+        outcome.advantages = [advantages(group, rewards, knobs) for group in rewards]
 
         # Line 3: the reference is the base. Line 6: the old policy is the current policy.
         with torch.no_grad():
@@ -109,7 +112,11 @@ class StepTwin:
         scores = [rule_scores(text, group.letter) for text in texts]
         outcome.texts.append(texts)
         outcome.scores.append(scores)
-        return [sum(w * s for w, s in zip(weights, row, strict=True)) for row in scores]
+        rewards = [sum(w * s for w, s in zip(weights, row, strict=True)) for row in scores]
+        for i, completion in enumerate(group.completions):
+            if knobs.length_penalty:
+                rewards[i] += overlong_reward(len(completion), knobs)
+        return rewards
 
     def accumulate(
         self,
@@ -122,22 +129,44 @@ class StepTwin:
         knobs = self.knobs
         low, high = 1 - knobs.clip_low, 1 + knobs.clip_high
         loss, weight_sum, sums = 0.0, 0.0, defaultdict(float)
+        completions = [o for group in groups for o in group.completions]
+        trained = [len(o) if self.is_trained(o) else 0 for o in completions]
         for n, group in enumerate(groups):
             for i, completion in enumerate(group.completions):
                 A = outcome.advantages[n][i]
-                weight = token_weight(len(completion), outcome.lengths, knobs)
+                weight = 0.0
+                if self.is_trained(completion):
+                    weight = token_weight(len(completion), trained, knobs)
                 logp_T, entropy_T = self.logprobs(self.policy, group, completion, knobs.temperature)
                 ratio_T = (logp_T - old[n][i]).exp()
+                if knobs.ratio == "sequence":  # GSPO: (prod_t ratio_t) ^ (1 / |o_i|)
+                    ratio_T = (logp_T - old[n][i]).mean().exp() * torch.ones(len(completion))
                 unclipped_T = ratio_T * A
                 clipped_T = ratio_T.clamp(low, high) * A
                 surrogate_T = torch.min(unclipped_T, clipped_T)
+                cut_T = clipped_T < unclipped_T  # the clip removes the gradient of these tokens
+                if knobs.dual_clip and A < 0:
+                    bounded_T = surrogate_T < knobs.dual_clip * A
+                    outcome.dual_clipped += int(bounded_T.sum()) if weight else 0
+                    cut_T = cut_T | bounded_T
+                    surrogate_T = surrogate_T.clamp(min=knobs.dual_clip * A)
+                if knobs.ratio == "detached":  # CISPO
+                    surrogate_T = clipped_T.detach() * logp_T
+                    cut_T = (ratio_T < low) | (ratio_T > high)
+                if knobs.importance_cap:
+                    importance_T = (old[n][i] - group.sampled_logps[i]).exp()
+                    outcome.capped += int((importance_T > knobs.importance_cap).sum())
+                    surrogate_T = surrogate_T * importance_T.clamp(max=knobs.importance_cap)
                 ref_ratio_T = (ref[n][i] - logp_T).exp()
-                kl_T = ref_ratio_T - ref_ratio_T.log() - 1  # equation 4
+                kl_T = {
+                    "k1": -ref_ratio_T.log(),
+                    "k2": ref_ratio_T.log() ** 2 / 2,
+                    "k3": ref_ratio_T - ref_ratio_T.log() - 1,  # equation 4
+                }[knobs.kl]
                 objective = weight * (surrogate_T - knobs.beta * kl_T).sum()  # o_i in equation 3
                 (-objective).backward()
                 loss -= objective.item()
 
-                cut_T = clipped_T < unclipped_T  # the clip removed the gradient of these tokens
                 gap_T = (logp_T - group.sampled_logps[i]).abs()
                 values = {"ratio": ratio_T, "entropy": entropy_T, "policy_gap": gap_T}
                 values |= {
@@ -180,6 +209,9 @@ class StepTwin:
         if self.knobs.sft_answer == "named":
             text = f"<think>The answer is {group.option}.</think>{text}"
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.end_ids[0]]
+
+    def is_trained(self, completion: list[int]) -> bool:
+        return completion[-1] in self.end_ids or not self.knobs.mask_truncated
 
     def logprobs(
         self, model: nn.Module, group: Group, completion: list[int], temperature: float
@@ -247,13 +279,35 @@ def bf16_lost(before: dict[str, Tensor], after: dict[str, nn.Parameter]) -> floa
     return lost_count / changed_count
 
 
-def advantages(rewards: list[float], scale: str) -> list[float]:
-    """A_i = (r_i - mean) / std within a group; Dr. GRPO does not divide."""
-    if max(rewards) == min(rewards):  # nothing to learn, and no 0 / 0
-        return [0.0 for _ in rewards]
-    mean = sum(rewards) / len(rewards)
-    divisor = std(rewards) if scale == "std" else 1.0
-    return [(r - mean) / divisor for r in rewards]
+def advantages(
+    rewards: list[float], all_rewards: list[list[float]], knobs: SimpleNamespace
+) -> list[float]:
+    """A_i = (r_i - baseline) / scale of a group; GRPO's are its mean and standard deviation."""
+    if max(rewards) == min(rewards) and knobs.advantage_baseline != "none":
+        return [0.0 for _ in rewards]  # nothing to learn, and no 0 / 0
+    divisor = 1.0  # Dr. GRPO
+    if knobs.advantage_scale == "std":
+        divisor = std(rewards)
+    if knobs.advantage_scale == "batch_std":
+        divisor = std([reward for group in all_rewards for reward in group])
+    results = []
+    for i, reward in enumerate(rewards):
+        compared = rewards
+        if knobs.advantage_baseline == "leave_one_out":
+            compared = rewards[:i] + rewards[i + 1 :]
+        baseline = sum(compared) / len(compared)
+        if knobs.advantage_baseline == "none":
+            baseline = 0.0
+        results.append((reward - baseline) / divisor)
+    return results
+
+
+def overlong_reward(length: int, knobs: SimpleNamespace) -> float:
+    """DAPO's equation 13: 0 before the last L_cache tokens of L_max, then down to -1."""
+    cache = knobs.length_penalty * knobs.max_new_tokens
+    if length <= knobs.max_new_tokens - cache:
+        return 0.0
+    return ((knobs.max_new_tokens - cache) - length) / cache
 
 
 def std(values: list[float]) -> float:
@@ -264,7 +318,9 @@ def std(values: list[float]) -> float:
 
 
 def token_weight(length: int, lengths: list[int], knobs: SimpleNamespace) -> float:
-    """The weight in the loss of each token of a completion; `lengths` are those of the step."""
+    """The weight in the loss of each token of a completion; `lengths` are those of the step, 0 for
+    completions that are not trained on.
+    """
     if knobs.loss_average == "sequence":  # equation 3: 1/G sum_i 1/|o_i| sum_t
         return 1 / (len(lengths) * length)
     if knobs.loss_average == "token":  # DAPO: 1 / sum_i |o_i|

@@ -104,8 +104,15 @@ KNOBS = {
     "clip_low": 0.1,
     "clip_high": 0.15,
     "beta": 0.0,
+    "ratio": "token",
+    "dual_clip": 0.0,
+    "importance_cap": 0.0,
+    "kl": "k3",
+    "advantage_baseline": "mean",
     "advantage_scale": "std",
     "loss_average": "sequence",
+    "mask_truncated": False,
+    "length_penalty": 0.0,
     "format_weight": 2.0,
     "accuracy_weight": 0.5,
     "learning_rate": 5e-4,
@@ -162,6 +169,41 @@ GRPO = {
         "max_new_tokens": 60,
         "loss_average": "constant",
         "format_weight": 0.0,
+    },
+    "ratio of the sequence, truncated masked": {
+        "seed": 1,
+        "inner_updates": 3,
+        "learning_rate": 1e-4,
+        "ratio": "sequence",
+        "clip_low": 0.04,
+        "clip_high": 0.04,
+        "mask_truncated": True,
+        "loss_average": "token",
+        "advantage_scale": "none",
+        "micro_batch_tokens": 600,
+    },
+    "detached ratio, importance, k2, no baseline, length penalty": {
+        "inner_updates": 3,
+        "ratio": "detached",
+        "importance_cap": 1.1,
+        "beta": 0.2,
+        "kl": "k2",
+        "length_penalty": 0.5,
+        "advantage_baseline": "none",
+        "advantage_scale": "batch_std",
+        "micro_batch_tokens": 1,
+    },
+    "dual clip, importance, k1, leave one out, truncated masked": {
+        "seed": 1,
+        "inner_updates": 3,
+        "dual_clip": 1.05,
+        "importance_cap": 1.2,
+        "beta": 0.1,
+        "kl": "k1",
+        "advantage_baseline": "leave_one_out",
+        "advantage_scale": "none",
+        "loss_average": "constant",
+        "mask_truncated": True,
     },
 }
 SFT = {
@@ -251,6 +293,8 @@ def test_the_rollouts_contain_every_case_to_compare(grpo):
     limit = grpo.knobs.max_new_tokens
     lengths = [length for outcome in grpo.outcomes for length in outcome.lengths]
     assert 1 in lengths and any(1 < length < limit for length in lengths)
+    if grpo.knobs.dual_clip:
+        assert any(outcome.dual_clipped for outcome in grpo.outcomes)
     for outcome in grpo.outcomes:
         if limit == KNOBS["max_new_tokens"]:
             assert 0 < outcome.metrics["truncated"] < 1
@@ -261,6 +305,8 @@ def test_the_rollouts_contain_every_case_to_compare(grpo):
             clipped = outcome.metrics["clipped_low"] + outcome.metrics["clipped_high"]
             assert 0.05 < clipped < 0.95
             assert outcome.ratio_margin > 1e-5  # rounding can't decide whether a token is clipped
+        if grpo.knobs.importance_cap:
+            assert 0 < outcome.capped < grpo.knobs.inner_updates * sum(outcome.lengths)
         if not grpo.knobs.format_weight:
             assert 0 < outcome.metrics["equal_groups"] < 1
 
