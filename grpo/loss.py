@@ -67,6 +67,9 @@ def kl_estimate(logp: Tensor, ref: Tensor, kind: str = "k3") -> Tensor:
     k3 is equation 4, which the paper differentiates as it stands, and so do we. It is never
     negative, while a single token's k1 may be.
 
+    The distributions are those of one token, given its prefix. How a token changes the divergence
+    of later ones is in none of the gradients.
+
     Args:
         logp: log pi_theta.
         ref: log pi_ref.
