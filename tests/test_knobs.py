@@ -225,7 +225,7 @@ END_IDS = [*range(100, 150), 322]
 """So many ids that a random model ends some completions at once and others never."""
 BASE = {
     "steps": 1,
-    "inner_updates": 3,
+    "inner_updates": 2,
     "learning_rate": 1e-2,
     "clip_low": 0.05,
     "clip_high": 0.1,
@@ -234,6 +234,7 @@ BASE = {
     "max_grad_norm": 100.0,
     "test_questions": [],
     "micro_batch_tokens": 100_000,
+    "freeze_vision": True,
 }
 
 
@@ -255,7 +256,7 @@ def tiny(monkeypatch, folder: Path, *, ends: bool = True, **knobs: Any) -> Path:
 
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
-    "inner_updates": [{"inner_updates": 2}],
+    "inner_updates": [{"inner_updates": 1}],
     "clip_low": [{"clip_low": 0.5}],
     "clip_high": [{"clip_high": 0.5}],
     "ratio": [{"ratio": "sequence"}, {"ratio": "detached"}],
@@ -350,7 +351,8 @@ def observed_rollouts(monkeypatch) -> list[Any]:
 def test_oversampling_trains_on_and_logs_the_groups_that_dynamic_sampling_keeps(
     tmp_path, monkeypatch
 ):
-    knobs = {"prompts_per_step": 2, "oversampling": 2.5, "group_size": 3, "steps": 6}
+    knobs = {"prompts_per_step": 2, "oversampling": 2.5, "group_size": 3, "steps": 8}
+    knobs |= {"inner_updates": 1, "learning_rate": 1e-5, "beta": 0.0}
     config = tiny(monkeypatch, tmp_path, **knobs)
     rollouts = observed_rollouts(monkeypatch)
     assert run(monkeypatch, config) == 0
@@ -383,7 +385,7 @@ def test_oversampling_trains_on_and_logs_the_groups_that_dynamic_sampling_keeps(
 def test_a_resumed_run_with_oversampling_draws_the_questions_of_the_whole_one(
     tmp_path, monkeypatch
 ):
-    knobs = {"prompts_per_step": 2, "oversampling": 1.5, "steps": 4, "save_every": 1}
+    knobs = {"prompts_per_step": 2, "oversampling": 1.5, "steps": 4, "save_every": 2}
     drawn = {}
     for name in ("whole", "broken"):
         config = tiny(monkeypatch, tmp_path / name, **knobs)

@@ -108,7 +108,8 @@ def test_every_preset_fits_every_shipped_config(name, file):
 
 def test_each_preset_trains_and_no_two_learn_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("training.scoring.score", vowel_score)
-    config = write_run(tmp_path, test_questions=[], steps=1, learning_rate=1e-2)
+    settings = {"steps": 1, "learning_rate": 1e-2, "freeze_vision": True}
+    config = write_run(tmp_path, test_questions=[], **settings)
     learned = []
     for name in NAMES:
         flags = ["--preset", name, "--run_dir", str(tmp_path / name / "run")]
