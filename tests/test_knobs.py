@@ -369,6 +369,9 @@ def test_oversampling_trains_on_and_logs_the_groups_that_dynamic_sampling_keeps(
         replaced.append(sum(n >= 2 for n in kept))
         assert row["replaced_groups"] == replaced[-1]
         assert row["tokens"] == rollout.mask_NGT[kept].sum()
+        truncated = 1 - rollout.ended_NG[kept].float().mean().item()
+        assert row["completions/clipped_ratio"] == pytest.approx(truncated)
+        assert row["sampler_gap"] < 1e-4  # log-probabilities belong to their completions
         means = [sum(rewards[n]) / 3 for n in kept]
         assert row["reward"] == pytest.approx(sum(means) / 2)
         advantages = group_advantages(torch.tensor(rewards)[kept])
