@@ -48,7 +48,7 @@ eval: sft
 study: questions
 	$(BIN)/python -m miniature.study
 
-lesson: setup
+lesson: questions
 	$(BIN)/python -m miniature.lesson
 
 bench: setup

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
+from miniature.lesson.quotes import with_quotes
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
@@ -18,6 +21,19 @@ def test_the_step_in_the_readme_is_a_piece_of_train_py():
     source = (ROOT / "train.py").read_text(encoding="utf-8")
     body = textwrap.dedent(re.search(r"^def grpo_step.*?\n(    .*?)\n\n\n", source, re.M | re.S)[1])
     assert len(block.splitlines()) > 10 and block in body
+
+
+def test_the_code_that_the_lesson_quotes_is_the_source_and_its_links_lead_to_its_lines():
+    page = (ROOT / "docs" / "grpo.md").read_text(encoding="utf-8")
+    assert with_quotes(page) == page
+    assert page.count("```python") >= 6 and page.count("#L") >= 10
+
+
+def test_a_quote_that_the_source_does_not_have_is_an_error():
+    with pytest.raises(InputError, match="0 lines begin with 'no such line'"):
+        with_quotes("<!-- source: train.py | no such line | at all -->\n")
+    with pytest.raises(InputError, match="train.py: no line after 'import sys'"):
+        with_quotes("<!-- source: train.py | import sys | no such line -->\n")
 
 
 def test_the_readme_is_short_enough_to_be_read_to_the_end():

@@ -3,7 +3,9 @@
     python -m miniature.lesson
 
 Prints tables of the bias and the noise that each knob of the method gives to the sampled gradient,
-then trains the table with each preset. Writes the tables into docs/grpo.md, and docs/lesson.svg.
+then trains the table with each preset, then follows one question through a step of the miniature.
+Writes the tables into docs/grpo.md and docs/tour.md, renews the code that docs/grpo.md quotes, and
+draws docs/lesson.svg.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from common.program import run_program
 from . import measurements
 from .page import terminal_text, write_page
 from .presets import presets
+from .quotes import write_quotes
+from .tour import write_tour
 
 LESSONS = {
     "questions": measurements.questions,
@@ -51,6 +55,8 @@ def run_lesson() -> None:
         done[name] = lesson(count)
         print(terminal_text(name, done[name], lesson.__doc__ or ""), flush=True)
     write_page(done, arguments.docs)
+    write_tour(arguments.docs)
+    write_quotes(arguments.docs / "grpo.md")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Quotes from the source in Markdown pages: code blocks, and links to lines.
 
-    python -m miniature.lesson.quotes docs/grpo.md
-
 A marker such as
 
     <!-- source: grpo/loss.py | surrogate = torch.minimum | below, above = below -->
@@ -11,14 +9,11 @@ begins with the other. A link whose text is code, [`r = probability_ratio(`](../
 gets the number of the line that contains this text. Both must be found, and the first only once.
 """
 
-import argparse
 import re
-import sys
 import textwrap
 from pathlib import Path
 
 from common.errors import InputError
-from common.program import run_program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCK = re.compile(r"(<!-- source: (.+?) \| (.+?) \| (.+?) -->\n)(?:```python\n.*?```\n)?", re.S)
@@ -57,14 +52,3 @@ def _only_line(lines: list[str], file: str, begin: str) -> int:
 
 def write_quotes(page: Path) -> None:
     page.write_text(with_quotes(page.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Renew the quotes from the source in a page.")
-    parser.add_argument("page", type=Path, help="for instance docs/grpo.md")
-    page = parser.parse_args().page
-    return run_program("quotes", lambda: write_quotes(page))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

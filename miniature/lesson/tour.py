@@ -1,18 +1,11 @@
-"""One question, followed through a step of training: which function takes it, and what comes out.
+"""One question, followed through a step of training: each function, and what comes out of it."""
 
-    python -m miniature.lesson.tour
-
-prints the table of docs/tour.md and the worked group of docs/grpo.md, and writes both.
-"""
-
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from common.config import Config, load_config
-from common.program import run_program
 from data import Prompt, PromptEncoder, Vocabulary, load_vocabulary, read_questions
 from data.choice import prompt_encoder
 from evaluation.report.markdown import markdown_table, write_between_markers
@@ -144,11 +137,3 @@ def write_tour(folder: Path) -> None:
     print(f"{table}\n{group}")
     write_between_markers(folder / "tour.md", "stops", table)
     write_between_markers(folder / "grpo.md", "group", group)
-
-
-def main() -> int:
-    return run_program("tour", lambda: write_tour(Path("docs")))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
