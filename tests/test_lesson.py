@@ -126,7 +126,8 @@ def test_training_twice_gives_the_same_numbers():
 
 
 def test_the_page_and_the_picture_are_written_and_the_tables_printed(tmp_path, monkeypatch, capsys):
-    shutil.copy(PAGE, tmp_path)
+    for name in ("grpo.md", "tour.md"):
+        shutil.copy(PAGE.parent / name, tmp_path)
     small = ["lesson", "--docs", str(tmp_path), "--replicates", "100", "--runs", "2"]
     monkeypatch.setattr(sys, "argv", small)
     monkeypatch.setattr(presets, "TRAINING", replace(TRAINING, steps=4))
