@@ -24,7 +24,10 @@ def parse_arguments(
     """
     parser = config_parser(description, [one.name for one in fields(Config)])
     names = sorted(file.stem for file in PRESETS.glob("*.toml"))
-    preset_help = f"turn the method's knobs as published: {', '.join(names)} (configs/presets/)"
+    preset_help = (
+        f"set all knobs of the method after a paper: {', '.join(names)}; configs/presets/ "
+    )
+    preset_help += "says which knobs, and where the paper differs"
     parser.add_argument("--preset", choices=names, metavar="NAME", help=preset_help)
     parser.add_argument(
         "--dry-run",
@@ -44,8 +47,13 @@ def config_of(given: dict[str, Any]) -> Config:
         if one.name in given:
             value = given[one.name]
             overrides[one.name] = tuple(value) if isinstance(value, list) else value
-    preset = given.get("preset")
-    return load_config(given["config"], overrides, PRESETS / f"{preset}.toml" if preset else "")
+    presets = []
+    if given.get("preset"):  # the first sets every knob, so that none of the file's is left
+        presets = [PRESETS / "grpo.toml", PRESETS / f"{given['preset']}.toml"]
+    config = load_config(given["config"], overrides, presets)
+    if presets and config.method != "grpo":
+        raise InputError("--preset sets the knobs of GRPO, but the config has method = sft")
+    return config
 
 
 def config_parser(description: str, names: Sequence[str]) -> argparse.ArgumentParser:

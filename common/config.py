@@ -10,6 +10,7 @@ import math
 import operator
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -167,8 +168,9 @@ class Loss:
     clip_high: float = number(0.2, least=0)
     """the probability ratio is clipped to at most 1 + clip_high"""
     ratio: str = choice("token", "sequence", "detached")
-    """the probability ratio: of each "token" (GRPO), of the whole "sequence" (GSPO), or of each
-    token but "detached", so that it only weighs the gradient (CISPO)"""
+    """the probability ratio: of each "token" (GRPO), of the whole "sequence" (GSPO, meant for
+    loss_average = sequence), or of each token but "detached", so that it only weighs the gradient
+    (CISPO)"""
     dual_clip: float = number(0.0, least=0)
     """c, above 1: the surrogate of a bad completion counts at most c times; 0 is off"""
     importance_cap: float = number(0.0, least=0)
@@ -190,7 +192,7 @@ class Loss:
     with a "constant" divisor (Dr. GRPO)"""
     mask_truncated: bool = plain(False)
     """leave completions that reached max_new_tokens out of the loss, though not out of their
-    group's mean reward (DAPO's overlong filtering)"""
+    group's mean reward (DAPO's overlong filtering; an alternative to length_penalty)"""
     sft_answer: str = choice("tags", "bare", "named")
     """target of "sft": "tags" is <answer>B</answer>, "bare" is B, "named" first gives the option's
     text in a think block, then <answer>B</answer>"""
@@ -248,7 +250,8 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             "warmup_steps", self.warmup_steps <= self.steps, f"at most steps ({self.steps})"
         )
         self._require("max_pixels", self.max_pixels >= self.min_pixels, "at least min_pixels")
-        rewarded = any(getattr(self, weight.name) for weight in fields(Rewards))
+        weights = [one.name for one in fields(Rewards) if one.name.endswith("_weight")]
+        rewarded = any(getattr(self, name) for name in weights)
         self._require("accuracy_weight", rewarded, "above 0, because all other weights are 0")
         self._require(
             "advantage_scale",
@@ -256,7 +259,28 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             "batch_std or none, because with advantage_baseline = none a group of equal rewards "
             "would be divided by 0",
         )
+        self._require(
+            "oversampling",
+            self.oversampling == 1 or self.advantage_baseline != "none",
+            "1, because with advantage_baseline = none groups of equal rewards teach something",
+        )
+        sampled = round(self.prompts_per_step * self.oversampling)
+        self._require(
+            "oversampling",
+            self.oversampling == 1 or sampled > self.prompts_per_step,
+            "1, or large enough for one spare question",
+        )
         self._require("dual_clip", self.dual_clip == 0 or self.dual_clip > 1, "0 or above 1")
+        self._require(
+            "importance_cap",
+            self.importance_cap == 0 or self.importance_cap >= 1,
+            "0 or at least 1",
+        )
+        self._require(
+            "importance_cap",
+            self.importance_cap == 0 or self.ratio != "sequence",
+            "0 with ratio = sequence, because it weighs single tokens",
+        )
         self._require(
             "dual_clip",
             self.dual_clip == 0 or self.ratio != "detached",
@@ -309,14 +333,14 @@ def _within_bounds(field: Field[Any], value: Any) -> tuple[bool, str]:
 
 
 def load_config(
-    file: str | Path, overrides: dict[str, Any] | None = None, preset: str | Path = ""
+    file: str | Path, overrides: dict[str, Any] | None = None, presets: Sequence[Path] = ()
 ) -> Config:
-    """Read a TOML file, over it that of a preset, over both `overrides`. InputError names the file
-    and the key.
+    """Read a TOML file; over it go the files of presets in turn, and over these `overrides`.
+    InputError names the file and the key.
     """
     known = {one.name: one for one in fields(Config)}
     values = {}
-    for source in (file, preset) if preset else (file,):
+    for source in (file, *presets):
         for key, value in read_toml(source).items():
             if key not in known:
                 remedy = "`python train.py --help` lists all keys"

@@ -7,10 +7,10 @@ is split.
 
 Variants are knobs that combine: which probability ratio, where it is clipped, which estimate of
 the KL divergence, how tokens are averaged. The defaults are GRPO. docs/grpo.md explains each knob,
-and configs/presets/ holds the published combinations.
+and configs/presets/ combines them after the papers.
 
-Departure: the exponents of ratios end at `LARGEST_LOG_RATIO`. A token that became e^20 times
-likelier tells nothing, and an infinite ratio would end the run.
+Departure: log-ratios end at `LARGEST_LOG_RATIO`. A token that is e^20 times likelier under one of
+two policies tells nothing, and an infinite ratio would end the run. Beyond, there is no gradient.
 """
 
 import torch
@@ -108,7 +108,9 @@ def truncated_importance(old: Tensor, sampled: Tensor, mask: Tensor, cap: float)
     It corrects for a sampler whose probabilities differ from the trainer's (other kernels, other
     precision).
 
-    The cap bounds the variance, as IMPALA's truncated weights do (arXiv 1802.01561, section 4.1).
+    The cap bounds the variance, as in IMPALA (arXiv 1802.01561, section 4.1). For language models
+    it is known as truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training").
 
     Args:
         old: log pi_old, as the trainer computes it (..., T).

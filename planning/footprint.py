@@ -73,10 +73,10 @@ class Rehearsal:
         if config.method == "grpo":
             size = config.questions_per_step, config.group_size
             phases["rollout"] = self._sample(load.trained, *size)
-        if self.device["reference"]:  # the reference has the policy's shape
-            with self.meter.phase() as phases["reference"], torch.no_grad():
+        for name in self._passes_without_gradient():
+            with self.meter.phase() as phases[name], torch.no_grad():
                 self._log_probabilities()
-            phases["reference"].seconds *= passes
+            phases[name].seconds *= passes
         phases["update"] = self._update()
         phases["update"].seconds *= passes * config.inner_updates
         del library
@@ -86,6 +86,14 @@ class Rehearsal:
         where = self.host if self.gpu else self.device
         phases["host" if self.gpu else "saving"] = Phase(where + Counter({SAVED: self.saved}))
         return phases
+
+    def _passes_without_gradient(self) -> list[str]:
+        names = []
+        if self.device["reference"]:  # it has the policy's shape
+            names.append("reference")
+        if self.config.method == "grpo" and self.config.inner_updates > 1:
+            names.append("old policy")
+        return names
 
     def _prompts(self, question: Question, count: int) -> PromptBatch:
         """A batch of identical prompts, with images of the right size but without pixels."""

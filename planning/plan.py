@@ -90,9 +90,9 @@ def _print_questions(config: Config, load: Workload) -> None:
     print(f"           {sum(images):,} images, at most {max(images)} per prompt")
     if load.left_out:
         print(f"           {load.left_out} questions are skipped because they are too long")
-    steps, prompts = config.steps, config.prompts_per_step
-    epochs = steps * prompts / len(load.questions["train"])
-    micro_batches = ceil(prompts / load.micro_batch)
+    steps = config.steps
+    epochs = steps * config.questions_per_step / len(load.questions["train"])
+    micro_batches = ceil(config.prompts_per_step / load.micro_batch)
     print(f"steps      {steps:,}, {epochs:.2f} epochs, {micro_batches} micro-batches per update")
 
 

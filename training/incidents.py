@@ -109,7 +109,9 @@ def replay(folder: Path) -> list[str]:
 
 
 def _loss(logp: Tensor, batch: MicroBatch, tensors: dict[str, Tensor], config: Config) -> Tensor:
-    """The loss of a single group, averaged per sequence: enough to find which is not finite."""
+    """The loss of a single group, averaged per sequence and without importance weights: enough to
+    find which is not finite.
+    """
     if config.method == "sft":
         return -logp.sum()
     loss, _ = grpo_loss(

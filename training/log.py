@@ -5,7 +5,6 @@ import math
 import os
 import threading
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +18,7 @@ from data import load_image
 from grpo.rollout import Rollout
 from rewards import LETTERS
 
-from .step import Step
+from .step import TENSORS, Step
 from .watchdog import alarms, recent
 
 _BAR = {
@@ -126,7 +125,8 @@ class RunLog:
 
     def _completions(self, step: Step, rollout: Rollout) -> None:
         """Write completions in the format of `evaluation.audits`, plus verdicts and advantages."""
-        advantages_NG, rows = step.tensors["advantages_NG"].tolist(), []
+        rewards_NG, advantages_NG = (step.tensors[name].tolist() for name in TENSORS[:2])
+        rows = []
         for n, prompt in enumerate(rollout.prompts):
             question = prompt.question
             for g, text in enumerate(rollout.texts[n]):
@@ -145,6 +145,7 @@ class RunLog:
                         "ground_truth": question.answer,
                         "completion": text,
                         "rewards": rewards,
+                        "reward": rewards_NG[n][g],
                         "advantage": advantages_NG[n][g],
                     }
                 )
@@ -173,31 +174,12 @@ class RunLog:
 
 
 def step_metrics(step: Step) -> dict[str, float]:
-    """The metrics of a step: statistics of its update, rewards, lengths and time.
-
-    Rewards and lengths are means over completions or over groups. Names follow TRL where the
-    meaning is the same.
-    """
+    """The metrics of a step: statistics of its rollout and update, tokens and time."""
     metrics = {name: float(value) for name, value in step.stats.items()}
     seconds = sum(step.seconds.values())
     if step.rollout:
-        lengths_NG = step.rollout.mask_NGT.sum(-1)
-        metrics["tokens"] = lengths_NG.sum().item()
+        metrics["tokens"] = step.rollout.mask_NGT.sum().item()
         metrics["tokens_per_second"] = metrics["tokens"] / seconds
-    if step.rollout and step.verdicts_NG:
-        rewards_NG = step.tensors["rewards_NG"]
-        equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
-        metrics |= {
-            "reward": rewards_NG.mean().item(),
-            "reward_std": rewards_NG.std(-1).mean().item(),
-            "frac_reward_zero_std": equal_N.float().mean().item(),
-            "completions/mean_length": lengths_NG.float().mean().item(),
-            "completions/clipped_ratio": 1 - step.rollout.ended_NG.float().mean().item(),
-        }
-        # Every completion has one verdict of each rule, in the same order.
-        for verdicts in zip(*chain.from_iterable(step.verdicts_NG), strict=True):
-            total = sum(verdict.score for verdict in verdicts)
-            metrics[f"rewards/{verdicts[0].rule}"] = total / len(verdicts)
     metrics["seconds"] = seconds
     return metrics | {f"seconds/{phase}": spent for phase, spent in step.seconds.items()}
 

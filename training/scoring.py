@@ -1,5 +1,7 @@
 """Scoring a rollout: the rules of `rewards`, their weights, and what the config does with them."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,45 @@ def score_rollout(step: Step, rollout: Rollout, config: Config) -> tuple[Rollout
     """The rollout's groups with the rules' verdicts and the rewards (N, G).
 
     If the step has spare groups, N of its groups are kept; the metric "replaced_groups" counts the
-    groups of equal rewards that gave way to a spare one.
+    spare ones among them.
     """
     verdicts_NG = []
     for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
         verdicts_NG.append([score(text, prompt.question.answer) for text in texts])
-    rewards_NG = weighted_sum(verdicts_NG, config)
+    scores_NG = rewards_NG = weighted_sum(verdicts_NG, config)
     if config.length_penalty:
         lengths_NG, limit = rollout.mask_NGT.sum(-1), config.max_new_tokens
-        rewards_NG = rewards_NG - length_penalty(lengths_NG, limit, config.length_penalty)
+        rewards_NG = scores_NG - length_penalty(lengths_NG, limit, config.length_penalty)
+    # What the policy does is measured on all groups: those that are kept are no fair sample.
+    step.stats |= sample_metrics(rollout, verdicts_NG, rewards_NG)
     if config.oversampling > 1:
-        kept = informative_groups(rewards_NG, config.prompts_per_step)
+        # Without the penalty, as in DAPO: lengths alone do not make a group informative.
+        kept = informative_groups(scores_NG, config.prompts_per_step)
         step.stats["replaced_groups"] = float(sum(n >= config.prompts_per_step for n in kept))
         verdicts_NG = [verdicts_NG[n] for n in kept]
         rollout, rewards_NG = rollout.select(kept), rewards_NG[kept]
     return rollout, verdicts_NG, rewards_NG
+
+
+def sample_metrics(
+    rollout: Rollout, verdicts_NG: Verdicts, rewards_NG: Tensor
+) -> dict[str, Tensor | float]:
+    """Rewards and lengths: means over completions or over groups. Names follow TRL where the
+    meaning is the same.
+    """
+    equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
+    metrics: dict[str, Tensor | float] = {
+        "reward": rewards_NG.mean(),
+        "reward_std": rewards_NG.std(-1).mean(),
+        "frac_reward_zero_std": equal_N.float().mean(),
+        "completions/mean_length": rollout.mask_NGT.sum(-1).float().mean(),
+        "completions/clipped_ratio": 1 - rollout.ended_NG.float().mean(),
+    }
+    # Every completion has one verdict of each rule, in the same order.
+    for verdicts in zip(*chain.from_iterable(verdicts_NG), strict=True):
+        total = sum(verdict.score for verdict in verdicts)
+        metrics[f"rewards/{verdicts[0].rule}"] = total / len(verdicts)
+    return metrics
 
 
 def weighted_sum(verdicts_NG: Verdicts, config: Config) -> Tensor:
@@ -48,5 +74,5 @@ def length_penalty(lengths_NG: Tensor, limit: int, share: float) -> Tensor:
 
     Unlike the limit alone, it tells a completion that is nearly too long from a short one.
     """
-    start = limit * (1 - share)
-    return ((lengths_NG - start) / (limit - start)).clamp(0, 1)
+    zone = limit * share
+    return ((lengths_NG - (limit - zone)) / zone).clamp(0, 1)

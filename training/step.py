@@ -20,7 +20,7 @@ TENSORS = ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")
 
 @dataclass
 class Step:
-    """Step `number` (from 0) and its N `prompts`.
+    """Step `number` (from 0) and its `prompts`, the spare ones of dynamic sampling included.
 
     Attributes:
         seconds: time by phase.

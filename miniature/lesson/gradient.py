@@ -71,8 +71,8 @@ def sample_groups(
 def keep_informative(groups: Groups, config: Config) -> Groups:
     """The N groups of each step that dynamic sampling keeps."""
     kept = []
-    for rewards_NG in groups.rewards(config.length_penalty):
-        kept.append(informative_groups(rewards_NG, config.prompts_per_step))
+    for scores_NG in groups.rewards():  # without the length penalty, as in training
+        kept.append(informative_groups(scores_NG, config.prompts_per_step))
     steps_R, kept_RN = torch.arange(len(kept))[:, None], torch.tensor(kept)
     return Groups(groups.questions_N[steps_R, kept_RN], groups.completions_NG[steps_R, kept_RN])
 

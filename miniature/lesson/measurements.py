@@ -247,7 +247,7 @@ def kl_estimators(replicates: int) -> Lesson:
             by_token = compared[-1]
             row += [with_error(by_token.length, by_token.length_error), f"{by_token.noise:.2f}"]
             rows.append(row)
-    cosines = ("cosine: completions", "tokens reversed", "tokens")
+    cosines = ("cosine: whole", "cosine: tokens, reversed", "cosine: tokens")
     return Lesson(("KL", "estimate", "value", *cosines, "length", "noise"), rows)
 
 

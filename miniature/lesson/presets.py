@@ -28,7 +28,7 @@ def configs() -> dict[str, Config]:
     """The presets, and two controls."""
     named = {}
     for file in sorted(PRESETS.glob("*.toml")):
-        named[file.stem] = replace(TRAINING, **read_toml(file))
+        named[file.stem] = replace(TRAINING, **read_toml(file))  # TRAINING has GRPO's knobs
     # Some presets update twice per rollout; DAPO's also changes the reward.
     named["grpo, two updates"] = replace(named["grpo"], inner_updates=2)
     named["dapo, no length penalty"] = replace(named["dapo"], length_penalty=0.0)

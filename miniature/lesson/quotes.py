@@ -44,7 +44,9 @@ def _link(match: re.Match[str]) -> str:
 
 
 def _only_line(lines: list[str], file: str, begin: str) -> int:
-    found = [n for n, line in enumerate(lines) if line.lstrip().startswith(begin)]
+    found = [n for n, line in enumerate(lines) if line.strip() == begin]
+    if not found:
+        found = [n for n, line in enumerate(lines) if line.lstrip().startswith(begin)]
     if len(found) != 1:
         raise InputError(f"{file}: {len(found)} lines begin with {begin!r}, not one")
     return found[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from common.command_line import PRESETS
-from common.config import load_config, read_toml
+from common.config import read_toml
 from common.program import run_program
 from evaluation.report.curves import read_metrics
 from evaluation.report.markdown import markdown_table, write_between_markers
@@ -47,12 +47,12 @@ def jobs(root: Path) -> list[Command]:
 
 def table(root: Path) -> str:
     """What each preset changes, and its rewards and accuracy, means over the seeds."""
-    defaults = load_config(PRESETS / "grpo.toml", {"run_dir": "-", "model": "-"}, "")
+    defaults = read_toml(PRESETS / "grpo.toml")
     rows = []
     for file in sorted(PRESETS.glob("*.toml")):
         turned = []
         for name, value in read_toml(file).items():
-            if value != getattr(defaults, name):
+            if value != defaults[name]:
                 turned.append(f"`{name}` {value}")
         first, last, right, total = [], [], 0, 0
         for seed in SEEDS:
