@@ -24,10 +24,8 @@ def parse_arguments(
     """
     parser = config_parser(description, [one.name for one in fields(Config)])
     names = sorted(file.stem for file in PRESETS.glob("*.toml"))
-    preset_help = (
-        f"set all knobs of the method after a paper: {', '.join(names)}; configs/presets/ "
-    )
-    preset_help += "says which knobs, and where the paper differs"
+    preset_help = f"set all knobs of the method after a paper: {', '.join(names)}; "
+    preset_help += "configs/presets/ says which knobs, and where the paper differs"
     parser.add_argument("--preset", choices=names, metavar="NAME", help=preset_help)
     parser.add_argument(
         "--dry-run",

@@ -157,9 +157,9 @@ class Rollout:
 def informative_groups(rewards_NG: Tensor, count: int) -> list[int]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, equation 11): which `count` groups to train on.
 
-    The first whose rewards differ. If they are too few, the first of the others fill up, in whose
-    advantages there is nothing to learn. (DAPO samples more questions instead, until there are
-    enough.) With no spare group, all, in their order.
+    The first whose rewards differ. If they are too few, the first of the others fill up, from whose
+    advantages nothing is learned but a length penalty, if there is one. (DAPO samples more
+    questions instead, until there are enough.) With no spare group, all, in their order.
     """
     equal_N = (rewards_NG.amax(-1) == rewards_NG.amin(-1)).tolist()
     by_use = sorted(range(len(equal_N)), key=equal_N.__getitem__)  # stable: the order is kept

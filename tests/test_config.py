@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.command_line import parse_arguments
-from common.config import Config, config_toml, load_config
+from common.config import Config, Rewards, config_toml, load_config
 from common.errors import InputError
 from rewards import RULES
 
@@ -33,13 +33,22 @@ def test_the_command_line_overrides_the_file_and_the_file_overrides_the_defaults
 
 
 def test_any_weight_above_0_makes_a_reward_whatever_its_rule_is_called(tmp_path, monkeypatch):
-    # A third field under the heading stands for the weight of a new rule.
-    extended = type("Rewards", (), {"__annotations__": {"seed": int}, "seed": 0})
-    monkeypatch.setattr("common.config.Rewards", dataclass(extended))
-    weights = "format_weight = 0\naccuracy_weight = 0\n"
-    assert load_config(written(tmp_path, weights + "seed = 3")).accuracy_weight == 0
-    with pytest.raises(InputError, match="accuracy_weight"):
-        load_config(written(tmp_path, weights + "seed = 0"))
+    @dataclass(frozen=True, kw_only=True)
+    class Extended(Rewards):
+        brevity_weight: float = 0.0
+
+    @dataclass(frozen=True, kw_only=True)
+    class ExtendedConfig(Config, Extended):
+        pass
+
+    monkeypatch.setattr("common.config.Rewards", Extended)
+    values = {"model": "m", "train_questions": "q", "run_dir": "r"}
+    values |= {"format_weight": 0.0, "accuracy_weight": 0.0}
+    assert ExtendedConfig(**values, brevity_weight=3.0).accuracy_weight == 0
+    # Neither no weight at all nor the length penalty alone is a reward.
+    for share in (0.0, 0.5):
+        with pytest.raises(InputError, match="accuracy_weight .* all other weights are 0"):
+            ExtendedConfig(**values, length_penalty=share)
 
 
 def test_resolved_config_reads_back_equal(tmp_path):
@@ -74,15 +83,34 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("device = 'tpu'", "cpu or cuda"),
         ("learning_rate = inf", "must be below inf"),
         ("seed = 0xFFFFFFFFFFFFFFFFFFFF", "at most 63 bits"),
-        ("format_weight = 0\naccuracy_weight = 0", "accuracy_weight"),
+        ("format_weight = 0\naccuracy_weight = 0", "because all other weights are 0"),
+        (
+            "format_weight = 0\naccuracy_weight = 0\nlength_penalty = 0.2",
+            "accuracy_weight is 0.0; it must be above 0, because all other weights are 0",
+        ),
         ("warmup_steps = 400", "must be at most steps (300)"),
         ("group_size = 1", "group_size"),
         ("freeze_vision = 1", "freeze_vision must be bool"),
         ("micro_batch_tokens = 0", "micro_batch_tokens"),
         ("device = 'cpu:3'", "cpu or cuda"),
         ("oversampling = 0.5", "oversampling is 0.5; it must be at least 1"),
+        (
+            "oversampling = 2\nadvantage_baseline = 'none'\nadvantage_scale = 'none'",
+            "oversampling is 2.0; it must be 1, because with advantage_baseline = none groups of "
+            "equal rewards teach something",
+        ),
+        (
+            "oversampling = 1.1\nprompts_per_step = 4",
+            "oversampling is 1.1; it must be 1, or large enough for one spare question",
+        ),
         ("length_penalty = 1.5", "length_penalty is 1.5; it must be at most 1"),
         ("importance_cap = -1", "importance_cap is -1.0; it must be at least 0"),
+        ("importance_cap = 0.5", "importance_cap is 0.5; it must be 0 or at least 1"),
+        (
+            "importance_cap = 2\nratio = 'sequence'",
+            "importance_cap is 2.0; it must be 0 with ratio = sequence, because it weighs single "
+            "tokens",
+        ),
         ("ratio = 'group'", "ratio is 'group'; it must be one of token, sequence, detached"),
         ("kl = 'k4'", "kl is 'k4'; it must be one of k3, k2, k1"),
         ("advantage_baseline = 'median'", "one of mean, leave_one_out, none"),
@@ -108,6 +136,12 @@ def test_an_invalid_config_is_one_line_that_names_the_key(tmp_path, text, named)
         "advantage_baseline = 'leave_one_out'",
         "dual_clip = 1.5\nratio = 'sequence'",
         "ratio = 'detached'",
+        "ratio = 'sequence'",
+        "importance_cap = 1\nratio = 'detached'",
+        "importance_cap = 2",
+        "oversampling = 1.25\nprompts_per_step = 4",
+        "oversampling = 2\nadvantage_baseline = 'leave_one_out'",
+        "format_weight = 0\nlength_penalty = 0.2",
     ],
 )
 def test_combinations_beside_the_refused_ones_are_accepted(tmp_path, text):

@@ -4,7 +4,7 @@ on, and that a training run heeds each one.
 
 import itertools
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 import train
 from common.config import Loss, Rewards, Rollout, load_config
-from data.choice import load_questions
+from data import load_vocabulary
+from data.choice import load_questions, prompt_encoder
 from data.stream import questions_of_step
 from grpo.advantages import group_advantages
 from grpo.loss import (
@@ -27,9 +28,12 @@ from grpo.loss import (
     token_weights,
     truncated_importance,
 )
+from grpo.rollout import Rollout as Groups
 from grpo.rollout import informative_groups
+from model import read_config
 from rewards import Verdict
-from training.scoring import length_penalty
+from training.scoring import length_penalty, score_rollout
+from training.step import Step
 
 CLIP = {"clip_low": 0.1, "clip_high": 0.1}
 DUAL_CLIP = 1.2
@@ -80,7 +84,7 @@ class Inputs:
 
 
 def combinations(**knobs: Any) -> list[dict[str, Any]]:
-    """All combinations that a config allows."""
+    """All combinations in which every knob has an effect."""
     knobs |= {
         "ratio": RATIOS,
         "kl": KL_ESTIMATES,
@@ -221,6 +225,12 @@ def test_the_penalty_of_long_completions_is_equation_13_of_dapo():
     assert length_penalty(torch.tensor([[5]]), 20, 1.0).item() == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("share", [1e-300, 1e-45, 1e-17, 1e-9, 0.01])
+def test_a_penalised_share_of_less_than_a_token_penalises_truncated_completions_alone(share):
+    penalties = length_penalty(torch.tensor([[1, 19, 20]]), 20, share)
+    torch.testing.assert_close(penalties, torch.tensor([[0.0, 0.0, 1.0]]))
+
+
 END_IDS = [*range(100, 150), 322]
 """So many ids that a random model ends some completions at once and others never."""
 BASE = {
@@ -261,7 +271,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "clip_high": [{"clip_high": 0.5}],
     "ratio": [{"ratio": "sequence"}, {"ratio": "detached"}],
     "dual_clip": [{"dual_clip": 1.01}],
-    "importance_cap": [{"importance_cap": 0.5}],
+    "importance_cap": [{"importance_cap": 1.0}],
     "beta": [{"beta": 0.2}],
     "kl": [{"kl": "k2"}, {"kl": "k1"}],
     "advantage_baseline": [
@@ -293,12 +303,24 @@ def config(tmp_path_factory) -> Path:
 
 
 def trained(monkeypatch, config: Path, name: str, **knobs: Any) -> dict[str, Tensor]:
-    """The weights after a tiny run, in a folder `name` of its own."""
+    """The weights after a tiny run, in a folder `name` of its own.
+
+    Its sampler's log-probabilities are inexact, so that weighing tokens by them has an effect.
+    """
     monkeypatch.setattr("training.scoring.score", two_rules)
     flags = ["--run_dir", str(config.parent / name / "run")]
     for knob, value in knobs.items():
         flags += [f"--{knob}", str(value).lower()]
-    assert run(monkeypatch, config, *flags) == 0
+    sample, generator = train.sample_groups, torch.Generator().manual_seed(0)
+
+    def inexact(*args, **kwargs):
+        rollout = sample(*args, **kwargs)
+        noise_NGT = 0.2 * torch.randn(rollout.logp_NGT.shape, generator=generator)
+        return replace(rollout, logp_NGT=rollout.logp_NGT + noise_NGT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sample_groups", inexact)
+        assert run(patch, config, *flags) == 0
     return weights(config.parent / name)
 
 
@@ -348,41 +370,119 @@ def observed_rollouts(monkeypatch) -> list[Any]:
     return rollouts
 
 
-def test_oversampling_trains_on_and_logs_the_groups_that_dynamic_sampling_keeps(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("penalised", [0.0, 0.7])
+def test_oversampling_measures_all_groups_and_trains_on_those_that_dynamic_sampling_keeps(
+    tmp_path, monkeypatch, penalised
 ):
     knobs = {"prompts_per_step": 2, "oversampling": 2.5, "group_size": 3, "steps": 8}
     knobs |= {"inner_updates": 1, "learning_rate": 1e-5, "beta": 0.0}
+    knobs |= {"length_penalty": penalised, "format_weight": 2.0}
     config = tiny(monkeypatch, tmp_path, **knobs)
     rollouts = observed_rollouts(monkeypatch)
     assert run(monkeypatch, config) == 0
     completions = iter(rows(tmp_path / "run" / "completions.jsonl"))
-    replaced = []
+    replaced, by_penalty = [], []
     metrics = rows(tmp_path / "run" / "metrics.jsonl")
     for rollout, row in zip(rollouts, metrics, strict=True):
         assert len(rollout.prompts) == 5
-        rewards = []
-        for texts in rollout.texts:
-            scores = [two_rules(text, "") for text in texts]
-            rewards.append([sum(verdict.score for verdict in verdicts) for verdicts in scores])
-        kept = informative_groups(torch.tensor(rewards), 2)
+        verdicts_NG = [[two_rules(text, "") for text in texts] for texts in rollout.texts]
+        format_NG, accuracy_NG = (
+            torch.tensor([[verdicts[rule].score for verdicts in group] for group in verdicts_NG])
+            for rule in (0, 1)
+        )
+        scores_NG, lengths_NG = 2 * format_NG + accuracy_NG, rollout.mask_NGT.sum(-1)
+        rewards_NG = scores_NG
+        if penalised:
+            rewards_NG = scores_NG - length_penalty(lengths_NG, 10, penalised)
+        kept = informative_groups(scores_NG, 2)
+        by_penalty.append(informative_groups(rewards_NG, 2) != kept)
         replaced.append(sum(n >= 2 for n in kept))
         assert row["replaced_groups"] == replaced[-1]
+        # Of all five groups.
+        equal = [min(group) == max(group) for group in rewards_NG.tolist()]
+        truncated = 1 - rollout.ended_NG.float().mean()
+        for name, expected in {
+            "reward": rewards_NG.mean(),
+            "reward_std": rewards_NG.std(-1).mean(),
+            "frac_reward_zero_std": sum(equal) / 5,
+            "rewards/format": format_NG.mean(),
+            "rewards/accuracy": accuracy_NG.mean(),
+            "completions/mean_length": lengths_NG.float().mean(),
+            "completions/clipped_ratio": truncated,
+        }.items():
+            assert row[name] == pytest.approx(float(expected)), name
+        # Of the two that are kept.
         assert row["tokens"] == rollout.mask_NGT[kept].sum()
-        truncated = 1 - rollout.ended_NG[kept].float().mean().item()
-        assert row["completions/clipped_ratio"] == pytest.approx(truncated)
         assert row["sampler_gap"] < 1e-4  # log-probabilities belong to their completions
-        means = [sum(rewards[n]) / 3 for n in kept]
-        assert row["reward"] == pytest.approx(sum(means) / 2)
-        advantages = group_advantages(torch.tensor(rewards)[kept])
-        for n, group in zip(kept, advantages.tolist(), strict=True):
-            for text, advantage in zip(rollout.texts[n], group, strict=True):
+        advantages_NG = group_advantages(rewards_NG[kept])
+        for n, group in zip(kept, advantages_NG.tolist(), strict=True):
+            for g, text in enumerate(rollout.texts[n]):
                 written = next(completions)
                 assert (written["step"], written["completion"]) == (row["step"], text)
                 assert written["id"] == rollout.prompts[n].question.source
-                assert written["advantage"] == pytest.approx(advantage)
+                assert written["reward"] == pytest.approx(rewards_NG[n, g].item())
+                assert written["advantage"] == pytest.approx(group[g])
     assert not list(completions)
     assert set(replaced) == {0, 1, 2}  # every case occurred
+    assert any(by_penalty) == bool(penalised)
+
+
+def test_a_group_that_only_the_length_penalty_tells_apart_gives_way_to_an_informative_one(
+    tmp_path,
+):
+    fields = {"prompts_per_step": 2, "oversampling": 1.5, "group_size": 8}
+    fields |= {"max_new_tokens": 200, "length_penalty": 0.5}
+    config = load_config(write_run(tmp_path, **fields))
+    shape = read_config(config.model)
+    vocabulary = load_vocabulary(config.model, shape)
+    encoder = prompt_encoder(vocabulary, shape, config)
+    prompts = [encoder.encode(question) for question in load_questions(config).train[:3]]
+    right, wrong = [], []
+    for prompt in prompts:
+        letter = prompt.question.answer
+        right.append(f"<think>a</think><answer>{letter}</answer>")
+        wrong.append(f"<think>a</think><answer>{'A' if letter != 'A' else 'B'}</answer>")
+    texts = [[right[0]] * 8, [wrong[1]] * 8, [right[2]] * 4 + [wrong[2]] * 4]
+    # In the first two groups, one completion is a token too long: a penalty of 0.01.
+    lengths_NG = torch.full((3, 8), 100)
+    lengths_NG[0, 3] = lengths_NG[1, 5] = 101
+    mask_NGT = torch.arange(101) < lengths_NG[..., None]
+    rollout = Groups(
+        prompts=prompts,
+        tokens_NGT=torch.zeros(mask_NGT.shape, dtype=torch.int64),
+        mask_NGT=mask_NGT,
+        logp_NGT=torch.zeros(mask_NGT.shape),
+        ended_NG=torch.ones(3, 8, dtype=torch.bool),
+        texts=texts,
+    )
+    step = Step(0, prompts, "cpu")
+    kept, verdicts_NG, rewards_NG = score_rollout(step, rollout, config)
+    assert kept.texts == [texts[0], texts[2]] and kept.prompts == [prompts[0], prompts[2]]
+    assert [len(group) for group in verdicts_NG] == [8, 8]
+    expected_NG = torch.tensor([[2.0] * 8, [2.0] * 4 + [1.0] * 4])
+    expected_NG[0, 3] -= 0.01
+    torch.testing.assert_close(rewards_NG, expected_NG)
+    assert step.stats["replaced_groups"] == 1
+    assert step.stats["reward"] == pytest.approx((16 - 0.01 + 8 - 0.01 + 12) / 24)
+    assert step.stats["frac_reward_zero_std"] == 0  # the penalty is part of the reward
+
+
+def test_a_written_reward_is_the_weighted_sum_of_the_written_scores_less_the_penalty(
+    tmp_path, monkeypatch
+):
+    knobs = {"format_weight": 2.0, "accuracy_weight": 0.5, "length_penalty": 0.8}
+    config = tiny(monkeypatch, tmp_path, **knobs)
+    rollouts = observed_rollouts(monkeypatch)
+    assert run(monkeypatch, config) == 0
+    (rollout,) = rollouts
+    lengths = rollout.mask_NGT.sum(-1).flatten().tolist()
+    penalties = []
+    for row, length in zip(rows(tmp_path / "run" / "completions.jsonl"), lengths, strict=True):
+        scores = {rule: verdict["score"] for rule, verdict in row["rewards"].items()}
+        penalties.append(max(0, length - 2) / 8)
+        expected = 2 * scores["format"] + 0.5 * scores["accuracy"] - penalties[-1]
+        assert row["reward"] == pytest.approx(expected)
+    assert len(set(penalties)) > 2
 
 
 def test_a_resumed_run_with_oversampling_draws_the_questions_of_the_whole_one(
@@ -458,7 +558,7 @@ def advantages_of(rewards: list[float]) -> Tensor:
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_a_step_whose_completions_are_all_truncated_and_masked_has_finite_metrics_and_no_update(
+def test_completions_that_are_all_truncated_and_masked_give_finite_metrics_and_a_gradient_of_zero(
     tmp_path, monkeypatch, average
 ):
     knobs = {"mask_truncated": True, "loss_average": average}

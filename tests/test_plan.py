@@ -231,6 +231,22 @@ def test_sft_has_no_rollout_and_no_reference(tmp_path):
     assert load.group_size == 1 and load.completion < 20
 
 
+def test_several_updates_have_a_pass_of_the_old_policy_beside_that_of_the_reference(tmp_path):
+    config = write_run(tmp_path)
+    phases = read(config, inner_updates=2)[0].run(ASSUMED)
+    assert list(phases) == ["test", "rollout", "reference", "old policy", "update", "saving"]
+    old, reference = phases["old policy"], phases["reference"]
+    assert old.seconds == pytest.approx(reference.seconds) and old.seconds > 0
+    assert old.memory == reference.memory
+    once = read(config, inner_updates=1)[0].run(ASSUMED)
+    assert "old policy" not in once
+    assert phases["update"].seconds == pytest.approx(2 * once["update"].seconds)
+    # Without a reference too, and never in SFT.
+    alone = read(config, inner_updates=2, beta=0.0)[0].run(ASSUMED)
+    assert alone["old policy"].seconds == pytest.approx(old.seconds) and "reference" not in alone
+    assert "old policy" not in read(config, inner_updates=2, method="sft")[0].run(ASSUMED)
+
+
 def dry_run(monkeypatch, config: Path, *flags: str) -> int:
     import train
 
@@ -251,6 +267,27 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path, monkeypatch, ca
         and "would start from scratch" in plan
     )
     assert 15 < plan.count("\n") < 40 and max(map(len, plan.split("\n"))) < 160
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [
+        ((), "4, 1.50 epochs"),  # 4 steps of 3 questions out of 8
+        (("--oversampling", "2"), "4, 3.00 epochs"),  # the spare questions are drawn as well
+        (("--oversampling", "2", "--method", "sft"), "4, 1.50 epochs"),
+    ],
+)
+def test_spare_questions_count_in_the_planned_epochs(tmp_path, monkeypatch, capsys, flags, epochs):
+    assert dry_run(monkeypatch, write_run(tmp_path), *flags) == 0
+    assert epochs in capsys.readouterr().out
+
+
+def test_the_time_of_the_old_policys_pass_is_printed(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    assert dry_run(monkeypatch, config, "--inner_updates", "2") == 0
+    assert re.search(r"reference [\de.-]+ s, old policy [\de.-]+ s, upd", capsys.readouterr().out)
+    assert dry_run(monkeypatch, config) == 0
+    assert "old policy" not in capsys.readouterr().out
 
 
 def test_a_dry_run_names_the_checkpoint_to_resume_from_and_does_not_move_damaged_ones(

@@ -74,5 +74,5 @@ def length_penalty(lengths_NG: Tensor, limit: int, share: float) -> Tensor:
 
     Unlike the limit alone, it tells a completion that is nearly too long from a short one.
     """
-    zone = limit * share
+    zone = max(1.0, limit * share)  # at least a token: a shorter one penalises the same lengths
     return ((lengths_NG - (limit - zone)) / zone).clamp(0, 1)

@@ -36,12 +36,21 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 def write_between_markers(page: Path, name: str, text: str) -> None:
     """Replace what stands between the page's markers of this name. InputError if it has none."""
+    before, after = around_markers(page, name)
+    page.write_text(before + text + after, encoding="utf-8")
+
+
+def around_markers(page: Path, name: str) -> tuple[str, str]:
+    """The page up to and with the first marker of this name, and from the second one on.
+
+    InputError if it has none.
+    """
     begin, end = f"<!-- {name}: written by a command -->\n", f"<!-- {name}: end -->\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise InputError(f"{page}: has no markers; add the lines {begin}{end}")
-    page.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
+    return before + begin, end + after
 
 
 def accuracy_table(results: Row) -> str:

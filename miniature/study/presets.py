@@ -16,7 +16,7 @@ from common.command_line import PRESETS
 from common.config import read_toml
 from common.program import run_program
 from evaluation.report.curves import read_metrics
-from evaluation.report.markdown import markdown_table, write_between_markers
+from evaluation.report.markdown import around_markers, markdown_table, write_between_markers
 from evaluation.statistics import percent_with_interval
 
 from .arms import GRPO_CONFIG
@@ -24,6 +24,7 @@ from .runs import Command, Study, do
 
 SEEDS = (1, 2, 3)
 STEPS = 50
+MARKERS = "presets on the miniature"
 SHOWN = 5  # steps whose mean reward is shown, the first and the last
 
 
@@ -70,16 +71,16 @@ def table(root: Path) -> str:
     return markdown_table(("preset", "changes", "reward", "validation accuracy"), rows)
 
 
-def _run() -> None:
+def train_presets() -> None:
     parser = argparse.ArgumentParser(description="Train the miniature with every preset.")
     parser.add_argument("--out", type=Path, default=Path("runs/presets"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where grpo.md stands")
     arguments = parser.parse_args()
+    page = arguments.docs / "grpo.md"
+    around_markers(page, MARKERS)  # a page without them is an error before the training, not after
     do("presets", jobs(arguments.out))
-    write_between_markers(
-        arguments.docs / "grpo.md", "presets on the miniature", table(arguments.out)
-    )
+    write_between_markers(page, MARKERS, table(arguments.out))
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("presets", _run, "stopped; run the same command again to resume"))
+    sys.exit(run_program("presets", train_presets, "stopped; run the same command again to resume"))
