@@ -225,6 +225,14 @@ def test_the_penalty_of_long_completions_is_equation_13_of_dapo():
     assert length_penalty(torch.tensor([[5]]), 20, 1.0).item() == pytest.approx(0.25)
 
 
+def test_at_the_limit_the_penalty_is_exactly_1_whatever_the_share():
+    """Else a right but truncated completion and a wrong one, both worth 0, would be told apart."""
+    for limit in (3, 10, 40, 100, 512, 1000, 20480):
+        for share in (0.01, 0.1, 0.2, 0.3, 0.7, 1.0):
+            penalties = length_penalty(torch.tensor([[limit, 1]]), limit, share)
+            assert penalties[0, 0] == 1 and 0 <= penalties[0, 1] < 1
+
+
 @pytest.mark.parametrize("share", [1e-300, 1e-45, 1e-17, 1e-9, 0.01])
 def test_a_penalised_share_of_less_than_a_token_penalises_truncated_completions_alone(share):
     penalties = length_penalty(torch.tensor([[1, 19, 20]]), 20, share)

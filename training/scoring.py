@@ -75,4 +75,5 @@ def length_penalty(lengths_NG: Tensor, limit: int, share: float) -> Tensor:
     Unlike the limit alone, it tells a completion that is nearly too long from a short one.
     """
     zone = max(1.0, limit * share)  # at least a token: a shorter one penalises the same lengths
-    return ((lengths_NG - (limit - zone)) / zone).clamp(0, 1)
+    # Exactly 1 at the limit: rounded, it would make rewards differ that are equal.
+    return (1 - (limit - lengths_NG) / zone).clamp(0, 1)
