@@ -21,7 +21,8 @@ def group_advantages(rewards_NG: Tensor, *, baseline: str = "mean", scale: str =
         baseline: b_i. "mean" is the group's mean (GRPO). It contains r_i itself, so that without
             scaling the expected gradient is (G - 1) / G of the policy gradient. "leave_one_out" is
             the mean of the G - 1 others (RLOO, arXiv 2402.14740), whose expected gradient is the
-            policy gradient. "none" is 0 (REINFORCE): the same expectation, and mostly more variance.
+            policy gradient. "none" is 0 (REINFORCE): the same expectation, and mostly more
+            variance.
         scale: s. "std" is the group's standard deviation (GRPO). "batch_std" is that of all the
             step's rewards (arXiv 2508.08221). "none" is 1 (Dr. GRPO, arXiv 2503.20783, which finds
             that dividing by a group's own favours questions that are nearly solved or nearly
