@@ -11,18 +11,20 @@ import torch
 
 from miniature.lesson import __main__ as program
 from miniature.lesson import presets
-from miniature.lesson.gradient import compare, exact_gradient, step_gradients
-from miniature.lesson.measurements import EXACT, START, UNBIASED, sample_steps
+from miniature.lesson.gradient import compare, step_gradients
+from miniature.lesson.measurements import EXACT, UNBIASED, sample_steps
 from miniature.lesson.policy import (
     COMPLETIONS,
     LIMIT,
     PREFIXES,
     QUESTIONS,
     REWARDS_QO,
+    START,
     TOKENS,
     completion_logprobs,
     divergence,
     divergence_of_tokens,
+    exact_gradient,
     expected_reward,
     probabilities,
     random_table,
@@ -72,11 +74,11 @@ def test_divergence_of_tokens_has_the_value_of_the_divergence_and_another_gradie
 @pytest.mark.parametrize("size", [2, 8])
 def test_leave_one_out_is_unbiased_and_mean_is_short_by_one_in_g(size):
     groups = sample_steps(size, 8000)
-    gradients, _ = step_gradients(UNBIASED, groups, START)
+    gradients, _ = step_gradients(UNBIASED, groups)
     measured = compare(gradients, EXACT)
-    assert abs(measured.length - 1) < 3 * measured.length_error < 0.05
-    assert abs(measured.cosine - 1) < 3 * measured.cosine_error + 1e-3
-    of_mean, _ = step_gradients(replace(UNBIASED, advantage_baseline="mean"), groups, START)
+    assert abs(measured.length.value - 1) < 3 * measured.length.error < 0.05
+    assert abs(measured.cosine.value - 1) < 3 * measured.cosine.error + 1e-3
+    of_mean, _ = step_gradients(replace(UNBIASED, advantage_baseline="mean"), groups)
     torch.testing.assert_close(of_mean, gradients * (size - 1) / size)
 
 
@@ -87,12 +89,12 @@ def test_standard_errors_are_those_of_repeated_measurements():
     repeats = []
     for _ in range(300):
         repeats.append(compare(turned + torch.randn(50, 2, generator=generator), exact))
-    cosines = torch.tensor([one.cosine for one in repeats])
-    lengths = torch.tensor([one.length for one in repeats])
+    cosines = torch.tensor([one.cosine.value for one in repeats])
+    lengths = torch.tensor([one.length.value for one in repeats])
     assert cosines.mean().item() == pytest.approx(28 / 5 / 32**0.5, abs=1e-3)
     assert lengths.mean().item() == pytest.approx(32**0.5 / 5, abs=5e-3)
-    cosine_errors = torch.tensor([one.cosine_error for one in repeats])
-    length_errors = torch.tensor([one.length_error for one in repeats])
+    cosine_errors = torch.tensor([one.cosine.error for one in repeats])
+    length_errors = torch.tensor([one.length.error for one in repeats])
     assert cosines.std().item() == pytest.approx(cosine_errors.mean().item(), rel=0.1)
     assert lengths.std().item() == pytest.approx(length_errors.mean().item(), rel=0.1)
 
@@ -100,15 +102,15 @@ def test_standard_errors_are_those_of_repeated_measurements():
 def test_a_mean_gradient_of_nothing_but_noise_has_no_direction():
     noise = torch.randn(1000, 208, generator=torch.Generator().manual_seed(0))
     measured = compare(noise, torch.ones(208))
-    assert math.isnan(measured.cosine) and measured.length == 0 < measured.length_error
+    assert math.isnan(measured.cosine.value) and measured.length.value == 0 < measured.length.error
 
 
 def test_before_an_update_no_ratio_or_clip_changes_the_gradient():
     groups = sample_steps(8, 100)
-    expected, _ = step_gradients(UNBIASED, groups, START)
+    expected, _ = step_gradients(UNBIASED, groups)
     for ratio in ("token", "sequence", "detached"):
         config = replace(UNBIASED, ratio=ratio, clip_low=3e-4, clip_high=4e-4)
-        gradients, stats = step_gradients(config, groups, START)
+        gradients, stats = step_gradients(config, groups)
         torch.testing.assert_close(gradients, expected)
         assert not stats["clip_ratio/low_mean"].any() and not stats["clip_ratio/high_mean"].any()
 

@@ -10,16 +10,20 @@ draws docs/lesson.svg.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import torch
+from markupsafe import Markup
 
 from common.program import run_program
+from evaluation.report.curves import picture_of
+from evaluation.report.markdown import markdown_table, write_between_markers
 
 from . import measurements
-from .page import terminal_text, write_page
 from .presets import presets
-from .quotes import write_quotes
+from .quotes import with_quotes
 from .tour import write_tour
 
 LESSONS = {
@@ -48,15 +52,28 @@ def run_lesson() -> None:
     parser.add_argument("--runs", type=int, default=64, help="training runs per preset")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # more threads sum in another order, and round differently
+    page = arguments.docs / "grpo.md"
+    pictures: list[Markup] = []
     print(LEGEND)
-    done = {}
     for name, lesson in LESSONS.items():
-        count = arguments.runs if lesson is presets else arguments.replicates
-        done[name] = lesson(count)
-        print(terminal_text(name, done[name], lesson.__doc__ or ""), flush=True)
-    write_page(done, arguments.docs)
+        rows, panels = lesson(arguments.runs if lesson is presets else arguments.replicates)
+        head, cells = list(rows[0]), [list(row.values()) for row in rows]
+        print(terminal_text(name, [head, *cells], lesson.__doc__ or ""), flush=True)
+        write_between_markers(page, name, markdown_table(head, cells))
+        pictures += panels
+    (arguments.docs / "lesson.svg").write_text(picture_of(pictures), encoding="utf-8")
     write_tour(arguments.docs)
-    write_quotes(arguments.docs / "grpo.md")
+    page.write_text(with_quotes(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def terminal_text(name: str, table: Sequence[Sequence[str]], see: str) -> str:
+    """The table in aligned columns under its name, and what to see in it."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [name.upper()]
+    for row in table:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join((*lines, fill(" ".join(see.split()), 100), ""))
 
 
 if __name__ == "__main__":

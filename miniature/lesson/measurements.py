@@ -5,84 +5,68 @@ setting `UNBIASED`, whose expected gradient is the exact one, and turn one knob 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from operator import itemgetter
-from typing import NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch.func import grad, vmap
 
 from common.config import Config
+from evaluation.report.curves import HEIGHT, panel_svg
 from grpo.advantages import BASELINES, SCALES
-from grpo.loss import AVERAGES, KL_ESTIMATES
+from grpo.loss import AVERAGES, KL_ESTIMATES, RATIOS
 
 from . import gradient, policy
-from .gradient import Comparison, Groups, compare, exact_gradient, standard_error, step_gradients
-from .policy import LIMIT, QUESTIONS
+from .gradient import Comparison, Groups, compare, mean_of, step_gradients
+from .policy import LIMIT, QUESTIONS, START
 
-START = policy.start_table()
-EXACT = exact_gradient(START)
-# The fields that a run needs and a table of logits does not are never read.
-TABLE = Config(
-    run_dir="none",
-    model="a table of logits",
-    train_questions="those of policy.py",
-    prompts_per_step=len(QUESTIONS),
-    group_size=8,
-    max_new_tokens=LIMIT,
-)
-UNBIASED = replace(
-    TABLE,
+EXACT = policy.exact_gradient(START)
+UNBIASED = Config(
     advantage_baseline="leave_one_out",
     advantage_scale="none",
     loss_average="constant",
     beta=0.0,
+    prompts_per_step=len(QUESTIONS),
+    group_size=8,
+    max_new_tokens=LIMIT,
+    # A run needs these, a table of logits does not.
+    run_dir="none",
+    model="none",
+    train_questions="none",
 )
 GROUP_SIZES = (2, 4, 8, 64)
-MEASURES = ("cosine", "length", "noise", "noise / length")
-RATIOS_AND_CLIPS = {
-    ("token", "none"): (1.0, 1e9),
-    ("token", "0.2"): (0.2, 0.2),
-    ("sequence", "none"): (1.0, 1e9),
-    ("sequence", "GSPO's"): (3e-4, 4e-4),
-    ("detached", "none"): (1.0, 1e9),
-    ("detached", "0.2"): (0.2, 0.2),
-}
-"""Kind of ratio and name of the clip -> clip_low and clip_high. (1.0, 1e9) bounds no ratio."""
+CLIPS = {"none": (1.0, 1e9), "0.2": (0.2, 0.2), "GSPO's": (3e-4, 4e-4)}
+"""Name -> clip_low and clip_high; "none" bounds no ratio."""
 
+TOP_LABEL = 28  # pixels: the next line of text is below the title and the highest tick
+COLOURS = ("blue", "orange", "violet", "grey")
+
+Row = dict[str, str]
+"""Column -> cell. All rows of a table have the same columns."""
 Points = list[tuple[float, float]]
-Measured = dict[tuple[int, str], Comparison]
+Lesson = tuple[list[Row], list[Markup]]
+"""The rows of a table, and panels of the picture."""
 
 
-class Panel(NamedTuple):
-    """Lines of the picture: label -> points."""
-
-    title: str
-    unit: str
-    lines: Mapping[str, Points]
-    top: float = 0.0  # of the y axis; 0 ends it above all points
-    labels_below: bool = False  # at the bottom right, where no line ends, and not at the top
+Measured = dict[int, dict[str, Comparison]]
+"""Group size -> setting of a knob -> its gradient."""
 
 
-class Lesson(NamedTuple):
-    """A table, and its panels of the picture."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    panels: Sequence[Panel] = ()
-
-
-def with_error(value: float, error: float, digits: int = 3) -> str:
-    return "none" if math.isnan(value) else f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def cells(measured: Comparison) -> tuple[str, ...]:
-    """A row's cells under MEASURES."""
-    cosine = with_error(measured.cosine, measured.cosine_error, 4)
-    length = with_error(measured.length, measured.length_error)
-    return cosine, length, f"{measured.noise:.2f}", f"{measured.noise / measured.length:.2f}"
+def draw(
+    title: str, unit: str, lines: Mapping[str, Points], top: float = 0.0, labels_below: bool = False
+) -> Markup:
+    """A panel with a line for each label. Labels below are at the bottom right, where no line ends,
+    and not at the top.
+    """
+    series = []
+    for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
+        series.append((label, colour, points))
+    labels = HEIGHT - 30 - 12 * len(series) if labels_below else TOP_LABEL
+    return panel_svg(title, series, unit, top, labels)
 
 
 def sample_steps(group_size: int, replicates: int, logits_QPV: torch.Tensor = START) -> Groups:
@@ -93,20 +77,24 @@ def sample_steps(group_size: int, replicates: int, logits_QPV: torch.Tensor = ST
     return gradient.sample_groups(logits_QPV, questions_RN, group_size, generator)
 
 
-def measure_knob(settings: Mapping[str, Config], replicates: int) -> Measured:
-    """The gradient for each group size and each setting of a knob."""
-    measured = {}
+def measure_knob(field: str, values: Sequence[str], replicates: int) -> Measured:
+    measured: Measured = {}
     for size in GROUP_SIZES:
         groups = sample_steps(size, replicates)
-        for name, config in settings.items():
-            gradients, _ = step_gradients(config, groups, START)
-            measured[size, name] = compare(gradients, EXACT)
+        measured[size] = {}
+        for value in values:
+            knob: dict[str, Any] = {field: value}
+            gradients, _ = step_gradients(replace(UNBIASED, **knob), groups)
+            measured[size][value] = compare(gradients, EXACT)
     return measured
 
 
-def knob_lesson(knob: str, measured: Measured, panels: Sequence[Panel] = ()) -> Lesson:
-    rows = [(str(size), name, *cells(one)) for (size, name), one in measured.items()]
-    return Lesson(("G", knob, *MEASURES), rows, panels)
+def knob_rows(knob: str, measured: Measured) -> list[Row]:
+    rows = []
+    for size, by_name in measured.items():
+        for name, one in by_name.items():
+            rows.append({"G": str(size), knob: name, **one.cells()})
+    return rows
 
 
 def questions(replicates: int) -> Lesson:
@@ -116,19 +104,20 @@ def questions(replicates: int) -> Lesson:
     """
     rewards_Q = policy.expected_rewards(START)
     lengths_Q = policy.probabilities(START) @ policy.MASK_OT.sum(-1).double()
-    rows = [[name] for name in QUESTIONS]
+    rows = []
     lines: dict[str, Points] = {name: [] for name in QUESTIONS}
-    for q, row in enumerate(rows):
-        row += [f"{rewards_Q[q]:.3f}", f"{lengths_Q[q]:.2f}", f"{EXACT[q].norm():.4f}"]
+    for q, name in enumerate(QUESTIONS):
+        row = {"question": name}
+        row["expected reward"] = f"{rewards_Q[q]:.3f}"
+        row["mean length"] = f"{lengths_Q[q]:.2f}"
+        row["gradient"] = f"{EXACT[q].norm():.4f}"
+        rows.append(row)
     for size in GROUP_SIZES:
         share_Q = sample_steps(size, replicates).have_equal_rewards().double().mean(0).tolist()
-        for row, points, share in zip(rows, lines.values(), share_Q, strict=True):
-            row.append(f"{100 * share:.1f} %")
-            points.append((math.log2(size), share))
-    equal = [f"equal, G = {size}" for size in GROUP_SIZES]
-    panel = Panel("Groups with equal rewards", "log2 of G", lines, top=1.0)
-    head = ("question", "expected reward", "mean length", "gradient", *equal)
-    return Lesson(head, rows, [panel])
+        for row, share in zip(rows, share_Q, strict=True):
+            row[f"equal, G = {size}"] = f"{100 * share:.1f} %"
+            lines[row["question"]].append((math.log2(size), share))
+    return rows, [draw("Groups with equal rewards", "log2 of G", lines, top=1.0)]
 
 
 def baselines(replicates: int) -> Lesson:
@@ -137,35 +126,34 @@ def baselines(replicates: int) -> Lesson:
     itself. With 1 added to all rewards (as for a format that is always right) it is far noisier;
     mean and leave_one_out would not change.
     """
-    settings = {name: replace(UNBIASED, advantage_baseline=name) for name in BASELINES}
-    measured = measure_knob(settings, replicates)
-    for size in GROUP_SIZES:
+    measured = measure_knob("advantage_baseline", sorted(BASELINES), replicates)
+    without = replace(UNBIASED, advantage_baseline="none")
+    length: dict[str, Points] = defaultdict(list)
+    noise: dict[str, Points] = defaultdict(list)
+    for size, by_name in measured.items():
         groups = sample_steps(size, replicates)
-        gradients, _ = step_gradients(settings["none"], groups, START, bonus=1.0)
-        measured[size, "none, rewards + 1"] = compare(gradients, EXACT)
-    measured = dict(sorted(measured.items(), key=itemgetter(0)))
-    length: dict[str, Points] = {name: [] for _, name in measured}
-    noise: dict[str, Points] = {name: [] for _, name in measured}
-    for (size, name), one in measured.items():
-        length[name].append((math.log2(size), one.length))
-        noise[name].append((math.log2(size), one.noise / one.length))
+        raised = groups._replace(rewards_NG=groups.rewards_NG + 1)
+        gradients, _ = step_gradients(without, raised)
+        by_name["none, rewards + 1"] = compare(gradients, EXACT)
+        for name, one in by_name.items():
+            length[name].append((math.log2(size), one.length.value))
+            noise[name].append((math.log2(size), one.noise / one.length.value))
     # Where two lines are the same, they are drawn once.
     length = {"mean": length["mean"], "leave_one_out and none": length["none"]}
     noise["mean and leave_one_out"] = noise.pop("mean")
     del noise["leave_one_out"]
-    panels = (
-        Panel("Length of the mean gradient", "log2 of G", length, labels_below=True),
-        Panel("Noise over length", "log2 of G", noise),
-    )
-    return knob_lesson("baseline", measured, panels)
+    panels = [
+        draw("Length of the mean gradient", "log2 of G", length, labels_below=True),
+        draw("Noise over length", "log2 of G", noise),
+    ]
+    return knob_rows("baseline", measured), panels
 
 
 def scales(replicates: int) -> Lesson:
     """Dividing by a standard deviation below 1 lengthens the gradient, as a larger learning rate
     would. std also turns it, and the more the larger G is. batch_std turns it at most by a trace.
     """
-    settings = {name: replace(UNBIASED, advantage_scale=name) for name in SCALES}
-    return knob_lesson("scale", measure_knob(settings, replicates))
+    return knob_rows("scale", measure_knob("advantage_scale", SCALES, replicates)), []
 
 
 def question_weights(replicates: int) -> Lesson:
@@ -174,20 +162,19 @@ def question_weights(replicates: int) -> Lesson:
     deviation but 0 is the same number.
     """
     rewards_Q = policy.expected_rewards(START).tolist()
-    head, rows = ["question"], [[name] for name in QUESTIONS]
+    rows = [{"question": name} for name in QUESTIONS]
     lines: dict[str, Points] = {}
     for scale in ("std", "batch_std"):
+        config = replace(UNBIASED, advantage_scale=scale)
         for size in (2, 64):
-            config = replace(UNBIASED, advantage_scale=scale)
-            gradients, _ = step_gradients(config, sample_steps(size, replicates), START)
-            head.append(f"{scale}, G = {size}")
+            gradients, _ = step_gradients(config, sample_steps(size, replicates))
             lines[scale] = []  # the larger groups come last, and are drawn
             for q, row in enumerate(rows):
-                one = compare(gradients[:, q], EXACT[q])
-                row.append(with_error(one.length, one.length_error, 2))
-                lines[scale].append((100 * rewards_Q[q], one.length))
+                length = compare(gradients[:, q], EXACT[q]).length
+                row[f"{scale}, G = {size}"] = length.text(2)
+                lines[scale].append((100 * rewards_Q[q], length.value))
     title, unit = "Length of a question's gradient", "expected reward in %, G = 64"
-    return Lesson(head, rows, [Panel(title, unit, lines, top=8.0)])
+    return rows, [draw(title, unit, lines, top=8.0)]
 
 
 def averages(replicates: int) -> Lesson:
@@ -195,8 +182,7 @@ def averages(replicates: int) -> Lesson:
     completions. It is a little less noisy for it. token and constant differ in length, and in
     direction only by a trace in the smallest groups.
     """
-    settings = {name: replace(UNBIASED, loss_average=name) for name in AVERAGES}
-    return knob_lesson("average", measure_knob(settings, replicates))
+    return knob_rows("average", measure_knob("loss_average", AVERAGES, replicates)), []
 
 
 def dynamic_sampling(replicates: int) -> Lesson:
@@ -213,9 +199,10 @@ def dynamic_sampling(replicates: int) -> Lesson:
         groups = gradient.sample_groups(START, questions_RN, config.group_size, generator)
         kept = gradient.keep_informative(groups, config)
         equal = 100 * kept.have_equal_rewards().double().mean()
-        gradients, _ = step_gradients(config, kept, START)
-        rows.append((f"{oversampling}", f"{equal:.1f} %", *cells(compare(gradients, EXACT))))
-    return Lesson(("oversampling", "equal groups kept", *MEASURES), rows)
+        row = {"oversampling": f"{oversampling}", "equal groups kept": f"{equal:.1f} %"}
+        gradients, _ = step_gradients(config, kept)
+        rows.append(row | compare(gradients, EXACT).cells())
+    return rows, []
 
 
 def kl_estimators(replicates: int) -> Lesson:
@@ -229,26 +216,26 @@ def kl_estimators(replicates: int) -> Lesson:
     for distance in (0.2, 1.0):
         logits_QPV = START + distance * policy.random_table(seed=1)
         groups = sample_steps(UNBIASED.group_size, replicates, logits_QPV)
-        exact = policy.divergence(logits_QPV, START).item()
-        completions = grad(policy.divergence)(logits_QPV, START) / LIMIT
-        tokens = grad(policy.divergence_of_tokens)(logits_QPV, START) / LIMIT
-        reverse = grad(policy.divergence_of_tokens)(logits_QPV, START, reverse=True) / LIMIT
+        # Without rewards the loss is the KL term alone, whatever the ratios are.
+        groups = groups._replace(rewards_NG=torch.zeros_like(groups.rewards_NG))
+        value = policy.divergence(logits_QPV, START).item()
+        by_token = grad(policy.divergence_of_tokens)
+        exact = {
+            "whole": grad(policy.divergence)(logits_QPV, START),
+            "tokens, reversed": by_token(logits_QPV, START, reverse=True),
+            "tokens": by_token(logits_QPV, START),
+        }
         for kind in KL_ESTIMATES:
-            loss = partial(gradient.kl_loss, ref_QPV=START, kind=kind)
-            gradients, stats = gradient.loss_gradients(loss, logits_QPV, groups)
-            values_R = stats["kl"] * LIMIT / exact
-            row = [
-                f"{exact:.3f}",
-                kind,
-                with_error(values_R.mean().item(), standard_error(values_R)),
-            ]
-            compared = [compare(gradients, one) for one in (completions, reverse, tokens)]
-            row += [with_error(one.cosine, one.cosine_error) for one in compared]
-            by_token = compared[-1]
-            row += [with_error(by_token.length, by_token.length_error), f"{by_token.noise:.2f}"]
-            rows.append(row)
-    cosines = ("cosine: whole", "cosine: tokens, reversed", "cosine: tokens")
-    return Lesson(("KL", "estimate", "value", *cosines, "length", "noise"), rows)
+            config = replace(UNBIASED, beta=1.0, kl=kind)
+            gradients, stats = step_gradients(config, groups, logits_QPV)
+            row = {"KL": f"{value:.3f}", "estimate": kind}
+            row["value"] = mean_of(stats["kl"] * LIMIT / value).text()
+            for name, of_divergence in exact.items():
+                # The objective has the divergence with a minus.
+                one = compare(-gradients, of_divergence / LIMIT)
+                row[f"cosine: {name}"] = one.cosine.text()
+            rows.append(row | {"length": one.length.text(), "noise": f"{one.noise:.2f}"})
+    return rows, []
 
 
 def inner_updates(replicates: int) -> Lesson:
@@ -260,18 +247,22 @@ def inner_updates(replicates: int) -> Lesson:
     clip is a brake, not a better estimate.
     """
     groups = sample_steps(UNBIASED.group_size, replicates)
-    first, _ = step_gradients(UNBIASED, groups, START)
+    first, _ = step_gradients(UNBIASED, groups)
     rows = []
     for rate in (0, 5, 50):
         updated_RQPV = START + rate * first  # each step's own policy
-        exact = vmap(exact_gradient)(updated_RQPV).mean(0)
-        for (ratio, clip), (low, high) in RATIOS_AND_CLIPS.items():
+        exact = vmap(policy.exact_gradient)(updated_RQPV).mean(0)
+        for ratio, clip in product(RATIOS, CLIPS):
+            if clip == ("0.2" if ratio == "sequence" else "GSPO's"):
+                continue  # each clip is meant for its own kind of ratio
             if rate == 0 and clip == "none":
                 continue  # the same as with a clip
+            low, high = CLIPS[clip]
             config = replace(UNBIASED, ratio=ratio, clip_low=low, clip_high=high)
-            gradients, stats = step_gradients(config, groups, START, updated_RQPV)
+            gradients, stats = step_gradients(config, groups, updated_RQPV)
             clipped = stats["clip_ratio/low_mean"] + stats["clip_ratio/high_mean"]
             share = 100 * clipped.mean() / stats["weights"].mean()
-            row = (str(rate), ratio, clip, f"{share:.1f} %")
-            rows.append((*row, *cells(compare(gradients, exact))))
-    return Lesson(("rate", "ratio", "clip", "tokens clipped", *MEASURES), rows)
+            row = {"rate": str(rate), "ratio": ratio, "clip": clip}
+            row["tokens clipped"] = f"{share:.1f} %"
+            rows.append(row | compare(gradients, exact).cells())
+    return rows, []

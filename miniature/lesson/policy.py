@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
 LETTERS = "abc"
 END = "."
@@ -36,30 +37,14 @@ QUESTIONS = {
 """Name -> its letter, and what the start adds to the logits of the tokens that lead to a reward."""
 
 
-def _index_completions() -> tuple[Tensor, Tensor]:
-    """Each token's prefix, as an index into PREFIXES, and the token, (O, T); -1 is padding."""
-    prefixes_OT = torch.full((len(COMPLETIONS), LIMIT), -1)
-    tokens_OT = prefixes_OT.clone()
-    for o, completion in enumerate(COMPLETIONS):
-        for t, token in enumerate(completion):
-            prefixes_OT[o, t] = PREFIXES.index(completion[:t])
-            tokens_OT[o, t] = TOKENS.index(token)
-    return prefixes_OT, tokens_OT
-
-
-PREFIXES_OT, TOKENS_OT = _index_completions()
+PREFIXES_OT = torch.full((len(COMPLETIONS), LIMIT), -1)
+"""Each token's prefix, as an index into PREFIXES; -1 is padding."""
+TOKENS_OT = PREFIXES_OT.clone()
+for o, completion in enumerate(COMPLETIONS):
+    for t, token in enumerate(completion):
+        PREFIXES_OT[o, t] = PREFIXES.index(completion[:t])
+        TOKENS_OT[o, t] = TOKENS.index(token)
 MASK_OT = TOKENS_OT >= 0
-
-
-def _all_rewards() -> Tensor:
-    """The reward of every completion to every question, (Q, O)."""
-    rewards = []
-    for letter, _ in QUESTIONS.values():
-        rewards.append([float(text.endswith(letter + END)) for text in COMPLETIONS])
-    return torch.tensor(rewards, dtype=torch.float64)
-
-
-REWARDS_QO = _all_rewards()
 
 
 def random_table(seed: int) -> Tensor:
@@ -68,14 +53,15 @@ def random_table(seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def start_table() -> Tensor:
-    """The logits that all measurements and runs start from, (Q, P, V)."""
-    logits_QPV = random_table(seed=0) / 2
-    for q, (letter, ease) in enumerate(QUESTIONS.values()):
-        for p, prefix in enumerate(PREFIXES):
-            next_token = END if prefix.endswith(letter) else letter
-            logits_QPV[q, p, TOKENS.index(next_token)] += ease
-    return logits_QPV
+START = random_table(seed=0) / 2
+"""The logits that all measurements and runs start from, (Q, P, V)."""
+REWARDS_QO = torch.zeros(len(QUESTIONS), len(COMPLETIONS), dtype=torch.float64)
+for q, (letter, ease) in enumerate(QUESTIONS.values()):
+    for o, completion in enumerate(COMPLETIONS):
+        REWARDS_QO[q, o] = completion.endswith(letter + END)
+    for p, prefix in enumerate(PREFIXES):
+        next_token = END if prefix.endswith(letter) else letter
+        START[q, p, TOKENS.index(next_token)] += ease
 
 
 def completion_logprobs(logits_QPV: Tensor) -> Tensor:
@@ -97,6 +83,14 @@ def expected_rewards(logits_QPV: Tensor) -> Tensor:
 def expected_reward(logits_QPV: Tensor) -> Tensor:
     """The mean over questions: what training is meant to raise."""
     return expected_rewards(logits_QPV).mean(-1)
+
+
+def exact_gradient(logits_QPV: Tensor) -> Tensor:
+    """The gradient of the expected reward, (Q, P, V), from a sum over all completions.
+
+    It is divided by LIMIT, because the constant average of the loss divides by G * LIMIT.
+    """
+    return grad(expected_reward)(logits_QPV) / LIMIT
 
 
 def divergence(logits_QPV: Tensor, ref_QPV: Tensor) -> Tensor:

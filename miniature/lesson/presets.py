@@ -11,12 +11,12 @@ from common.command_line import PRESETS
 from common.config import Config, read_toml
 from grpo.optimizer import MasterAdamW, scheduled_rate
 
-from .gradient import keep_informative, sample_groups, standard_error, step_loss
-from .measurements import START, TABLE, Lesson, Panel, Points, with_error
-from .policy import QUESTIONS, expected_reward
+from .gradient import keep_informative, mean_of, sample_groups, step_loss
+from .measurements import UNBIASED, Lesson, Points, draw
+from .policy import QUESTIONS, START, expected_reward
 
 TRAINING = replace(
-    TABLE,
+    UNBIASED,
     steps=150,
     learning_rate=0.03,
     max_grad_norm=1e9,  # off: the runs share an optimiser, and the norm would tie them together
@@ -26,9 +26,9 @@ STEPS_SHOWN = (25, 50, 100, 150)
 
 def configs() -> dict[str, Config]:
     """The presets, and two controls."""
-    named = {}
+    grpo, named = read_toml(PRESETS / "grpo.toml"), {}  # grpo.toml has every knob
     for file in sorted(PRESETS.glob("*.toml")):
-        named[file.stem] = replace(TRAINING, **read_toml(file))  # TRAINING has GRPO's knobs
+        named[file.stem] = replace(TRAINING, **(grpo | read_toml(file)))
     # Some presets update twice per rollout; DAPO's also changes the reward.
     named["grpo, two updates"] = replace(named["grpo"], inner_updates=2)
     named["dapo, no length penalty"] = replace(named["dapo"], length_penalty=0.0)
@@ -40,7 +40,7 @@ def train(config: Config, runs: int) -> Tensor:
     logits_RQPV = START.repeat(runs, 1, 1, 1).float()
     policies = nn.ParameterList([logits_RQPV])  # a module, as the optimiser wants it
     optimizer = MasterAdamW(policies, config)
-    step_losses = vmap(partial(step_loss, ref_QPV=START.float(), config=config))
+    step_losses = vmap(partial(step_loss, config=config))
     generator = torch.Generator().manual_seed(config.seed)
     rewards = []
     for step in range(config.steps):
@@ -66,20 +66,17 @@ def presets(runs: int) -> Lesson:
     completion of three tokens, right ones too; without it dapo is the fastest.
     """
     rows = []
-    lines: dict[int, dict[str, Points]] = {1: {}, 2: {}}
+    curves: dict[int, dict[str, Points]] = {1: {}, 2: {}}
     for name, config in configs().items():
         rewards_SR = train(config, runs)
-        row = [name, str(config.inner_updates)]
+        row = {"preset": name, "updates": str(config.inner_updates)}
         for step in STEPS_SHOWN:
-            row.append(with_error(rewards_SR[step].mean().item(), standard_error(rewards_SR[step])))
+            row[f"step {step}"] = mean_of(rewards_SR[step]).text()
         rows.append(row)
         if "penalty" not in name:  # no room for all
-            means = rewards_SR.mean(-1).tolist()
-            points = [(float(step), mean) for step, mean in enumerate(means)]
-            lines[config.inner_updates][name] = points
-    title = "Expected reward, {}"
-    panels = (
-        Panel(title.format("one update"), "step", lines[1], top=1.0, labels_below=True),
-        Panel(title.format("two updates"), "step", lines[2], top=1.0, labels_below=True),
-    )
-    return Lesson(("preset", "updates", *(f"step {step}" for step in STEPS_SHOWN)), rows, panels)
+            curves[config.inner_updates][name] = list(enumerate(rewards_SR.mean(-1).tolist()))
+    panels = []
+    for updates, lines in (("one update", curves[1]), ("two updates", curves[2])):
+        title = f"Expected reward, {updates}"
+        panels.append(draw(title, "step", lines, top=1.0, labels_below=True))
+    return rows, panels

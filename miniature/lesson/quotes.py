@@ -28,8 +28,7 @@ def with_quotes(text: str) -> str:
 
 def _block(match: re.Match[str]) -> str:
     marker, file, begin, end = match.groups()
-    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    first = _only_line(lines, file, begin)
+    lines, first = _find(file, begin)
     for last in range(first, len(lines)):
         if lines[last].lstrip().startswith(end):
             code = textwrap.dedent("\n".join(lines[first : last + 1]))
@@ -39,18 +38,16 @@ def _block(match: re.Match[str]) -> str:
 
 def _link(match: re.Match[str]) -> str:
     code, file = match.groups()
+    _, index = _find(file, code)
+    return f"[`{code}`](../{file}#L{index + 1})"
+
+
+def _find(file: str, begin: str) -> tuple[list[str], int]:
+    """The file's lines, and the index of the one that is this text or else begins with it."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    return f"[`{code}`](../{file}#L{_only_line(lines, file, code) + 1})"
-
-
-def _only_line(lines: list[str], file: str, begin: str) -> int:
     found = [n for n, line in enumerate(lines) if line.strip() == begin]
     if not found:
         found = [n for n, line in enumerate(lines) if line.lstrip().startswith(begin)]
     if len(found) != 1:
         raise InputError(f"{file}: {len(found)} lines begin with {begin!r}, not one")
-    return found[0]
-
-
-def write_quotes(page: Path) -> None:
-    page.write_text(with_quotes(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return lines, found[0]
