@@ -13,10 +13,12 @@ from common.errors import InputError
 from common.files import read_json_lines
 from miniature.study import page, runs, tables
 from miniature.study.__main__ import run_study
-from miniature.study.arms import BY_FOLDER, SHIPPED, TRIAL_SEED, Base
+from miniature.study.arms import ARMS as ALL_ARMS
+from miniature.study.arms import SHIPPED, TRIAL_SEED, Base
 
 TYPES = tables.ALL
 SUBSETS = ("MR (Mag-netic Resonance Imaging)", "CT(Computed Tomography)", "X-Ray")
+BY_FOLDER = {arm.folder: arm for arm in ALL_ARMS}
 ARMS = tuple(BY_FOLDER[name] for name in ("sft-tags", "grpo", "sft-grpo", "grpo-blank"))
 BASES = (SHIPPED._replace(seeds=(1, 2)), Base("second", 8, (1,)))
 
@@ -49,8 +51,6 @@ def study(tmp_path_factory):
     for module in (runs, tables, page, sys.modules[run_study.__module__]):
         for name, value in {
             "ARMS": ARMS,
-            "FROM_BASES": [arm for arm in ARMS if not arm.begins_with],
-            "FROM_ARMS": [arm for arm in ARMS if arm.begins_with],
             "BASES": BASES,
             "SHIPPED": BASES[0],
             "RATES": ("1e-3", "1e-2"),
@@ -138,7 +138,7 @@ def test_each_run_has_its_arms_settings_and_no_test_seed_is_that_of_a_trial(stud
         assert flag(command, "steps") == str(chosen.steps)
         assert ("blank" in command) == (arm.folder == "grpo-blank")
         if arm.begins_with:
-            assert f"/{arm.begins_with}/" in flag(command, "model")
+            assert f"/{arm.begins_with.folder}/" in flag(command, "model")
 
 
 def test_test_questions_are_answered_by_every_model_and_by_no_run(study):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.program import run_program
 
-from .arms import BASES, FROM_ARMS, FROM_BASES
+from .arms import ARMS, BASES
 from .page import write_page
 from .runs import Study, do
 
@@ -24,11 +24,13 @@ def run_study() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where study.md stands")
     arguments = parser.parse_args()
     study = Study(arguments.out)
-    for arms in (FROM_BASES, FROM_ARMS):  # the latter go on from what the former have learned
+    from_bases = [arm for arm in ARMS if not arm.begins_with]
+    from_arms = [arm for arm in ARMS if arm.begins_with]
+    for arms in (from_bases, from_arms):  # the latter go on from what the former have learned
         do("trials", study.trials(arms))
     do("bases", study.bases())
     for base in BASES:
-        for arms in (FROM_BASES, FROM_ARMS):
+        for arms in (from_bases, from_arms):
             do(f"runs on the {base.name} base", study.runs(base, arms))
     do("answers", study.answers())
     write_page(study, arguments.docs)

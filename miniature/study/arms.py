@@ -38,29 +38,30 @@ class Arm(NamedTuple):
         folder: what its runs' folders are called.
         config: the config file of its runs.
         flags: fields that differ from the config, as on the command line.
-        begins_with: folder of the arm whose trained model it goes on from; "" for the base.
+        begins_with: the arm whose trained model it goes on from; None for the base.
     """
 
     name: str
     folder: str
     config: str
     flags: tuple[str, ...] = ()
-    begins_with: str = ""
+    begins_with: "Arm | None" = None
 
 
-ARMS = (
-    Arm("SFT, bare letters", "sft-bare", SFT_CONFIG, ("--sft_answer", "bare")),
-    Arm("SFT, letters in tags", "sft-tags", SFT_CONFIG, ("--sft_answer", "tags")),
-    Arm("SFT, option named first", "sft-named", SFT_CONFIG, ("--sft_answer", "named")),
-    Arm("GRPO", "grpo", GRPO_CONFIG),
-    Arm("SFT on letters in tags, then GRPO", "sft-grpo", GRPO_CONFIG, begins_with="sft-tags"),
-    # The controls: GRPO as above but for the images of training. Their rate and length are chosen
-    # with the real images, like those of all arms: the best that training without sight can do.
+SFT_TAGS = Arm("SFT, letters in tags", "sft-tags", SFT_CONFIG, ("--sft_answer", "tags"))
+GRPO = Arm("GRPO", "grpo", GRPO_CONFIG)
+# GRPO but for the images of training. The rate and length of the controls are chosen with the real
+# images, like those of all arms: the best that training without sight can do.
+CONTROLS = (
     Arm("GRPO, grey images", "grpo-blank", GRPO_CONFIG, ("--images", "blank")),
     Arm("GRPO, noise", "grpo-noise", GRPO_CONFIG, ("--images", "noise")),
     Arm("GRPO, another question's images", "grpo-other", GRPO_CONFIG, ("--images", "other")),
 )
-CONTROLS = ARMS[5:]
-BY_FOLDER = {arm.folder: arm for arm in ARMS}
-FROM_BASES = tuple(arm for arm in ARMS if not arm.begins_with)
-FROM_ARMS = tuple(arm for arm in ARMS if arm.begins_with)
+ARMS = (
+    Arm("SFT, bare letters", "sft-bare", SFT_CONFIG, ("--sft_answer", "bare")),
+    SFT_TAGS,
+    Arm("SFT, option named first", "sft-named", SFT_CONFIG, ("--sft_answer", "named")),
+    GRPO,
+    Arm("SFT on letters in tags, then GRPO", "sft-grpo", GRPO_CONFIG, begins_with=SFT_TAGS),
+    *CONTROLS,
+)

@@ -9,6 +9,7 @@ validation questions.
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -20,8 +21,9 @@ from evaluation.report.markdown import around_markers, markdown_table, write_bet
 from evaluation.statistics import percent_with_interval
 
 from .arms import GRPO_CONFIG
-from .runs import Command, Study, do
+from .runs import Command, Study, do, training
 
+NAMES = sorted(file.stem for file in PRESETS.glob("*.toml"))
 SEEDS = (1, 2, 3)
 STEPS = 50
 MARKERS = "presets on the miniature"
@@ -35,14 +37,10 @@ def run_dir(root: Path, preset: str, seed: int) -> Path:
 def jobs(root: Path) -> list[Command]:
     """The runs that are not finished."""
     commands = []
-    for file in sorted(PRESETS.glob("*.toml")):
-        for seed in SEEDS:
-            folder = run_dir(root, file.stem, seed)
-            flags = ["--preset", file.stem, "--seed", str(seed), "--steps", str(STEPS)]
-            flags += ["--run_dir", str(folder), "--test_questions"]
-            if not (folder / "summary.json").exists():
-                command = ("train.py", "--config", GRPO_CONFIG, *flags)
-                commands.append(Command(command, Path(f"{folder}.log")))
+    for preset, seed in product(NAMES, SEEDS):
+        flags = ["--config", GRPO_CONFIG, "--preset", preset, "--seed", str(seed)]
+        flags += ["--steps", str(STEPS)]
+        commands += training(run_dir(root, preset, seed), flags)
     return commands
 
 
@@ -50,24 +48,20 @@ def table(root: Path) -> str:
     """What each preset changes, and its rewards and accuracy, means over the seeds."""
     defaults = read_toml(PRESETS / "grpo.toml")
     rows = []
-    for file in sorted(PRESETS.glob("*.toml")):
-        turned = []
-        for name, value in read_toml(file).items():
-            if value != defaults[name]:
-                turned.append(f"`{name}` {value}")
-        first, last, right, total = [], [], 0, 0
+    for preset in NAMES:
+        knobs = read_toml(PRESETS / f"{preset}.toml").items()
+        turned = [f"`{name}` {value}" for name, value in knobs if value != defaults[name]]
+        first, last, right = [], [], 0
         for seed in SEEDS:
-            folder = run_dir(root, file.stem, seed)
+            folder = run_dir(root, preset, seed)
             rewards = [row["reward"] for row in read_metrics(folder / "metrics.jsonl")]
             first.append(fmean(rewards[:SHOWN]))
             last.append(fmean(rewards[-SHOWN:]))
             of_run, total = Study(root).validated(folder)[STEPS]
             right += of_run
+        reward = f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
         accuracy = percent_with_interval(right / len(SEEDS), total)
-        rewards_text = (
-            f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
-        )
-        rows.append((f"`{file.stem}`", ", ".join(turned) or "the defaults", rewards_text, accuracy))
+        rows.append((f"`{preset}`", ", ".join(turned) or "the defaults", reward, accuracy))
     return markdown_table(("preset", "changes", "reward", "validation accuracy"), rows)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
@@ -25,9 +26,10 @@ from data import read_questions
 from evaluation.answers import load_examinee
 from rewards import read_letter
 
-from .arms import ARMS, BASES, BY_FOLDER, LENGTHS, RATES, SHIPPED, TEST, TRIAL_SEED, Arm, Base
+from .arms import ARMS, BASES, LENGTHS, RATES, SHIPPED, TEST, TRIAL_SEED, Arm, Base
 
 REMEDY = "delete it, and `make study` makes it anew"
+ANSWERS = "answers.jsonl"
 CURVE_EVERY = 10  # steps between the points of a run's curve
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Two runs side by side on a core each take less time than one after the other on two."""
@@ -70,37 +72,30 @@ class Answering(NamedTuple):
         config = load_config(ARMS[0].config)  # all have the same limits and pixels
         questions = read_questions(TEST)
         examinee = load_examinee(self.model, config)
-        rows = [""] * len(questions)
-        for place, (answer,) in examinee.answers(questions, str(self.file), range(len(questions))):
-            question = questions[place]
+        texts = examinee.greedy_texts(questions, str(self.file))
+        lines = ""
+        for question, text in zip(questions, texts, strict=True):
             row = {
                 "id": question.source,
                 "modality": question.modality,
                 "question_type": question.question_type,
                 "options": question.options,
                 "ground_truth": question.answer,
-                "completion": answer.text,
-                "letter": read_letter(answer.text),
+                "completion": text,
+                "letter": read_letter(text),
             }
-            rows[place] = json.dumps(row) + "\n"
+            lines += json.dumps(row) + "\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(rows))
+        partial.write_text(lines)
         partial.replace(self.file)  # whole or not at all
 
 
-Job = Command | Answering
-
-
-def _work(job: Job) -> None:
-    job.work()
-
-
-def do(name: str, jobs: Sequence[Job]) -> None:
+def do(name: str, jobs: Sequence[Command | Answering]) -> None:
     """Two at a time; the first that fails ends the study, and the others are not begun."""
     # Spawned: a forked child of a process that has used torch's threads may hang.
     pool = ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,))
-    futures = [pool.submit(_work, job) for job in jobs]
+    futures = [pool.submit(job.work) for job in jobs]
     try:
         for future in tqdm(as_completed(futures), name, len(futures), unit="job"):
             future.result()
@@ -123,21 +118,15 @@ class Study:
     def trial_dir(self, arm: Arm, rate: str) -> Path:
         return self.root / "trials" / arm.folder / rate
 
-    def answer_files(self, base: Base, arm: Arm | None) -> list[Path]:
-        """The answers of an arm, a file for each seed; for None those of the base itself."""
-        if arm is None:
-            return [self.root / base.name / "answers.jsonl"]
-        return [self.run_dir(base, arm, seed) / "answers.jsonl" for seed in base.seeds]
-
-    def trials(self, arms: Sequence[Arm]) -> list[Job]:
+    def trials(self, arms: Sequence[Arm]) -> list[Command]:
         """Each arm at each rate, validated at each length on the way; on the shipped base."""
-        jobs: list[Job] = []
+        jobs = []
         for arm in arms:
             begin = self.base(SHIPPED)
-            if arm.begins_with:  # the checkpoint of the best trial of that arm
-                chosen = self.choice(BY_FOLDER[arm.begins_with])
-                begin = self.trial_dir(BY_FOLDER[arm.begins_with], chosen.rate)
-                begin = begin / "checkpoints" / f"step-{chosen.steps:06d}"
+            if arm.begins_with:
+                chosen = self.choice(arm.begins_with)
+                trial = self.trial_dir(arm.begins_with, chosen.rate)
+                begin = trial / "checkpoints" / f"step-{chosen.steps:06d}"
             for rate in RATES:
                 folder = self.trial_dir(arm, rate)
                 jobs += _training(arm, begin, folder, rate, max(LENGTHS), TRIAL_SEED)
@@ -148,10 +137,9 @@ class Study:
         that of the lower rate.
         """
         choices = []
-        for steps in LENGTHS:
-            for rate in RATES:
-                right, total = self.validated(self.trial_dir(arm, rate))[steps]
-                choices.append(Choice(rate, steps, right, total))
+        for steps, rate in product(LENGTHS, RATES):
+            right, total = self.validated(self.trial_dir(arm, rate))[steps]
+            choices.append(Choice(rate, steps, right, total))
         return max(choices, key=attrgetter("right"))  # of equals the first
 
     def validated(self, run_dir: Path) -> dict[int, tuple[int, int]]:
@@ -159,8 +147,8 @@ class Study:
         rows = [row for _, row in read_json_lines(run_dir / "validation.jsonl", REMEDY)]
         return {row["step"] + 1: (row["right"], row["total"]) for row in rows}
 
-    def bases(self) -> list[Job]:
-        jobs: list[Job] = []
+    def bases(self) -> list[Command]:
+        jobs = []
         for base in BASES[1:]:
             folder = self.base(base)
             if not (folder / "README.md").exists():  # the card is written last
@@ -168,43 +156,51 @@ class Study:
                 jobs.append(Command(arguments, folder.with_suffix(".log")))
         return jobs
 
-    def runs(self, base: Base, arms: Sequence[Arm]) -> list[Job]:
+    def runs(self, base: Base, arms: Sequence[Arm]) -> list[Command]:
         """Each arm with its chosen settings and each seed, on one base."""
-        jobs: list[Job] = []
+        jobs = []
         for arm in arms:
             chosen = self.choice(arm)
             for seed in base.seeds:
                 begin = self.base(base)
                 if arm.begins_with:
-                    begin = self.run_dir(base, BY_FOLDER[arm.begins_with], seed) / "model"
+                    begin = self.run_dir(base, arm.begins_with, seed) / "model"
                 folder = self.run_dir(base, arm, seed)
                 jobs += _training(arm, begin, folder, chosen.rate, chosen.steps, seed)
         return jobs
 
-    def answers(self) -> list[Job]:
+    def examined(self, base: Base) -> dict[str, list[Answering]]:
+        """The base itself, and then each arm with a model for each seed, by their names."""
+        models = {"the base": [Answering(self.base(base), self.root / base.name / ANSWERS)]}
+        for arm in ARMS:
+            folders = [self.run_dir(base, arm, seed) for seed in base.seeds]
+            models[arm.name] = [Answering(one / "model", one / ANSWERS) for one in folders]
+        return models
+
+    def answers(self) -> list[Answering]:
         """Every model of the study, the bases included."""
-        jobs: list[Job] = []
+        jobs = []
         for base in BASES:
-            (file,) = self.answer_files(base, None)
-            pairs = [(self.base(base), file)]
-            for arm in ARMS:
-                for file in self.answer_files(base, arm):
-                    pairs.append((file.parent / "model", file))
-            jobs += [Answering(model, file) for model, file in pairs if not file.exists()]
+            for models in self.examined(base).values():
+                jobs += [model for model in models if not model.file.exists()]
         return jobs
 
 
 def _training(
     arm: Arm, begin: Path, folder: Path, rate: str, steps: int, seed: int
 ) -> list[Command]:
-    """One run of train.py, unless it is finished."""
-    if (folder / "summary.json").exists():
-        return []
-    flags = ["--model", str(begin), "--run_dir", str(folder), "--learning_rate", rate]
-    flags += ["--steps", str(steps), "--seed", str(seed), "--test_questions"]
+    flags = ["--config", arm.config, *arm.flags, "--model", str(begin), "--learning_rate", rate]
+    flags += ["--steps", str(steps), "--seed", str(seed)]
     if seed == TRIAL_SEED:  # validated at each length, and kept: another arm may begin there
         flags += ["--validate_every", str(LENGTHS[0]), "--keep_checkpoints", str(len(LENGTHS))]
     else:
         flags += ["--validate_every", str(CURVE_EVERY)]
-    command = ("train.py", "--config", arm.config, *arm.flags, *flags)
+    return training(folder, flags)
+
+
+def training(folder: Path, flags: Sequence[str]) -> list[Command]:
+    """A run of train.py without a test, unless it is finished."""
+    if (folder / "summary.json").exists():
+        return []
+    command = ("train.py", *flags, "--run_dir", str(folder), "--test_questions")
     return [Command(command, Path(f"{folder}.log"))]
