@@ -117,7 +117,7 @@ def test_the_choice_is_the_trial_with_the_most_right_and_of_equals_the_shorter(s
         scores = {}
         for steps in (2, 4):
             for rate in ("1e-3", "1e-2"):
-                scores[steps, rate], total = made.validated(made.trial_dir(arm, rate))[steps]
+                scores[steps, rate], total = runs.validated(made.trial_dir(arm, rate))[steps]
         chosen = made.choice(arm)
         assert chosen.right == max(scores.values()) and chosen.total == total
         best = [key for key, right in scores.items() if right == chosen.right]

@@ -45,9 +45,8 @@ def _link(match: re.Match[str]) -> str:
 def _find(file: str, begin: str) -> tuple[list[str], int]:
     """The file's lines, and the index of the one that is this text or else begins with it."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    found = [n for n, line in enumerate(lines) if line.strip() == begin]
-    if not found:
-        found = [n for n, line in enumerate(lines) if line.lstrip().startswith(begin)]
+    equal = [n for n, line in enumerate(lines) if line.strip() == begin]
+    found = equal or [n for n, line in enumerate(lines) if line.lstrip().startswith(begin)]
     if len(found) != 1:
         raise InputError(f"{file}: {len(found)} lines begin with {begin!r}, not one")
     return lines, found[0]

@@ -18,11 +18,11 @@ TRIAL_SEED = 0  # of no run that is tested: a lucky trial must not be counted as
 
 
 class Base(NamedTuple):
-    """A base model: its name, the seed that `make base` gives it, and those of the runs on it."""
+    """A base model."""
 
     name: str
-    seed: int
-    seeds: tuple[int, ...]
+    seed: int  # that it is made with
+    seeds: tuple[int, ...]  # of the runs on it
 
 
 SHIPPED = Base("shipped", SEED, (1, 2, 3))
@@ -31,21 +31,13 @@ BASES = (SHIPPED, Base("second", SEED + 1, (1,)), Base("third", SEED + 2, (1,)))
 
 
 class Arm(NamedTuple):
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        name: what tables call it.
-        folder: what its runs' folders are called.
-        config: the config file of its runs.
-        flags: fields that differ from the config, as on the command line.
-        begins_with: the arm whose trained model it goes on from; None for the base.
-    """
-
-    name: str
-    folder: str
+    name: str  # in tables
+    folder: str  # of its runs
     config: str
-    flags: tuple[str, ...] = ()
-    begins_with: "Arm | None" = None
+    flags: tuple[str, ...] = ()  # fields that differ from the config, as on the command line
+    begins_with: "Arm | None" = None  # whose trained model it goes on from; None for the base
 
 
 SFT_TAGS = Arm("SFT, letters in tags", "sft-tags", SFT_CONFIG, ("--sft_answer", "tags"))

@@ -9,7 +9,7 @@ from evaluation.report.markdown import write_between_markers
 
 from . import tables
 from .arms import ARMS, BASES, SHIPPED, Arm
-from .runs import Study
+from .runs import Study, validated
 
 CURVES = {"sft-bare": "orange", "sft-named": "violet", "grpo": "blue", "grpo-noise": "grey"}
 """The folders of the arms whose curves are drawn, each with its colour."""
@@ -56,7 +56,7 @@ def validation_curve(study: Study, arm: Arm, unit: str) -> Points:
         metrics = read_metrics(folder / "metrics.jsonl")
         used = list(accumulate(row.get(unit, 1) for row in metrics))  # a row is one of the "steps"
         points = []
-        for steps, (right, total) in study.validated(folder).items():
+        for steps, (right, total) in validated(folder).items():
             points.append((used[steps - 1], right / total))
         by_seed.append(points)
     means = []

@@ -21,7 +21,7 @@ from evaluation.report.markdown import around_markers, markdown_table, write_bet
 from evaluation.statistics import percent_with_interval
 
 from .arms import GRPO_CONFIG
-from .runs import Command, Study, do, training
+from .runs import Command, do, training, validated
 
 NAMES = sorted(file.stem for file in PRESETS.glob("*.toml"))
 SEEDS = (1, 2, 3)
@@ -30,17 +30,13 @@ MARKERS = "presets on the miniature"
 SHOWN = 5  # steps whose mean reward is shown, the first and the last
 
 
-def run_dir(root: Path, preset: str, seed: int) -> Path:
-    return root / preset / str(seed)
-
-
 def jobs(root: Path) -> list[Command]:
     """The runs that are not finished."""
     commands = []
     for preset, seed in product(NAMES, SEEDS):
         flags = ["--config", GRPO_CONFIG, "--preset", preset, "--seed", str(seed)]
         flags += ["--steps", str(STEPS)]
-        commands += training(run_dir(root, preset, seed), flags)
+        commands += training(root / preset / str(seed), flags)
     return commands
 
 
@@ -53,11 +49,11 @@ def table(root: Path) -> str:
         turned = [f"`{name}` {value}" for name, value in knobs if value != defaults[name]]
         first, last, right = [], [], 0
         for seed in SEEDS:
-            folder = run_dir(root, preset, seed)
+            folder = root / preset / str(seed)
             rewards = [row["reward"] for row in read_metrics(folder / "metrics.jsonl")]
             first.append(fmean(rewards[:SHOWN]))
             last.append(fmean(rewards[-SHOWN:]))
-            of_run, total = Study(root).validated(folder)[STEPS]
+            of_run, total = validated(folder)[STEPS]
             right += of_run
         reward = f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
         accuracy = percent_with_interval(right / len(SEEDS), total)

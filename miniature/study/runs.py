@@ -10,11 +10,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -33,6 +33,9 @@ ANSWERS = "answers.jsonl"
 CURVE_EVERY = 10  # steps between the points of a run's curve
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Two runs side by side on a core each take less time than one after the other on two."""
+
+Rows = list[dict[str, Any]]
+"""The answers of one model to the test questions."""
 
 
 class Choice(NamedTuple):
@@ -57,8 +60,7 @@ class Command(NamedTuple):
             command = [sys.executable, *self.arguments]
             done = subprocess.run(command, env=ONE_CORE, stdout=log, stderr=log, check=False)
         if done.returncode:
-            lines = self.log.read_text(errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "")
+            *_, last = self.log.read_text(errors="replace").strip().split("\n")
             raise InputError(f"{' '.join(self.arguments)}: {last} (see {self.log})")
 
 
@@ -73,7 +75,7 @@ class Answering(NamedTuple):
         questions = read_questions(TEST)
         examinee = load_examinee(self.model, config)
         texts = examinee.greedy_texts(questions, str(self.file))
-        lines = ""
+        lines = []
         for question, text in zip(questions, texts, strict=True):
             row = {
                 "id": question.source,
@@ -84,11 +86,14 @@ class Answering(NamedTuple):
                 "completion": text,
                 "letter": read_letter(text),
             }
-            lines += json.dumps(row) + "\n"
+            lines.append(json.dumps(row) + "\n")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        partial.write_text(lines)
+        partial.write_text("".join(lines))
         partial.replace(self.file)  # whole or not at all
+
+    def rows(self) -> Rows:
+        return [row for _, row in read_json_lines(self.file, REMEDY)]
 
 
 def do(name: str, jobs: Sequence[Command | Answering]) -> None:
@@ -101,6 +106,12 @@ def do(name: str, jobs: Sequence[Command | Answering]) -> None:
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def validated(run_dir: Path) -> dict[int, tuple[int, int]]:
+    """By steps done: how many validation questions were right, of how many."""
+    rows = read_json_lines(run_dir / "validation.jsonl", REMEDY)
+    return {row["step"] + 1: (row["right"], row["total"]) for _, row in rows}
 
 
 class Study:
@@ -128,8 +139,10 @@ class Study:
                 trial = self.trial_dir(arm.begins_with, chosen.rate)
                 begin = trial / "checkpoints" / f"step-{chosen.steps:06d}"
             for rate in RATES:
-                folder = self.trial_dir(arm, rate)
-                jobs += _training(arm, begin, folder, rate, max(LENGTHS), TRIAL_SEED)
+                flags = _flags(arm, begin, rate, max(LENGTHS), TRIAL_SEED, LENGTHS[0])
+                # The checkpoints of all lengths: another arm may begin there.
+                flags += ["--keep_checkpoints", str(len(LENGTHS))]
+                jobs += training(self.trial_dir(arm, rate), flags)
         return jobs
 
     def choice(self, arm: Arm) -> Choice:
@@ -138,14 +151,9 @@ class Study:
         """
         choices = []
         for steps, rate in product(LENGTHS, RATES):
-            right, total = self.validated(self.trial_dir(arm, rate))[steps]
+            right, total = validated(self.trial_dir(arm, rate))[steps]
             choices.append(Choice(rate, steps, right, total))
         return max(choices, key=attrgetter("right"))  # of equals the first
-
-    def validated(self, run_dir: Path) -> dict[int, tuple[int, int]]:
-        """By steps done: how many validation questions were right, of how many."""
-        rows = [row for _, row in read_json_lines(run_dir / "validation.jsonl", REMEDY)]
-        return {row["step"] + 1: (row["right"], row["total"]) for row in rows}
 
     def bases(self) -> list[Command]:
         jobs = []
@@ -165,8 +173,8 @@ class Study:
                 begin = self.base(base)
                 if arm.begins_with:
                     begin = self.run_dir(base, arm.begins_with, seed) / "model"
-                folder = self.run_dir(base, arm, seed)
-                jobs += _training(arm, begin, folder, chosen.rate, chosen.steps, seed)
+                flags = _flags(arm, begin, chosen.rate, chosen.steps, seed, CURVE_EVERY)
+                jobs += training(self.run_dir(base, arm, seed), flags)
         return jobs
 
     def examined(self, base: Base) -> dict[str, list[Answering]]:
@@ -179,23 +187,16 @@ class Study:
 
     def answers(self) -> list[Answering]:
         """Every model of the study, the bases included."""
-        jobs = []
+        jobs: list[Answering] = []
         for base in BASES:
-            for models in self.examined(base).values():
-                jobs += [model for model in models if not model.file.exists()]
-        return jobs
+            jobs += chain.from_iterable(self.examined(base).values())
+        return [job for job in jobs if not job.file.exists()]
 
 
-def _training(
-    arm: Arm, begin: Path, folder: Path, rate: str, steps: int, seed: int
-) -> list[Command]:
+def _flags(arm: Arm, begin: Path, rate: str, steps: int, seed: int, every: int) -> list[str]:
     flags = ["--config", arm.config, *arm.flags, "--model", str(begin), "--learning_rate", rate]
-    flags += ["--steps", str(steps), "--seed", str(seed)]
-    if seed == TRIAL_SEED:  # validated at each length, and kept: another arm may begin there
-        flags += ["--validate_every", str(LENGTHS[0]), "--keep_checkpoints", str(len(LENGTHS))]
-    else:
-        flags += ["--validate_every", str(CURVE_EVERY)]
-    return training(folder, flags)
+    flags += ["--steps", str(steps), "--seed", str(seed), "--validate_every", str(every)]
+    return flags
 
 
 def training(folder: Path, flags: Sequence[str]) -> list[Command]:

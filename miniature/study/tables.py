@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from statistics import fmean
-from typing import Any
 
-from common.files import read_json_lines
 from data import read_questions
 from evaluation.audits.blind import blind_credits, by_modality
 from evaluation.report.markdown import markdown_table
@@ -19,7 +17,7 @@ from evaluation.statistics import mcnemar, percent, percent_with_interval
 
 from ..words import LETTERS
 from .arms import ARMS, CONTROLS, GRPO, LENGTHS, RATES, TEST, TRAIN, Base
-from .runs import REMEDY, Study
+from .runs import Rows, Study, validated
 
 MODALITIES = ("MRI", "CT", "X-ray")
 MODALITY = ("Modality Recognition",)  # in training its answer is always MRI
@@ -28,19 +26,14 @@ ALL = MODALITY + OTHERS
 QUESTIONS_PER_STEP = 16
 SHOWN = 2  # wrong completions of each shortcut
 
-Rows = list[dict[str, Any]]
-"""The answers of one model to the test questions."""
 Answers = dict[str, list[Rows]]
 """Name of an arm, or "the base" -> the answers of each seed."""
 
 
 def read_answers(study: Study, base: Base) -> Answers:
-    answers: Answers = {}
+    answers = {}
     for name, models in study.examined(base).items():
-        answers[name] = []
-        for model in models:
-            rows = [row for _, row in read_json_lines(model.file, REMEDY)]
-            answers[name].append(rows)
+        answers[name] = [model.rows() for model in models]
     return answers
 
 
@@ -50,9 +43,12 @@ def rights(rows: Rows, modality: str, kinds: Sequence[str] = ALL) -> list[bool]:
     return [row["letter"] == row["ground_truth"] for row in chosen]
 
 
-def rate(seeds: Iterable[Rows], modality: str, kinds: Sequence[str] = ALL) -> float:
-    """The share of right answers, the mean over seeds."""
-    return fmean(fmean(rights(rows, modality, kinds)) for rows in seeds)
+def rates(seeds: Iterable[Rows], kinds: Sequence[str] = ALL) -> list[float]:
+    """The share of right answers on each modality, the means over seeds."""
+    means = []
+    for modality in MODALITIES:
+        means.append(fmean(fmean(rights(rows, modality, kinds)) for rows in seeds))
+    return means
 
 
 def settings(study: Study) -> str:
@@ -60,9 +56,9 @@ def settings(study: Study) -> str:
     rows = []
     for arm in ARMS:
         chosen = study.choice(arm)
-        validated = percent(chosen.right / chosen.total)
-        seen = f"{chosen.steps * QUESTIONS_PER_STEP:,}"
-        rows.append((arm.name, chosen.rate, chosen.steps, seen, validated))
+        accuracy = percent(chosen.right / chosen.total)
+        questions = f"{chosen.steps * QUESTIONS_PER_STEP:,}"
+        rows.append((arm.name, chosen.rate, chosen.steps, questions, accuracy))
     return markdown_table(("arm", "learning rate", "steps", "questions seen", "validation"), rows)
 
 
@@ -72,9 +68,9 @@ def trials(study: Study) -> str:
     for arm in ARMS:
         for learning_rate in RATES:
             row = [arm.name, learning_rate]
-            validated = study.validated(study.trial_dir(arm, learning_rate))
+            shares = validated(study.trial_dir(arm, learning_rate))
             for steps in LENGTHS:
-                right, total = validated[steps]
+                right, total = shares[steps]
                 row.append(percent(right / total))
             rows.append(row)
     return markdown_table(("arm", "learning rate", *(f"{steps} steps" for steps in LENGTHS)), rows)
@@ -86,15 +82,14 @@ def accuracies(answers: Answers) -> str:
     guesses = by_modality(test, blind_credits(read_questions(TRAIN), test))
     chance, best = ["chance"], ["best guess from the text"]
     for modality in MODALITIES:
-        rates = {name: rate_of[modality] for name, rate_of in guesses.items()}
-        chance.append(percent(rates["chance"]))
-        best.append(percent(max(rates.values())))
+        chance.append(percent(guesses["chance"][modality]))
+        best.append(percent(max(rate_of[modality] for rate_of in guesses.values())))
     rows = [chance, best]
     for name, seeds in answers.items():
         cells = [name]
-        for modality in MODALITIES:
+        for modality, rate in zip(MODALITIES, rates(seeds), strict=True):
             n = len(rights(seeds[0], modality))
-            cells.append(percent_with_interval(n * rate(seeds, modality), n))
+            cells.append(percent_with_interval(n * rate, n))
         rows.append(cells)
     return markdown_table(("", *MODALITIES), rows)
 
@@ -114,8 +109,8 @@ def _against(own: Rows, grpo: Rows, modality: str) -> str:
     cell = percent(fmean(right))
     if own is grpo:
         return cell
-    only_grpo = sum(b > a for a, b in zip(right, right_of_grpo, strict=True))
-    only_own = sum(a > b for a, b in zip(right, right_of_grpo, strict=True))
+    pairs = Counter(zip(right, right_of_grpo, strict=True))
+    only_grpo, only_own = pairs[False, True], pairs[True, False]
     p = mcnemar(only_grpo, only_own)
     p_text = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
     return f"{cell} ({only_grpo}:{only_own}, {p_text})"
@@ -123,36 +118,32 @@ def _against(own: Rows, grpo: Rows, modality: str) -> str:
 
 def modality_apart(answers: Answers) -> str:
     """Questions about the modality by themselves, and all others."""
-    head = [""]
-    for which in ("others", "modality"):
-        head += [f"{name}: {which}" for name in MODALITIES]
+    head = [f"{modality}: others" for modality in MODALITIES]
+    head += [f"{modality}: modality" for modality in MODALITIES]
     rows = []
     for name, seeds in answers.items():
-        others = [percent(rate(seeds, modality, OTHERS)) for modality in MODALITIES]
-        own = [percent(rate(seeds, modality, MODALITY)) for modality in MODALITIES]
-        rows.append((name, *others, *own))
-    return markdown_table(head, rows)
+        shares = rates(seeds, OTHERS) + rates(seeds, MODALITY)
+        rows.append((name, *map(percent, shares)))
+    return markdown_table(("", *head), rows)
 
 
 def by_type(answers: Answers) -> str:
     """Each modality's question types."""
     rows = []
-    for modality in MODALITIES:
+    for at, modality in enumerate(MODALITIES):
         for name, seeds in answers.items():
-            rates = [percent(rate(seeds, modality, (kind,))) for kind in ALL]
-            rows.append((modality, name, *rates))
+            shares = [rates(seeds, (kind,))[at] for kind in ALL]
+            rows.append((modality, name, *map(percent, shares)))
     return markdown_table(("", "", *ALL), rows)
 
 
 def sight(answers: Answers) -> str:
     """What GRPO gains over the base, in points, with its images and without them in training."""
     rows = []
+    before = rates(answers["the base"])
     for arm in (GRPO, *CONTROLS):
-        cells = [arm.name]
-        for modality in MODALITIES:
-            gain = rate(answers[arm.name], modality) - rate(answers["the base"], modality)
-            cells.append(f"{100 * gain:+.1f}")
-        rows.append(cells)
+        shares = zip(before, rates(answers[arm.name]), strict=True)
+        rows.append((arm.name, *(f"{100 * (after - base):+.1f}" for base, after in shares)))
     return markdown_table(("", *MODALITIES), rows)
 
 
