@@ -67,10 +67,7 @@ def keep_informative(groups: Groups, config: Config) -> Groups:
 def step_loss(
     logits_QPV: Tensor, groups: Groups, old_QPV: Tensor, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one step and its statistics, by the functions that train.py calls.
-
-    The reference is START.
-    """
+    """The loss of one step and its statistics, by the functions that train.py calls."""
     mask_NGT = MASK_OT[groups.completions_NG]
     rewards_NG = groups.rewards_NG
     if config.length_penalty:
@@ -95,8 +92,8 @@ def step_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradient of each step's objective (R, Q, P, V), and its statistics (R,).
 
-    `logits` is one policy, or one per step; START is the one that ratios are taken to. vmap turns
-    the loss of one step into that of R steps.
+    `logits` is one policy, or one per step; ratios are to START. vmap turns the loss of one step
+    into that of R steps.
     """
     loss = partial(step_loss, old_QPV=START, config=config)
     per_step = None if logits.ndim == 3 else 0

@@ -216,12 +216,11 @@ def kl_estimators(replicates: int) -> Lesson:
         groups = sample_steps(UNBIASED.group_size, replicates, logits_QPV)
         # Without rewards the loss is the KL term alone, whatever the ratios are.
         groups = groups._replace(rewards_NG=torch.zeros_like(groups.rewards_NG))
-        value = policy.divergence(logits_QPV, START).item()
-        by_token = grad(policy.divergence_of_tokens)
+        value = policy.divergence(logits_QPV).item()
         exact = {
-            "whole": grad(policy.divergence)(logits_QPV, START),
-            "tokens, reversed": by_token(logits_QPV, START, reverse=True),
-            "tokens": by_token(logits_QPV, START),
+            "whole": grad(policy.divergence)(logits_QPV),
+            "tokens, reversed": grad(policy.divergence_of_tokens)(logits_QPV, reverse=True),
+            "tokens": grad(policy.divergence_of_tokens)(logits_QPV),
         }
         for kind in KL_ESTIMATES:
             config = replace(UNBIASED, beta=1.0, kl=kind)

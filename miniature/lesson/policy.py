@@ -36,7 +36,6 @@ QUESTIONS = {
 }
 """Name -> its letter, and what the start adds to the logits of the tokens that lead to a reward."""
 
-
 PREFIXES_OT = torch.full((len(COMPLETIONS), LIMIT), -1)
 """Each token's prefix, as an index into PREFIXES; -1 is padding."""
 TOKENS_OT = PREFIXES_OT.clone()
@@ -54,7 +53,7 @@ def random_table(seed: int) -> Tensor:
 
 
 START = random_table(seed=0) / 2
-"""The logits that all measurements and runs start from, (Q, P, V)."""
+"""The logits that all measurements and runs start from, (Q, P, V). They are also the reference."""
 REWARDS_QO = torch.zeros(len(QUESTIONS), len(COMPLETIONS), dtype=torch.float64)
 for q, (letter, ease) in enumerate(QUESTIONS.values()):
     for o, completion in enumerate(COMPLETIONS):
@@ -93,20 +92,20 @@ def exact_gradient(logits_QPV: Tensor) -> Tensor:
     return grad(expected_reward)(logits_QPV) / LIMIT
 
 
-def divergence(logits_QPV: Tensor, ref_QPV: Tensor) -> Tensor:
+def divergence(logits_QPV: Tensor) -> Tensor:
     """KL(pi_theta || pi_ref) of whole completions, the mean over questions."""
     logp_QO = completion_logprobs(logits_QPV).sum(-1)
-    ref_QO = completion_logprobs(ref_QPV).sum(-1)
+    ref_QO = completion_logprobs(START).sum(-1)
     return (logp_QO.exp() * (logp_QO - ref_QO)).sum(-1).mean()
 
 
-def divergence_of_tokens(logits_QPV: Tensor, ref_QPV: Tensor, reverse: bool = False) -> Tensor:
+def divergence_of_tokens(logits_QPV: Tensor, reverse: bool = False) -> Tensor:
     """The divergence of each next-token distribution, summed along completions that pi_theta
     sampled, the mean over questions. The gradient takes those completions as given.
 
     Without `reverse` its value is that of `divergence`; with it, it sums KL(pi_ref || pi_theta).
     """
-    logp_QPV, logref_QPV = logits_QPV.log_softmax(-1), ref_QPV.log_softmax(-1)
+    logp_QPV, logref_QPV = logits_QPV.log_softmax(-1), START.log_softmax(-1)
     if reverse:
         logp_QPV, logref_QPV = logref_QPV, logp_QPV
     kl_QP = (logp_QPV.exp() * (logp_QPV - logref_QPV)).sum(-1)
