@@ -6,7 +6,7 @@ that of as many questions as one seed was asked: three seeds do not make a test 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from statistics import fmean
 
@@ -43,7 +43,7 @@ def rights(rows: Rows, modality: str, kinds: Sequence[str] = ALL) -> list[bool]:
     return [row["letter"] == row["ground_truth"] for row in chosen]
 
 
-def rates(seeds: Iterable[Rows], kinds: Sequence[str] = ALL) -> list[float]:
+def rates(seeds: Sequence[Rows], kinds: Sequence[str] = ALL) -> list[float]:
     """The share of right answers on each modality, the means over seeds."""
     means = []
     for modality in MODALITIES:
