@@ -22,7 +22,7 @@ from evaluation.report.curves import picture_of
 from evaluation.report.markdown import markdown_table, write_between_markers
 
 from . import measurements
-from .presets import presets
+from .presets import gradients_of_presets, presets
 from .quotes import with_quotes
 from .tour import write_tour
 
@@ -35,6 +35,7 @@ LESSONS = {
     "dynamic sampling": measurements.dynamic_sampling,
     "KL estimators": measurements.kl_estimators,
     "ratio and clip after an update": measurements.inner_updates,
+    "gradient of each preset": gradients_of_presets,
     "presets": presets,
 }
 LEGEND = """

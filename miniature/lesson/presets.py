@@ -11,8 +11,8 @@ from common.command_line import PRESETS
 from common.config import Config, read_toml
 from grpo.optimizer import MasterAdamW, scheduled_rate
 
-from .gradient import keep_informative, mean_of, sample_groups, step_loss
-from .measurements import UNBIASED, Lesson, Points, draw
+from .gradient import compare, keep_informative, mean_of, sample_groups, step_gradients, step_loss
+from .measurements import EXACT, UNBIASED, Lesson, Points, draw, sample_steps
 from .policy import QUESTIONS, START, expected_reward
 
 TRAINING = replace(
@@ -33,6 +33,19 @@ def configs() -> dict[str, Config]:
     named["grpo, two updates"] = replace(named["grpo"], inner_updates=2)
     named["dapo, no length penalty"] = replace(named["dapo"], length_penalty=0.0)
     return named
+
+
+def gradients_of_presets(replicates: int) -> Lesson:
+    """The gradient before any update, so that every ratio is 1 and the KL term 0, without spare
+    questions. What turns it is the sequence average, far more than the std, and DAPO's length
+    penalty, which is another reward.
+    """
+    rows, groups = [], sample_steps(TRAINING.group_size, replicates)
+    for name, config in configs().items():
+        if "updates" not in name:  # the first of several is the same
+            gradients, _ = step_gradients(config, groups)
+            rows.append({"preset": name, **compare(gradients, EXACT).cells()})
+    return rows, []
 
 
 def train(config: Config, runs: int) -> Tensor:
