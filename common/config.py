@@ -134,8 +134,8 @@ class Rollout:
     prompts_per_step: int = number(4, least=1, most=100_000)
     """N, number of questions per step"""
     oversampling: float = number(1.0, least=1, most=100)
-    """questions sampled per step, over prompts_per_step: groups of equal rewards, which teach
-    nothing, give way to the spare ones (DAPO's dynamic sampling); 1 is off"""
+    """questions sampled per step, over prompts_per_step, rounded up: groups of equal rewards, which
+    teach nothing, give way to the spare ones (DAPO's dynamic sampling); 1 is off"""
     group_size: int = number(8, least=2, most=10_000)
     """G, number of completions sampled per question; at least two, to compare them"""
     max_new_tokens: int = number(512, least=1, most=1_000_000)
@@ -180,7 +180,7 @@ class Loss:
     """weight of the KL penalty against the frozen base model; with 0, no reference is loaded"""
     kl: str = choice("k3", "k2", "k1")
     """estimate of the KL divergence: "k3" (GRPO), or "k2", whose gradient is that of the
-    divergence, or "k1", whose gradient is zero on average"""
+    divergence, or "k1", whose gradient is zero on average, mere noise"""
     advantage_baseline: str = choice("mean", "leave_one_out", "none")
     """what a reward is compared with: the "mean" of its group (GRPO), the mean of the others
     ("leave_one_out", RLOO), or "none" (REINFORCE)"""
@@ -257,18 +257,12 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             "advantage_scale",
             self.advantage_baseline != "none" or self.advantage_scale != "std",
             "batch_std or none, because with advantage_baseline = none a group of equal rewards "
-            "would be divided by 0",
+            "teaches something but has no standard deviation",
         )
         self._require(
             "oversampling",
             self.oversampling == 1 or self.advantage_baseline != "none",
             "1, because with advantage_baseline = none groups of equal rewards teach something",
-        )
-        sampled = round(self.prompts_per_step * self.oversampling)
-        self._require(
-            "oversampling",
-            self.oversampling == 1 or sampled > self.prompts_per_step,
-            "1, or large enough for one spare question",
         )
         self._require("dual_clip", self.dual_clip == 0 or self.dual_clip > 1, "0 or above 1")
         self._require(
@@ -293,7 +287,7 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
     def questions_per_step(self) -> int:
         """N and the spare ones; SFT has no use for these."""
         spares = 1 if self.method == "sft" else self.oversampling
-        return round(self.prompts_per_step * spares)
+        return math.ceil(round(self.prompts_per_step * spares, 6))  # 10 * 1.1 is a little over 11
 
     @property
     def objective(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ Variants are knobs that combine: which probability ratio, where it is clipped, w
 the KL divergence, how tokens are averaged. The defaults are GRPO. docs/grpo.md explains each knob,
 and configs/presets/ combines them after the papers.
 
-Departure: log-ratios end at `LARGEST_LOG_RATIO`. A token that is e^20 times likelier under one of
-two policies tells nothing, and an infinite ratio would end the run. Beyond, there is no gradient.
+Departure: log-ratios end above at `LARGEST_LOG_RATIO`. A token that is e^20 times likelier under
+one of two policies tells nothing, and an infinite ratio would end the run. Beyond, a ratio has no
+gradient.
 """
 
 import torch
@@ -33,7 +34,8 @@ def token_weights(
 
     Args:
         mask_NGT: bool, the completion tokens of the whole step, each completion up to and
-            including its end of turn.
+            including its end of turn. A completion without tokens (`mask_truncated`) still counts
+            in the divisors of "sequence" and "constant".
         average: "sequence" is equation 3, 1/(N G) sum_i 1/|o_i| sum_t. "token" gives every token
             of the step the same weight, 1 / (number of tokens) (DAPO, arXiv 2503.14476).
             "constant" divides by N G max_new_tokens, whatever the lengths (Dr. GRPO, arXiv
@@ -68,7 +70,8 @@ def kl_estimate(logp: Tensor, ref: Tensor, kind: str = "k3") -> Tensor:
     negative, while a single token's k1 may be.
 
     The distributions are those of one token, given its prefix. How a token changes the divergence
-    of later ones is in none of the gradients.
+    of later ones is in none of the gradients. In the second and later updates on a rollout, the
+    tokens are those of pi_old, and all means are a little off.
 
     Args:
         logp: log pi_theta.

@@ -221,6 +221,8 @@ def test_the_penalty_of_long_completions_is_equation_13_of_dapo():
             expected = -1.0
         penalty = length_penalty(torch.tensor([[length]]), limit, cache / limit)
         assert -penalty.item() == pytest.approx(expected)
+    # A zone of no whole number of tokens: 102.4 of 512.
+    assert length_penalty(torch.tensor([[410]]), 512, 0.2).item() == pytest.approx(0.4 / 102.4)
     # The whole length as cache: from the first token on.
     assert length_penalty(torch.tensor([[5]]), 20, 1.0).item() == pytest.approx(0.25)
 
@@ -406,6 +408,8 @@ def test_oversampling_measures_all_groups_and_trains_on_those_that_dynamic_sampl
         by_penalty.append(informative_groups(rewards_NG, 2) != kept)
         replaced.append(sum(n >= 2 for n in kept))
         assert row["replaced_groups"] == replaced[-1]
+        kept_equal = [scores_NG[n].min() == scores_NG[n].max() for n in kept]
+        assert row["frac_kept_zero_std"] == sum(kept_equal) / 2
         # Of all five groups.
         equal = [min(group) == max(group) for group in rewards_NG.tolist()]
         truncated = 1 - rollout.ended_NG.float().mean()
@@ -528,6 +532,19 @@ def power_cut_before(patch, call: int):
 
     patch.setattr(train, "sample_groups", cut)
     return patch
+
+
+def test_the_groups_that_are_kept_take_their_truncated_completions_with_them():
+    mask_NGT = torch.ones(4, 2, 3, dtype=torch.bool)
+    ended_NG = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+    tokens_NGT = torch.arange(24).view(4, 2, 3)
+    texts = [[f"{n}a", f"{n}b"] for n in range(4)]
+    rollout = Groups(list("pqrs"), tokens_NGT, mask_NGT, -1.0 * tokens_NGT, ended_NG, texts)
+    kept = rollout.select([1, 3])
+    assert (kept.prompts, kept.texts) == (["q", "s"], [["1a", "1b"], ["3a", "3b"]])
+    assert torch.equal(kept.tokens_NGT, tokens_NGT[[1, 3]])
+    assert torch.equal(kept.logp_NGT, -1.0 * tokens_NGT[[1, 3]])
+    assert torch.equal(kept.trained_mask(True), (mask_NGT & ended_NG[..., None])[[1, 3]])
 
 
 def test_truncated_completions_that_are_masked_have_no_weight_but_count_in_their_group(

@@ -11,7 +11,7 @@ import torch
 
 from miniature.lesson import __main__ as program
 from miniature.lesson import presets
-from miniature.lesson.gradient import compare, step_gradients
+from miniature.lesson.gradient import Groups, compare, keep_informative, step_gradients
 from miniature.lesson.measurements import EXACT, UNBIASED, sample_steps
 from miniature.lesson.policy import (
     COMPLETIONS,
@@ -113,6 +113,17 @@ def test_before_an_update_no_ratio_or_clip_changes_the_gradient():
         gradients, stats = step_gradients(config, groups)
         torch.testing.assert_close(gradients, expected)
         assert not stats["clip_ratio/low_mean"].any() and not stats["clip_ratio/high_mean"].any()
+
+
+def test_groups_are_kept_by_their_rewards_without_the_length_penalty():
+    """A right completion of three tokens loses its reward, and a wrong one does not have one."""
+    long_right, short_right, wrong = (COMPLETIONS.index(text) for text in ("aa.", "a.", "b."))
+    completions_NG = torch.tensor([[long_right, short_right], [short_right, wrong]])
+    groups = Groups(torch.zeros(1, 2).long(), completions_NG[None], torch.ones(1, 2, 2))
+    groups.rewards_NG[0, 1, 1] = 0.0
+    config = replace(UNBIASED, prompts_per_step=1, oversampling=2.0, length_penalty=0.5)
+    kept = keep_informative(groups, config)
+    assert kept.completions_NG.tolist() == [[[short_right, wrong]]]
 
 
 def test_every_preset_raises_the_expected_reward():

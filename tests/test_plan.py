@@ -225,6 +225,15 @@ def test_a_step_is_planned_with_the_longest_prompts(tmp_path):
     assert one.micro_batch == 1 and all_of_them.micro_batch == 3
 
 
+def test_the_planned_rollout_samples_the_spare_questions_and_the_update_leaves_them_out(tmp_path):
+    config = write_run(tmp_path)
+    alone = read(config)[0].run(ASSUMED)
+    spares = read(config, oversampling=3.0)[0].run(ASSUMED)
+    assert spares["rollout"].memory.total() > alone["rollout"].memory.total()
+    assert spares["rollout"].seconds > alone["rollout"].seconds
+    assert spares["update"].memory == alone["update"].memory
+
+
 def test_sft_has_no_rollout_and_no_reference(tmp_path):
     rehearsal, load = read(write_run(tmp_path, method="sft"))
     assert not {"rollout", "reference"} & rehearsal.run(ASSUMED).keys()

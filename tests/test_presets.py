@@ -133,6 +133,28 @@ def test_a_preset_names_knobs_of_the_method_and_only_those_that_it_changes(name)
         assert not unchanged
 
 
+def test_the_presets_hold_the_values_of_their_papers():
+    """Read once more from the papers; where these leave a value open, from the preset's comment."""
+    two = {"inner_updates": 2, "beta": 0.0}
+    soft = {"oversampling": 1.5, "length_penalty": 0.2}
+    unscaled = {"advantage_scale": "none", "loss_average": "constant"}
+    published = {
+        "grpo": {},
+        "dr_grpo": unscaled | {"beta": 0.0},  # arXiv 2503.20783, section 3.2 and its code
+        "dapo": two | soft | {"clip_high": 0.28, "loss_average": "token"},  # arXiv 2503.14476, 4.1
+        # arXiv 2507.18071, section 5.1
+        "gspo": two | {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+        # arXiv 2506.13585, equation 4, without a lower bound; the upper one of arXiv 2510.13786
+        "cispo": two
+        | {"ratio": "detached", "clip_low": 1.0, "clip_high": 4.0, "loss_average": "token"},
+        "rloo": unscaled | {"advantage_baseline": "leave_one_out", "kl": "k2"},  # arXiv 2402.14740
+    }
+    defaults = values("grpo")
+    for name in NAMES:
+        changed = {knob: x for knob, x in values(name).items() if x != defaults[knob]}
+        assert changed == published[name], name
+
+
 def test_every_published_method_has_its_preset():
     assert NAMES == ["cispo", "dapo", "dr_grpo", "grpo", "gspo", "rloo"]
 
@@ -230,17 +252,22 @@ def test_the_studys_table_shows_changed_knobs_and_means_over_seeds(tiny_study):
         for seed, rewards, right in ((1, (0.5, 1.0), 1), (2, (0.75, 1.5), 3)):
             folder = tiny_study / name / str(seed)
             folder.mkdir(parents=True)
-            steps = [{"step": step, "reward": reward} for step, reward in enumerate(rewards)]
+            clips = {"clip_ratio/low_mean": 0.01, "clip_ratio/high_mean": seed / 100}
+            spares = {"replaced_groups": seed / 2} if name == "dapo" else {}
+            steps = []
+            for step, reward in enumerate(rewards):
+                steps.append({"step": step, "reward": reward, **clips, **spares})
             validation = [{"step": 0, "right": 0, "total": 10}]
             validation.append({"step": 1, "right": right, "total": 10})
             for file, written in (("metrics", steps), ("validation", validation)):
                 text = "".join(json.dumps(row) + "\n" for row in written)
                 (folder / f"{file}.jsonl").write_text(text)
-    numbers = "| 0.62 to 1.25 (1.00 to 1.50) | 20.0 (5.7 to 51.0) |"
+    numbers = "| 0.62 to 1.25 (1.00 to 1.50) | 2.5 % | 0.00 | 20.0 (5.7 to 51.0) |"
     by_name = dict(zip(NAMES, study.table(tiny_study).splitlines()[2:], strict=True))
     assert by_name["grpo"] == f"| `grpo` | the defaults {numbers}"
     turned = "`advantage_scale` none, `loss_average` constant, `beta` 0.0"
     assert by_name["dr_grpo"] == f"| `dr_grpo` | {turned} {numbers}"
+    assert " | 2.5 % | 0.75 | " in by_name["dapo"]
 
 
 def test_a_page_without_markers_is_refused_before_the_study_trains(

@@ -166,7 +166,8 @@ def test_a_replayed_incident_has_the_same_loss_and_gradient(tmp_path, monkeypatc
         original(run, step)
 
     monkeypatch.setattr(Run, "_end", written)
-    config = write_run(tmp_path, test_questions=[], steps=1)
+    # A ratio whose loss is not near 0 where it is 1: the incident must be replayed with the knobs.
+    config = write_run(tmp_path, test_questions=[], steps=1, ratio="detached")
     assert run(monkeypatch, config) == 0
     lines = replay(tmp_path / "run" / "incidents" / "step-000000")
     (row,) = rows(tmp_path / "run" / "metrics.jsonl")

@@ -15,8 +15,8 @@ from .step import Step, Verdicts
 def score_rollout(step: Step, rollout: Rollout, config: Config) -> tuple[Rollout, Verdicts, Tensor]:
     """The rollout's groups with the rules' verdicts and the rewards (N, G).
 
-    If the step has spare groups, N of its groups are kept; the metric "replaced_groups" counts the
-    spare ones among them.
+    If the step has spare groups, N of its groups are kept. Metrics: "replaced_groups", the number
+    of spare ones among them, and "frac_kept_zero_std", the share whose scores are all equal.
     """
     verdicts_NG = []
     for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
@@ -31,6 +31,7 @@ def score_rollout(step: Step, rollout: Rollout, config: Config) -> tuple[Rollout
         # Without the penalty, as in DAPO: lengths alone do not make a group informative.
         kept = informative_groups(scores_NG, config.prompts_per_step)
         step.stats["replaced_groups"] = float(sum(n >= config.prompts_per_step for n in kept))
+        step.stats["frac_kept_zero_std"] = _equal(scores_NG[kept]).float().mean()
         verdicts_NG = [verdicts_NG[n] for n in kept]
         rollout, rewards_NG = rollout.select(kept), rewards_NG[kept]
     return rollout, verdicts_NG, rewards_NG
@@ -42,11 +43,10 @@ def sample_metrics(
     """Rewards and lengths: means over completions or over groups. Names follow TRL where the
     meaning is the same.
     """
-    equal_N = rewards_NG.amax(-1) == rewards_NG.amin(-1)
     metrics: dict[str, Tensor | float] = {
         "reward": rewards_NG.mean(),
         "reward_std": rewards_NG.std(-1).mean(),
-        "frac_reward_zero_std": equal_N.float().mean(),
+        "frac_reward_zero_std": _equal(rewards_NG).float().mean(),
         "completions/mean_length": rollout.mask_NGT.sum(-1).float().mean(),
         "completions/clipped_ratio": 1 - rollout.ended_NG.float().mean(),
     }
@@ -55,6 +55,10 @@ def sample_metrics(
         total = sum(verdict.score for verdict in verdicts)
         metrics[f"rewards/{verdicts[0].rule}"] = total / len(verdicts)
     return metrics
+
+
+def _equal(rewards_NG: Tensor) -> Tensor:
+    return rewards_NG.amax(-1) == rewards_NG.amin(-1)
 
 
 def weighted_sum(verdicts_NG: Verdicts, config: Config) -> Tensor:

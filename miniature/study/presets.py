@@ -18,7 +18,7 @@ from common.config import read_toml
 from common.program import run_program
 from evaluation.report.curves import read_metrics
 from evaluation.report.markdown import around_markers, markdown_table, write_between_markers
-from evaluation.statistics import percent_with_interval
+from evaluation.statistics import percent, percent_with_interval
 
 from .arms import GRPO_CONFIG
 from .runs import Command, do, training, validated
@@ -41,24 +41,35 @@ def jobs(root: Path) -> list[Command]:
 
 
 def table(root: Path) -> str:
-    """What each preset changes, and its rewards and accuracy, means over the seeds."""
+    """What each preset changes, and its rewards, clips and accuracy, means over the seeds."""
     defaults = read_toml(PRESETS / "grpo.toml")
     rows = []
     for preset in NAMES:
         knobs = read_toml(PRESETS / f"{preset}.toml").items()
         turned = [f"`{name}` {value}" for name, value in knobs if value != defaults[name]]
-        first, last, right = [], [], 0
+        first, last, clipped, replaced, right = [], [], [], [], 0
         for seed in SEEDS:
             folder = root / preset / str(seed)
-            rewards = [row["reward"] for row in read_metrics(folder / "metrics.jsonl")]
-            first.append(fmean(rewards[:SHOWN]))
-            last.append(fmean(rewards[-SHOWN:]))
+            steps = read_metrics(folder / "metrics.jsonl")
+            first.append(fmean(step["reward"] for step in steps[:SHOWN]))
+            last.append(fmean(step["reward"] for step in steps[-SHOWN:]))
+            for step in steps:
+                clipped.append(step["clip_ratio/low_mean"] + step["clip_ratio/high_mean"])
+                replaced.append(step.get("replaced_groups", 0.0))
             of_run, total = validated(folder)[STEPS]
             right += of_run
-        reward = f"{fmean(first):.2f} to {fmean(last):.2f} ({min(last):.2f} to {max(last):.2f})"
-        accuracy = percent_with_interval(right / len(SEEDS), total)
-        rows.append((f"`{preset}`", ", ".join(turned) or "the defaults", reward, accuracy))
-    return markdown_table(("preset", "changes", "reward", "validation accuracy"), rows)
+        rows.append(
+            {
+                "preset": f"`{preset}`",
+                "changes": ", ".join(turned) or "the defaults",
+                "reward": f"{fmean(first):.2f} to {fmean(last):.2f} "
+                f"({min(last):.2f} to {max(last):.2f})",
+                "clipped": f"{percent(fmean(clipped))} %",
+                "replaced": f"{fmean(replaced):.2f}",
+                "validation accuracy": percent_with_interval(right / len(SEEDS), total),
+            }
+        )
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def train_presets() -> None:
