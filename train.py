@@ -50,8 +50,7 @@ def grpo_step(run: Run, step: Step, config: Config) -> None:
         )
 
     with step.phase("rewards"):  # line 8: rewards r_i; line 9: advantages relative to the group
-        # With oversampling (DAPO), N of the sampled groups are kept here.
-        rollout, verdicts_NG, rewards_NG = score_rollout(step, rollout, config)
+        rollout, verdicts_NG, rewards_NG = score_rollout(step, rollout, config)  # keeps N groups
         baseline, scale = config.advantage_baseline, config.advantage_scale
         advantages_NG = group_advantages(rewards_NG, baseline=baseline, scale=scale)
 

@@ -98,9 +98,12 @@ def write_files(folder: Path) -> None:
     (folder / "configs" / "miniature_sft.toml").write_text(text + 'method = "sft"\n')
     for base in ("miniature/base", "runs/study/bases/second"):
         shutil.copytree(folder / "base", folder / base)
-        (folder / base / "README.md").write_text("made")
+        number = 50 + len(base)
+        card = f"# Card\n| made to think: right | {number} | 2 | 3 | 4 | 5 | 6 |\n| greedy | 7 |\n"
+        (folder / base / "README.md").write_text(card)
     (folder / "docs").mkdir()
     names = ["settings", "trials", "accuracy", "paired", "modality", "types", "sight", "shortcuts"]
+    names.append("bases")
     markers = ["# Study", "by hand"]
     for name in (*names, "second base"):
         markers += [f"<!-- {name}: written by a command -->", "old", f"<!-- {name}: end -->"]
@@ -166,5 +169,8 @@ def test_the_page_holds_the_rates_of_the_answers_between_its_markers(study):
     accuracy = text.partition("<!-- accuracy")[2].partition("<!-- accuracy: end")[0]
     (line,) = [line for line in accuracy.splitlines() if line.startswith("| GRPO |")]
     assert line.split("|")[3].split()[0] == f"{sum(rates) / 2:.1f}"
+    bases = text.partition("<!-- bases")[2].partition("<!-- bases: end")[0]
+    shipped = f"| shipped | made to think | {50 + len('miniature/base')} | 2 | 3 | 4 | 5 | 6 |"
+    assert shipped in bases and "| second | made to think |" in bases and "greedy" not in bases
     svg = Path("docs/study.svg").read_text()
     assert svg.count("<polyline") == 2 * 3 and "SFT, letters in tags" in svg

@@ -19,6 +19,7 @@ LABELS = HEIGHT - 20 - 12 * len(CURVES)  # in the corner below, where no curve e
 def write_page(study: Study, folder: Path) -> None:
     """Fill the markers of `folder`/study.md and draw `folder`/study.svg."""
     texts = {"settings": tables.settings(study), "trials": tables.trials(study)}
+    texts["bases"] = tables.skills(study)
     for base in BASES:
         answers = tables.read_answers(study, base)
         of_base = {

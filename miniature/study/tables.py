@@ -16,7 +16,7 @@ from evaluation.report.markdown import markdown_table
 from evaluation.statistics import mcnemar, percent, percent_with_interval
 
 from ..words import LETTERS
-from .arms import ARMS, CONTROLS, GRPO, LENGTHS, RATES, TEST, TRAIN, Base
+from .arms import ARMS, BASES, CONTROLS, GRPO, LENGTHS, RATES, TEST, TRAIN, Base
 from .runs import Rows, Study, validated
 
 MODALITIES = ("MRI", "CT", "X-ray")
@@ -49,6 +49,19 @@ def rates(seeds: Sequence[Rows], kinds: Sequence[str] = ALL) -> list[float]:
     for modality in MODALITIES:
         means.append(fmean(fmean(rights(rows, modality, kinds)) for rows in seeds))
     return means
+
+
+def skills(study: Study) -> str:
+    """How often each base is right where it is made to answer in one way, from the bases' cards."""
+    rows = []
+    for base in BASES:
+        card = (study.base(base) / "README.md").read_text(encoding="utf-8")
+        for line in card.splitlines():
+            if line.startswith("| made to") and ": right |" in line:
+                way, *percents = [cell.strip() for cell in line.strip("|").split("|")]
+                rows.append((base.name, way.removesuffix(": right"), *percents))
+    before = [f"{modality}, before habits" for modality in MODALITIES]
+    return markdown_table(("base", "way", *MODALITIES, *before), rows)
 
 
 def settings(study: Study) -> str:
