@@ -38,8 +38,8 @@ def train(run: Run, config: Config) -> None:
 def grpo_step(run: Run, step: Step, config: Config) -> None:
     """Lines 6 to 11 for the questions of one step."""
     with step.phase("rollout"):  # lines 6 and 7: o_1 .. o_G ~ pi_old(. | q), the current policy
-        prompts, G, T = range(len(step.prompts)), config.group_size, config.max_new_tokens
-        noise_NGT = sampling_noise(config.seed, step.number, prompts, G, T)
+        places, G, T = step.places, config.group_size, config.max_new_tokens
+        noise_NGT = sampling_noise(config.seed, step.number, places, G, T)
         rollout = sample_groups(
             run.policy,
             run.vocabulary,

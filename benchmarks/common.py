@@ -157,7 +157,7 @@ def measured(
     numbers = range(args.steps + WARM_UP)
     batches = prompts_of_steps(encoder, questions, numbers, args.prompts, seed=0)
     for number, prompts in zip(numbers, batches, strict=True):
-        step = Step(number, prompts, args.device)
+        step = Step(number, list(prompts.values()), args.device, list(prompts))
         yield step
         print(f"step {number}: {sum(step.seconds.values()):.2f} s", file=sys.stderr)
 

@@ -55,6 +55,10 @@ class Prompt:
     positions_3P: Tensor
     features_ID: Tensor | None = None
 
+    def without_images(self) -> Prompt:
+        """The prompt for a process that only reads about it."""
+        return replace(self, patches_SC=self.patches_SC[:0], features_ID=None)
+
     def continued(self, ids: Sequence[int]) -> Prompt:
         """The prompt followed by the beginning of a completion, for the model to continue."""
         # Not the length: an image takes as many positions as its longer side has tokens.

@@ -52,29 +52,34 @@ def prompts_of_steps(
     seed: int,
     unreadable: Callable[[InputError], None] | None = None,
     load: LoadImage = load_image,
-) -> Iterator[list[Prompt]]:
-    """Yield the prompts of each step in turn, while threads decode the images of the next step.
+    share: Callable[[Sequence[Question]], slice] = lambda questions: slice(0, len(questions)),
+) -> Iterator[dict[int, Prompt]]:
+    """Yield the prompts of each step in turn, by their places in the step, while threads decode the
+    images of the next step.
 
     Args:
         unreadable: called with the error if a question has an image that can't be used; the
             question is left out of its step.
         load: reads an image file.
+        share: which of a step's questions this process encodes.
 
     Raises:
         InputError: an image of the step can't be used and `unreadable` is None.
     """
     pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
     chosen = (questions_of_step(questions, step, prompts_per_step, seed) for step in steps)
-    pending = (_start_decoding(pool, encoder, batch, load) for batch in chosen)  # a lazy generator
+    pending = (
+        _start_decoding(pool, encoder, batch, load, share(batch)) for batch in chosen
+    )  # lazy
     try:
         following = next(pending, None)
         while following is not None:
             current, following = following, next(pending, None)
-            prompts = []
-            for question, images in current:
+            prompts = {}
+            for place, (question, images) in current.items():
                 try:
                     # Here and not in the pool: tokenizers are not thread-safe.
-                    prompts.append(encoder.assemble(question, images.result()))
+                    prompts[place] = encoder.assemble(question, images.result())
                 except InputError as error:
                     if unreadable is None:
                         remedy = "or continue without such images (--bad_images skip)"
@@ -86,6 +91,15 @@ def prompts_of_steps(
 
 
 def _start_decoding(
-    pool: ThreadPoolExecutor, encoder: PromptEncoder, questions: list[Question], load: LoadImage
-) -> list[tuple[Question, Future[Patches]]]:
-    return [(question, pool.submit(encoder.patchify, question, load)) for question in questions]
+    pool: ThreadPoolExecutor,
+    encoder: PromptEncoder,
+    questions: list[Question],
+    load: LoadImage,
+    share: slice,
+) -> dict[int, tuple[Question, Future[Patches]]]:
+    """The questions of the share, by their places in the step, and their images to come."""
+    started = {}
+    for place in range(share.start, share.stop):
+        question = questions[place]
+        started[place] = question, pool.submit(encoder.patchify, question, load)
+    return started

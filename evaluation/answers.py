@@ -45,6 +45,7 @@ class Examinee(NamedTuple):
         places: Sequence[int],
         samples: int = 0,
         load: LoadImage = load_image,
+        share: slice = slice(None),
     ) -> Iterator[tuple[int, list[Answer]]]:
         """Yields (index of a question, its answers), in order of prompt length.
 
@@ -54,13 +55,15 @@ class Examinee(NamedTuple):
             samples: 0 for one greedy answer to each question; k for k answers sampled at the
                 config's temperature.
             load: reads an image file.
+            share: which of the batches to answer. They are those of all places, so that an answer
+                does not depend on how many processes share the work.
         """
         config = self.config
         noise_NGT = None
         lengths = {place: self.encoder.count_tokens(questions[place]) for place in places}
         order = sorted(lengths, key=lengths.__getitem__)  # similar lengths need little padding
         # k answers to a question take k sequences of the batch.
-        for batch in in_batches(order, config.eval_batch_prompts // max(1, samples), label):
+        for batch in in_batches(order, config.eval_batch_prompts // max(1, samples), label, share):
             if samples:
                 # The noise that training would draw in the step after its last.
                 noise_NGT = sampling_noise(
@@ -80,12 +83,13 @@ class Examinee(NamedTuple):
             for place, texts, lengths_G, ended_G in groups:
                 yield place, list(map(Answer, texts, lengths_G, ended_G))
 
-    def greedy_texts(self, questions: Sequence[Question], label: str) -> list[str]:
-        """The greedy completion of each question, in the order of the questions."""
-        texts = [""] * len(questions)
-        for place, (answer,) in self.answers(questions, label, range(len(questions))):
-            texts[place] = answer.text
-        return texts
+    def greedy_texts(
+        self, questions: Sequence[Question], label: str, share: slice = slice(None)
+    ) -> dict[int, str]:
+        """The greedy completion of each question of the share, by its index."""
+        places = range(len(questions))
+        answers = self.answers(questions, label, places, share=share)
+        return {place: answer.text for place, (answer,) in answers}
 
 
 def load_examinee(folder: Path, config: Config) -> Examinee:
@@ -96,8 +100,10 @@ def load_examinee(folder: Path, config: Config) -> Examinee:
     return Examinee(model, vocabulary, prompt_encoder(vocabulary, model.config, config), config)
 
 
-def in_batches(places: Sequence[int], size: int, label: str) -> Iterable[Sequence[int]]:
-    """Batches of `size` places (at least 1), with a progress bar."""
+def in_batches(
+    places: Sequence[int], size: int, label: str, share: slice = slice(None)
+) -> Iterable[Sequence[int]]:
+    """The share of the batches of `size` places (at least 1), with a progress bar."""
     size = max(1, size)
     batches = [places[start : start + size] for start in range(0, len(places), size)]
-    return tqdm(batches, label, unit="batch", leave=False, disable=not places)
+    return tqdm(batches[share], label, unit="batch", leave=False, disable=not places)

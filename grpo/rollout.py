@@ -1,7 +1,7 @@
 """The data of a step: its batch of prompts, the rollout of their groups, and its micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,13 +86,17 @@ class MicroBatch:
         return x_NGT[self.groups, :, : self.mask_NGT.shape[-1]]
 
 
+_TENSORS = ("tokens_NGT", "mask_NGT", "logp_NGT", "ended_NG")
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """G sampled completions o_1 ... o_G of each of N prompts.
 
     T is the length of the longest completion, not the limit. `mask_NGT` is True up to and including
     the first end of turn. `logp_NGT` is log pi_old(o_t | q, o_<t), under the policy that sampled.
-    `ended_NG` is False for truncated completions. `texts` leave out the end of turn.
+    `ended_NG` is False for truncated completions. `texts` leave out the end of turn. `own` are the
+    groups that this process trains, by default all.
     """
 
     prompts: Sequence[Prompt]
@@ -101,6 +105,12 @@ class Rollout:
     logp_NGT: Tensor
     ended_NG: Tensor
     texts: list[list[str]]
+    own: slice = field(default_factory=lambda: slice(None))
+
+    def to(self, device: str | torch.device) -> "Rollout":
+        """The same rollout with its tensors on another device."""
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved)
 
     def trained_mask(self, mask_truncated: bool) -> Tensor:
         """Bool (N, G, T): the tokens to train on; of truncated completions none, if so asked."""
@@ -109,7 +119,9 @@ class Rollout:
         return self.mask_NGT
 
     def select(self, groups: Sequence[int]) -> "Rollout":
-        """The rollout of these groups alone, in this order."""
+        """The rollout of these groups alone, given in ascending order."""
+        own = range(len(self.prompts))[self.own]
+        begin = sum(n < own.start for n in groups)
         return Rollout(
             [self.prompts[n] for n in groups],
             self.tokens_NGT[groups],
@@ -117,10 +129,11 @@ class Rollout:
             self.logp_NGT[groups],
             self.ended_NG[groups],
             [self.texts[n] for n in groups],
+            slice(begin, begin + sum(n in own for n in groups)),
         )
 
     def micro_batches(self, tokens_each: int) -> Iterator[MicroBatch]:
-        """Whole groups in order, as many at a time as `tokens_each` allows, but at least one."""
+        """Whole own groups in order, as many at a time as `tokens_each` allows, at least one."""
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
         for groups in self._slices(tokens_each):
             longest = max(longest_N[groups])
@@ -138,7 +151,7 @@ class Rollout:
             InputError: every micro-batch holds a single group already.
         """
         slices = self._slices(tokens_each)
-        if len(slices) == len(self.prompts):
+        if len(slices) == len(self.prompts[self.own]):
             raise InputError(
                 "out of memory with a single group in a micro-batch; set activation_checkpointing "
                 "or offload_optimizer, or start again in another run_dir with a smaller "
@@ -149,9 +162,19 @@ class Rollout:
         return tokens_each
 
     def _slices(self, tokens_each: int) -> list[slice]:
-        sizes = [len(prompt.tokens_P) for prompt in self.prompts]
+        begin, sizes = self.own.start or 0, [len(prompt.tokens_P) for prompt in self.prompts]
         longest_N = self.mask_NGT.sum(-1).amax(-1).tolist()
-        return micro_batch_slices(sizes, longest_N, self.mask_NGT.shape[1], tokens_each)
+        G = self.mask_NGT.shape[1]
+        slices = micro_batch_slices(sizes[self.own], longest_N[self.own], G, tokens_each)
+        return [slice(begin + one.start, begin + one.stop) for one in slices]
+
+
+def empty_rollout(group_size: int, device: str | torch.device) -> Rollout:
+    """A rollout of no groups, for a process that has no share in a step."""
+    tokens_NGT = torch.zeros(0, group_size, 1, dtype=torch.int64, device=device)
+    logp_NGT = torch.zeros(tokens_NGT.shape, device=device)
+    ended_NG = tokens_NGT[..., 0].bool()
+    return Rollout([], tokens_NGT, tokens_NGT.bool(), logp_NGT, ended_NG, [])
 
 
 def informative_groups(rewards_NG: Tensor, count: int) -> list[int]:
@@ -192,6 +215,8 @@ def written_rollout(
     device: str | torch.device,
 ) -> Rollout:
     """A rollout of given texts, each followed by an end of turn; `logp_NGT` is 0."""
+    if not prompts:
+        return empty_rollout(1, device)
     end = vocabulary.end_ids[0]
     ids = [[[*vocabulary.encode(text), end] for text in group] for group in texts]
     tokens_NGT, mask_NGT = padded(ids, end, device)

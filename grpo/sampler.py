@@ -21,7 +21,7 @@ from model.cache import GroupCache
 from model.linear import arranged
 from model.logprobs import masked_logits
 
-from .rollout import PromptBatch, Rollout, collate
+from .rollout import PromptBatch, Rollout, collate, empty_rollout
 
 CHECK_EVERY = 8
 """Decoding steps between checks for finished completions; each makes the host wait for the GPU."""
@@ -46,7 +46,8 @@ def sampling_noise(
     for place in places:
         stream = np.random.default_rng([seed, step, place])
         blocks.append(stream.random((group_size, max_new_tokens), dtype=np.float32))
-    return torch.from_numpy(np.stack(blocks))
+    noise = np.array(blocks, dtype=np.float32)
+    return torch.from_numpy(noise.reshape(-1, group_size, max_new_tokens))  # blocks may be empty
 
 
 def inverse_cdf(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +118,8 @@ def sample_groups(
         watch: called with the tokens (N, G) of every decoding step, to display them.
     """
     N, G, T = (len(prompts), 1, max_new_tokens) if noise_NGT is None else noise_NGT.shape
+    if not N:  # a step has fewer prompts than there are processes
+        return empty_rollout(G, model.embed.weight.device)
     batch = collate(prompts, model.embed.weight.device)
     kind = RolloutKind((N, G, T), temperature, greedy=noise_NGT is None)
     growing = growing_rows(model, vocabulary, kind, batch.tokens_NP.shape[1])

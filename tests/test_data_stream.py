@@ -143,7 +143,7 @@ def test_prefetched_prompts_are_those_of_each_step_and_a_bad_one_is_reported_at_
     """With real images, because a fake encoder would prove nothing about threads."""
     encoder, questions = tiny_encoder(), [prompt.question for prompt in prompts]
     steps = range(2, 7)
-    ahead = list(prompts_of_steps(encoder, questions, steps, 2, 0))
+    ahead = [list(made.values()) for made in prompts_of_steps(encoder, questions, steps, 2, 0)]
     assert len(ahead) == 5
     for step, made in zip(steps, ahead, strict=True):
         expected = questions_of_step(questions, step, 2, 0)

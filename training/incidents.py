@@ -76,8 +76,10 @@ def read_incident(folder: Path) -> tuple[dict[str, Any], Rollout, dict[str, Tens
     for n, fields in enumerate(description["questions"]):
         of_prompt = [tensors[f"prompt.{n}.{name}"] for name in _OF_PROMPT]
         prompts.append(Prompt(Question(**fields), *of_prompt))
-    of_rollout = {name: tensors[name] for name in _OF_ROLLOUT}
-    return description, Rollout(prompts=prompts, **of_rollout, texts=description["texts"]), tensors
+    tokens_NGT, mask_NGT, logp_NGT, ended_NG = (tensors[name] for name in _OF_ROLLOUT)
+    texts = description["texts"]
+    rollout = Rollout(prompts, tokens_NGT, mask_NGT, logp_NGT, ended_NG, texts)
+    return description, rollout, tensors
 
 
 def replay(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from evaluation.audits.blind import blind_credits, by_modality
 from evaluation.statistics import percent, percent_with_interval
 from model import save_model
 
+from .parallel import joined_ranks
 from .prepare import prepared
 from .run import Run, saving_at_the_end
 from .sft import fine_tune
@@ -38,9 +39,9 @@ def launch(description: str, grpo: Method, dry_run: Callable[[Config], None]) ->
         config, plan_only = parse_arguments(description)
         if plan_only:
             dry_run(config)
-        else:
-            with prepared(config) as run:
-                measured(run, {"grpo": grpo, "sft": fine_tune}[config.method])
+            return
+        with joined_ranks() as ranks, prepared(config, ranks) as run:
+            measured(run, {"grpo": grpo, "sft": fine_tune}[config.method])
 
     with patient_output():
         return run_program("train.py", work)
@@ -53,10 +54,12 @@ def measured(run: Run, method: Method) -> None:
         progress.answers_before = run.answers(questions, "accuracy before")
     with saving_at_the_end(run):
         method(run, run.config)
-    save_model(run.policy, folder / "model")
-
+    if run.ranks.leads:
+        save_model(run.policy, folder / "model")
     before = accuracy_by_modality(questions, progress.answers_before)
     after = accuracy_by_modality(questions, run.answers(questions, "accuracy after"))
+    if not run.ranks.leads:
+        return
     blind = by_modality(questions, blind_credits(run.questions.train, questions))
     summary = run_summary(
         before,

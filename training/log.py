@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -171,6 +172,25 @@ class RunLog:
                         kept.append(row)
         os.replace(partial, file)
         return kept
+
+
+class SilentLog:
+    """The log of a process that leaves logging to another; only its incidents are printed."""
+
+    def __init__(self) -> None:
+        self.incidents: Counter[str] = Counter()
+
+    def step(self, step: Step) -> dict[str, str]:
+        return {}
+
+    def incident(self, step: int, kind: str, line: str) -> None:
+        print(printable(f"step {step}: {line}"), file=sys.__stderr__)
+
+    def validation(self, step: int, right: int, total: int) -> None:
+        pass
+
+    def sample(self, step: Step, rollout: Rollout) -> None:
+        pass
 
 
 def step_metrics(step: Step) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from common.config import Config
+from common.config import Config, config_toml
 from common.device import use_device
 from common.errors import InputError
 from common.hub import model_folder
@@ -24,67 +24,73 @@ from .folder import (
     weights_digest,
     write_config,
 )
-from .log import RunLog
+from .log import RunLog, SilentLog
+from .parallel import ALONE, Ranks, of_this_rank
 from .run import Run
 from .saving import Checkpoints, warn_of_a_small_disk
+from .stop import StopRequest
 
 
 @contextmanager
-def prepared(config: Config) -> Iterator[Run]:
+def prepared(config: Config, ranks: Ranks = ALONE) -> Iterator[Run]:
     """Start or resume the run that `config` describes, and print a summary.
 
     The run folder stays locked until the context is left. InputError for bad input.
     """
     keep_freed_memory()
-    use_device(config)
-    questions = load_questions(config)
-    refuse_overlap(questions)
-    with claimed(config):
-        checkpoint = find_checkpoint(config)
-        folder = model_folder(config.model)
-        policy, reference = _models(config, folder, checkpoint)
-        vocabulary = load_vocabulary(folder, policy.config, config.device)
-        encoder = prompt_encoder(vocabulary, policy.config, config)
-        questions, too_long, unreadable = fitting_questions(encoder, config, questions)
-        train, validation, test = map(len, questions)
-        print(f"questions: {train} for training, {validation} for validation, {test} for testing")
-        if any(too_long):
-            counts = "{} for training, {} for validation, {} for testing".format(*too_long)
-            print(f"skipped, longer than {config.max_prompt_tokens} tokens: {counts}")
-        if unreadable:
-            count = f"{len(unreadable)}, first {unreadable[0]}"
-            print(f"will be skipped because their images can't be read: {count}")
-
-        optimizer = MasterAdamW(policy, config)
-        progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
-        contents = {
-            "base weights": weights_digest(folder),
-            "training questions": questions_digest(questions.train),
-            "validation questions": questions_digest(questions.validation),
-            "test questions": questions_digest(questions.test),
-        }
-        refuse_other_contents(config, progress.contents or contents, contents)
-        progress.contents = contents
-        write_config(config)
-        weights = sum(param.nbytes for param in policy.parameters())
-        warn_of_a_small_disk(config, weights + optimizer.state_bytes(), weights)
+    config = of_this_rank(config, ranks)
+    with ExitStack() as held:
+        checkpoint = None
+        with ranks.together():
+            use_device(config)
+            questions = load_questions(config)
+            refuse_overlap(questions)
+            if ranks.leads:
+                held.enter_context(claimed(config))
+                checkpoint = find_checkpoint(config)
+        checkpoint = ranks.gather(checkpoint)[0]
+        with ranks.together():
+            folder = model_folder(config.model)
+            policy, reference = _models(config, folder, checkpoint)
+            vocabulary = load_vocabulary(folder, policy.config, config.device)
+            encoder = prompt_encoder(vocabulary, policy.config, config)
+            questions, too_long, unreadable = fitting_questions(encoder, config, questions)
+            _print_counts(questions, too_long, unreadable)
+            optimizer = MasterAdamW(policy, config)
+            progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
+            contents = {
+                "base weights": weights_digest(folder),
+                "training questions": questions_digest(questions.train),
+                "validation questions": questions_digest(questions.validation),
+                "test questions": questions_digest(questions.test),
+            }
+            refuse_other_contents(config, progress.contents or contents, contents)
+            progress.contents = contents
+        ranks.refuse_differences(contents | {"config": config_toml(config)})
+        if ranks.leads:
+            write_config(config)
+            weights = sum(param.nbytes for param in policy.parameters())
+            warn_of_a_small_disk(config, weights + optimizer.state_bytes(), weights)
         if checkpoint:
             print(f"resuming from {checkpoint}")
-        with ThreadPoolExecutor(1, "checkpoint") as saver, RunLog(config, progress.step) as log:
-            yield Run(
-                config=config,
-                questions=questions,
-                policy=policy,
-                reference=reference,
-                vocabulary=vocabulary,
-                encoder=encoder,
-                optimizer=optimizer,
-                progress=progress,
-                checkpoints=Checkpoints(config, saver),
-                log=log,
-                micro_batch_tokens=config.micro_batch_tokens,
-                saved_step=progress.step,
-            )
+        saver = held.enter_context(ThreadPoolExecutor(1, "checkpoint"))
+        log = held.enter_context(RunLog(config, progress.step)) if ranks.leads else SilentLog()
+        yield Run(
+            config=config,
+            questions=questions,
+            policy=policy,
+            reference=reference,
+            vocabulary=vocabulary,
+            encoder=encoder,
+            optimizer=optimizer,
+            progress=progress,
+            checkpoints=Checkpoints(config, saver),
+            log=log,
+            micro_batch_tokens=config.micro_batch_tokens,
+            stop=StopRequest(alone=ranks.count == 1),
+            saved_step=progress.step,
+            ranks=ranks,
+        )
 
 
 def _models(
@@ -106,6 +112,16 @@ def _models(
     place = f"{config.dtype} on {config.device}"
     print(f"Qwen2-VL of {millions:.1f} M parameters from {config.model}, {place}")
     return policy, reference
+
+
+def _print_counts(questions: Questions, too_long: list[int], unreadable: list[InputError]) -> None:
+    counts = "{} for training, {} for validation, {} for testing"
+    print(f"questions: {counts.format(*map(len, questions))}")
+    if any(too_long):
+        print(f"skipped, longer than max_prompt_tokens: {counts.format(*too_long)}")
+    if unreadable:
+        count = f"{len(unreadable)}, first {unreadable[0]}"
+        print(f"will be skipped because their images can't be read: {count}")
 
 
 def fitting_questions(

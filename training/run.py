@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TypeVar, TypeVarTuple
@@ -25,7 +25,8 @@ from model import Qwen2VL
 
 from .checkpoint import Progress
 from .incidents import write_incident
-from .log import RunLog
+from .log import RunLog, SilentLog
+from .parallel import ALONE, Ranks
 from .saving import Checkpoints
 from .step import Step
 from .stop import StopRequest
@@ -47,10 +48,11 @@ class Run:
     optimizer: MasterAdamW
     progress: Progress
     checkpoints: Checkpoints
-    log: RunLog
+    log: RunLog | SilentLog
     micro_batch_tokens: int  # the config's value, or less if the GPU ran out of memory
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = 0  # finished steps in the newest checkpoint
+    ranks: Ranks = ALONE
 
     def steps(self) -> Iterator[Step]:
         """Yields the remaining steps; logs each after the loop body, and validates or saves if due.
@@ -70,6 +72,7 @@ class Run:
             config.seed,
             self._leave_out if config.bad_images == "skip" else None,
             LOADERS[config.images],
+            self._share,
         )
         if self._validate_if_due():  # the run was stopped before this validation
             self._save()
@@ -85,15 +88,26 @@ class Run:
             for number in numbers:
                 step = Step(number, (), config.device)
                 with step.phase("prompts"):
-                    step.prompts = next(prompts_of)
+                    prompts = next(prompts_of)
+                    step.places, step.prompts = list(prompts), list(prompts.values())
                 if config.freeze_vision:  # computed once per step, for all models and passes
                     with step.phase("vision"):
                         step.prompts = with_image_features(self.policy, step.prompts)
-                if step.prompts:  # empty if none of the step's images could be read
+                if any(self.ranks.gather(len(step.prompts))):  # some of the images could be read
                     yield step
                 bar.set_postfix(self.log.step(step), refresh=False)
                 bar.update()
                 self._end(step)
+
+    def _share(self, questions: Sequence[Question]) -> slice:
+        """The questions of a step that this process encodes, samples and trains on."""
+        return self.ranks.share(questions, self._size)
+
+    def _size(self, question: Question) -> int:
+        """The number of tokens that a group of completions takes, as far as can be known before."""
+        with suppress(InputError):  # for now: it is raised again when the image is read
+            return self.encoder.count_tokens(question)
+        return 0
 
     def _leave_out(self, error: InputError) -> None:
         self.log.incident(self.progress.step, "image", f"question skipped: {error}")
@@ -114,6 +128,7 @@ class Run:
         Returns False, and changes no weight, if the loss or gradient is not finite. From here on,
         the run may not stop until the step has been logged (`_end`).
         """
+        self.ranks.add_gradients(self.optimizer.masters)
         self.stop.deferred = True
         rate = scheduled_rate(step.number, self.config)
         if torch.isfinite(stats["loss"]):
@@ -128,7 +143,10 @@ class Run:
     def answers(self, questions: Sequence[Question], label: str) -> list[str]:
         """The current policy's greedy answers; `label` is for the progress bar."""
         examinee = Examinee(self.policy, self.vocabulary, self.encoder, self.config, self.watch)
-        return examinee.greedy_texts(questions, label)
+        every = slice(self.ranks.rank, None, self.ranks.count)
+        own = examinee.greedy_texts(questions, label, every)
+        texts = {place: text for part in self.ranks.gather(own) for place, text in part.items()}
+        return [texts[place] for place in range(len(questions))]
 
     def _end(self, step: Step) -> None:
         """Count a logged step; validate and save if due; stop if requested."""
@@ -145,7 +163,6 @@ class Run:
         if step.rollout is not None:
             progress.tokens += int(step.rollout.mask_NGT.sum())
         self.stop.deferred = False
-
         validated = self._validate_if_due()
         if progress.bad_steps >= config.max_bad_steps:
             progress.bad_steps = 0  # a resumed run may fail as many times again
@@ -157,7 +174,7 @@ class Run:
         last = progress.step == config.steps
         if validated or last or progress.step % config.save_every == 0:
             self._save()
-        self.stop.check()
+        self.stop.agree(self.ranks.gather)
 
     def _record_incident(self, step: Step) -> None:
         line = "loss or gradient is not finite: update skipped"
@@ -181,7 +198,8 @@ class Run:
         return True
 
     def _save(self) -> None:
-        self.checkpoints.save(self.policy, self.optimizer, self.progress)
+        if self.ranks.leads:
+            self.checkpoints.save(self.policy, self.optimizer, self.progress)
         self.saved_step = self.progress.step
 
     def save_last_whole_step(self, error: BaseException) -> None:
@@ -204,14 +222,16 @@ def smaller_if_memory_is_full(
     """Make `work(run, rollout, ...)` retry with smaller micro-batches when GPU memory is full.
 
     The gradient stays the same, because the divisor of the loss does not depend on micro-batches.
-    InputError if not even a single group fits.
+    InputError if not even a single group fits. The results are sums over micro-batches; those of
+    all processes are added.
     """
 
     @wraps(work)
     def fitted(run: Run, rollout: Rollout, *rest: *Rest) -> Result:
         while True:
             try:
-                return work(run, rollout, *rest)
+                result = work(run, rollout, *rest)
+                break
             except torch.OutOfMemoryError:
                 pass  # retried outside of this block: the error keeps tensors alive
             run.optimizer.forget_gradients()
@@ -221,6 +241,7 @@ def smaller_if_memory_is_full(
             line = f"out of memory with micro_batch_tokens = {before}"
             line += f"; continuing with {run.micro_batch_tokens}"
             run.log.incident(run.progress.step, "memory", line)
+        return run.ranks.total(result)
 
     return fitted
 
@@ -247,7 +268,7 @@ def saving_at_the_end(run: Run) -> Iterator[None]:
         try:
             yield
             run.checkpoints.finish()
-            run.stop.check()  # a signal may have come while the last checkpoint was written
+            run.stop.agree(run.ranks.gather)  # a signal may have come during the last save
         except (Exception, Stopped) as error:
             run.save_last_whole_step(error)
             if isinstance(error, OSError):  # it gives the cause, but not always the file

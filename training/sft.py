@@ -27,6 +27,7 @@ def fine_tune(run: Run, config: Config) -> None:
     for step in run.steps():
         targets = [[target(prompt.question, config.sft_answer)] for prompt in step.prompts]
         answers = written_rollout(run.vocabulary, step.prompts, targets, config.device)
+        answers, _ = run.ranks.whole(answers, ())
         with step.phase("update"):
             loss, probability = accumulate_cross_entropy(run, answers)
             run.apply_gradient(step, {"loss": loss, "probability": probability})

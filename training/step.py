@@ -23,6 +23,7 @@ class Step:
     """Step `number` (from 0) and its `prompts`, the spare ones of dynamic sampling included.
 
     Attributes:
+        places: of the prompts in the step. Questions whose images can't be read leave gaps.
         seconds: time by phase.
         stats: statistics of the update: metric name -> scalar.
         finite: False if a loss or gradient was not finite, so that an update was skipped.
@@ -33,6 +34,7 @@ class Step:
     number: int
     prompts: Sequence[Prompt]
     device: str
+    places: Sequence[int] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     stats: dict[str, Tensor | float] = field(default_factory=dict)
     finite: bool = True

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -15,10 +15,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """A request to stop the run: set by a signal within `listening`, obeyed by `check`.
 
-    While `deferred` is set, `check` does nothing.
+    While `deferred` is set, `check` does nothing. Unless this process is `alone`, only `agree`
+    stops: a process that stops by itself would leave the others waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        self.alone = alone
         self.signal = 0  # none so far
         # Until its first update, a step changes only gradients: it can be abandoned, and repeated
         # when the run is resumed. After that, it must be finished first.
@@ -39,7 +41,13 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise Stopped if a stop was requested and is not deferred."""
-        if self.signal and not self.deferred:
+        if self.signal and self.alone and not self.deferred:
+            raise Stopped(self.signal, "stopped")
+
+    def agree(self, gather: Callable[[int], Sequence[int]]) -> None:
+        """Raise Stopped in all processes if one of them was requested to stop."""
+        self.signal = max(gather(self.signal))
+        if self.signal:
             raise Stopped(self.signal, "stopped")
 
     def _note(self, number: int, frame: FrameType | None) -> None:

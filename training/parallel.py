@@ -1,0 +1,210 @@
+"""Several processes that train one model: `torchrun --nproc-per-node 2 train.py --config FILE`.
+
+Each process, a rank, samples and trains whole groups of every step. What is small is exchanged, so
+that all ranks know the whole step: its completions, rewards and masks. The divisor of the loss is
+then that of one process, and the gradients of the ranks only have to be added.
+
+No other module knows how many processes there are. A single one exchanges nothing.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from common.config import Config
+from common.errors import InputError
+from common.program import Stopped
+from grpo.rollout import Rollout
+
+from .step import Verdicts
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another. The longest legitimate wait is for a checkpoint's copy."""
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them: `rank` of `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes the run folder and the terminal."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item], size: Callable[[Item], int]) -> slice:
+        """This rank's share of a step's groups: neighbours, of about equal total size."""
+        if self.count == 1:
+            return slice(0, len(items))
+        sizes = [size(item) for item in items]
+        begin, stop = (_boundary(sizes, rank / self.count) for rank in (self.rank, self.rank + 1))
+        return slice(begin, stop)
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order. Not for large tensors."""
+        if self.count == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.count
+        with _lost_ranks_named():
+            dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, the same bits on all."""
+        if self.count > 1:
+            with _lost_ranks_named():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+
+    def total(self, result: Value) -> Value:
+        """The sum over the ranks of a tensor, or of each tensor in a tuple or in a dict.
+
+        A dict may be empty on a rank that had nothing to do.
+        """
+        if self.count == 1:
+            return result
+        if isinstance(result, dict):
+            names = max(self.gather(list(result)), key=len)
+            result = {name: result.get(name, torch.zeros(())) for name in names}  # type: ignore
+        tensors = result.values() if isinstance(result, dict) else result
+        self.add([tensors] if isinstance(tensors, Tensor) else list(tensors))  # type: ignore
+        return result
+
+    def add_gradients(self, weights: Sequence[Tensor]) -> None:
+        """Add the gradients of the ranks. A weight without one on any rank is left without."""
+        if self.count == 1:
+            return
+        here = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32)
+        self.add([here])
+        for weight, ranks in zip(weights, here.tolist(), strict=True):
+            if ranks:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                self.add([weight.grad])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If the enclosed work fails on one rank, all end, and the first prints one message.
+
+        The work must not exchange anything. InputError; other ranks than the first end silently.
+        """
+        error = None
+        try:
+            yield
+        except InputError as caught:
+            error = caught
+        messages = [str(one) for one in self.gather(error) if one]
+        if messages:
+            raise InputError(messages[0]) if self.leads else SystemExit(2)
+
+    def refuse_differences(self, contents: dict[str, str]) -> None:
+        """InputError if `contents` (name -> digest) are not the same on all ranks."""
+        for rank, others in enumerate(self.gather(contents)):
+            for name, digest in contents.items():
+                if others[name] != digest:
+                    raise InputError(f"rank {rank} has different {name}: give all ranks the same")
+
+    def whole(self, rollout: Rollout, verdicts_NG: Verdicts) -> tuple[Rollout, Verdicts]:
+        """The rollouts and verdicts of all ranks as one; its `own` groups are this rank's."""
+        if self.count == 1:
+            return rollout, verdicts_NG
+        device, prompts = rollout.tokens_NGT.device, rollout.prompts
+        sent = replace(rollout, prompts=[prompt.without_images() for prompt in prompts])
+        parts = self.gather((sent.to("cpu"), verdicts_NG))
+        begin = sum(len(part.prompts) for part, _ in parts[: self.rank])
+        own = slice(begin, begin + len(prompts))
+        all_prompts = [prompt for part, _ in parts for prompt in part.prompts]
+        all_prompts[own] = prompts  # with their images
+        longest = max(part.mask_NGT.shape[-1] for part, _ in parts)
+
+        def joined(name: str) -> Tensor:
+            tensors = [getattr(part, name) for part, _ in parts]
+            return torch.cat([pad(x, (0, longest - x.shape[-1])) for x in tensors]).to(device)
+
+        whole = Rollout(
+            prompts=all_prompts,
+            tokens_NGT=joined("tokens_NGT"),
+            mask_NGT=joined("mask_NGT"),
+            logp_NGT=joined("logp_NGT"),
+            ended_NG=torch.cat([part.ended_NG for part, _ in parts]).to(device),
+            texts=[texts for part, _ in parts for texts in part.texts],
+            own=own,
+        )
+        return whole, [verdicts for _, of_rank in parts for verdicts in of_rank]
+
+
+ALONE = Ranks()
+
+
+def _boundary(sizes: Sequence[int], share: float) -> int:
+    """How many of the groups have their middle before this share of the total size."""
+    total, before, count = sum(sizes), 0, 0
+    for size in sizes:
+        if before + size / 2 < share * total:
+            count += 1
+        before += size
+    return count if share < 1 else len(sizes)
+
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch has no class for it that all backends raise
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the exchange with another process failed ({reason}): its own message is above, or in "
+            "the other machine's log; the same command resumes from the newest checkpoint"
+        ) from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: SIM117
+            yield
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes that torchrun started; a single one without torchrun.
+
+    Only the first keeps its output; the others' errors are still printed.
+    """
+    if not dist.is_torchelastic_launched():
+        yield Ranks()
+        return
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    try:
+        if ranks.leads:
+            yield ranks
+        else:
+            with _silence():
+                yield ranks
+    except Stopped as stopped:
+        if ranks.leads:
+            raise
+        raise SystemExit(128 + stopped.signal) from None  # the first has said it
+    finally:
+        dist.destroy_process_group()
+
+
+def of_this_rank(config: Config, ranks: Ranks) -> Config:
+    """The config with this rank's own GPU."""
+    if ranks.count > 1 and config.device == "cuda":
+        return replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    return config
