@@ -111,10 +111,13 @@ class Ranks:
 
     def refuse_differences(self, contents: dict[str, str]) -> None:
         """InputError if `contents` (name -> digest) are not the same on all ranks."""
-        for rank, others in enumerate(self.gather(contents)):
+        of_first = self.gather(contents)[0]
+        with self.together():
             for name, digest in contents.items():
-                if others[name] != digest:
-                    raise InputError(f"rank {rank} has different {name}: give all ranks the same")
+                if digest != of_first[name]:
+                    raise InputError(
+                        f"rank {self.rank} has different {name} than rank 0: give all the same"
+                    )
 
     def whole(self, rollout: Rollout, verdicts_NG: Verdicts) -> tuple[Rollout, Verdicts]:
         """The rollouts and verdicts of all ranks as one; its `own` groups are this rank's."""

@@ -1,0 +1,149 @@
+"""Training in several processes: the same steps as in one, whoever has which share, and failures
+that end all of them.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Command, run_commands
+from safetensors.torch import load_file
+from test_session import untimed
+from test_train import rows
+from tiny_run import write_run
+
+from training.parallel import ALONE, Ranks
+
+SETTINGS = {
+    "plain": {},
+    "knobs": dict(
+        advantage_scale="batch_std",
+        loss_average="token",
+        oversampling=1.7,
+        inner_updates=2,
+        mask_truncated=True,
+        importance_cap=2.0,
+    ),
+    "sft": dict(method="sft", sft_answer="named"),
+}
+COUNTS = {"plain": (1, 2, 4), "knobs": (1, 2), "sft": (1, 2)}
+"""With three prompts per step, two processes have unequal shares, and one of four has none."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder by (setting, processes, copy), and results by name of the other commands."""
+    root = tmp_path_factory.mktemp("ranks")
+    commands: dict[object, Command] = {}
+
+    def add(key: object, count: int, **fields: object) -> Command:
+        folder = root / str(len(commands))
+        folder.mkdir()
+        config = write_run(folder, validation_fraction=0.25, keep_checkpoints=9, **fields)
+        commands[key] = Command(count, str(config))
+        return commands[key]
+
+    for name, counts in COUNTS.items():
+        for count in counts:
+            add((name, count), count, **SETTINGS[name])
+    add("again", 2)
+    moving = add(("moved", 4), 4, save_every=1)
+    for step, count in enumerate((2, 1, 2), start=1):
+        commands["moved", step] = Command(count, moving.config, back_to=step)
+    add("stopped", 2, save_every=100).signal_in = (1, 1)
+    add("other config", 2).flags_of = {"1": ["--learning_rate", "0.5"]}
+    add("bad file", 2).flags = ["--train_questions", "gone.json"]
+    add("killed", 2, save_every=1).killed_in = (1, 2)
+    results = run_commands(list(commands.values()))
+    folders = {key: Path(command.config).parent for key, command in commands.items()}
+    return folders, dict(zip(commands, results, strict=True))
+
+
+def weights(folder: Path, name: str = "run/model") -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "model.safetensors")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [untimed(row) for row in rows(folder / "run" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name, count", [(n, c) for n in COUNTS for c in COUNTS[n] if c > 1])
+def test_several_processes_take_the_steps_of_one(runs, name, count):
+    folders, results = runs
+    assert all(code == 0 for code, _ in results[name, count]), results[name, count]
+    one, several = folders[name, 1], folders[name, count]
+    for ours, theirs in zip(metrics(several), metrics(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-6)
+    for file in ("completions.jsonl", "validation.jsonl"):
+        texts = [row.get("completion", row.get("right")) for row in rows(several / "run" / file)]
+        assert texts == [
+            row.get("completion", row.get("right")) for row in rows(one / "run" / file)
+        ]
+    moved = distance = 0.0
+    base, of_one, of_several = weights(one, "base"), weights(one), weights(several)
+    for key, start in base.items():
+        moved += (of_one[key] - start).abs().sum()
+        distance += (of_several[key] - of_one[key]).abs().sum()
+    assert moved > 0 and distance < 0.01 * moved
+    before, after = (json.loads((f / "run" / "summary.json").read_text()) for f in (one, several))
+    assert before["after"] == after["after"] and before["questions"] == after["questions"]
+
+
+def test_two_runs_on_as_many_processes_are_equal_byte_for_byte(runs):
+    folders, _ = runs
+    first, second = (
+        folders[key] / "run/model/model.safetensors" for key in (("plain", 2), "again")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert metrics(folders["plain", 2]) == metrics(folders["again"])
+
+
+def test_a_run_moves_between_numbers_of_processes(runs):
+    folders, results = runs
+    assert all(code == 0 for step in (1, 2, 3) for code, _ in results["moved", step])
+    folder, still = folders["moved", 4], folders["plain", 1]
+    for moved, stayed in zip(metrics(folder), metrics(still), strict=True):
+        assert moved == pytest.approx(stayed, rel=1e-4, abs=2e-6)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(runs):
+    folders, results = runs
+    (code, lead), (other_code, other) = results["stopped"]
+    assert code == other_code == 143
+    assert "the same command resumes from" in lead and "step-000002" in lead
+    assert "resumes" not in other
+    assert len(metrics(folders["stopped"])) == 2
+
+
+def test_what_differs_between_processes_and_what_all_find_bad_is_one_line(runs):
+    _, results = runs
+    (code, lead), (other_code, other) = results["other config"]
+    assert (code, other_code) == (2, 2)
+    assert lead.strip().splitlines() == [
+        "train.py: rank 1 has different config than rank 0: give all the same"
+    ]
+    assert not other
+    (code, lead), (other_code, other) = results["bad file"]
+    assert (code, other_code) == (2, 2)
+    assert len(lead.strip().splitlines()) == 1 and "gone.json" in lead
+    assert not other
+
+
+def test_a_process_that_dies_ends_the_others_with_the_steps_saved(runs):
+    folders, results = runs
+    ((code, lead),) = results["killed"]
+    assert code == 2
+    assert "the exchange with another process failed" in lead
+    saved = sorted((folders["killed"] / "run" / "checkpoints").glob("step-*"))
+    assert saved[-1].name == "step-000002"
+
+
+def test_shares_are_neighbours_of_about_equal_size():
+    sizes = [9, 1, 1, 1, 9, 3, 3, 3]
+    shares = [Ranks(rank, 3).share(sizes, lambda size: size) for rank in range(3)]
+    assert [place for share in shares for place in range(len(sizes))[share]] == list(range(8))
+    assert [sum(sizes[share]) for share in shares] == [10, 11, 9]
+    assert ALONE.share(sizes, lambda size: size) == slice(0, 8)
+    alone = [Ranks(rank, 4).share([5], lambda size: size) for rank in range(4)]
+    assert sum(len([5][share]) for share in alone) == 1
