@@ -175,8 +175,8 @@ def _lost_ranks_named() -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere:
-        with redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: SIM117
+    with open(os.devnull, "w") as nowhere:  # noqa: SIM117
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield
 
 
