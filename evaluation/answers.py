@@ -83,13 +83,12 @@ class Examinee(NamedTuple):
             for place, texts, lengths_G, ended_G in groups:
                 yield place, list(map(Answer, texts, lengths_G, ended_G))
 
-    def greedy_texts(
-        self, questions: Sequence[Question], label: str, share: slice = slice(None)
-    ) -> dict[int, str]:
-        """The greedy completion of each question of the share, by its index."""
-        places = range(len(questions))
-        answers = self.answers(questions, label, places, share=share)
-        return {place: answer.text for place, (answer,) in answers}
+    def greedy_texts(self, questions: Sequence[Question], label: str) -> list[str]:
+        """The greedy completion of each question, in the order of the questions."""
+        texts = [""] * len(questions)
+        for place, (answer,) in self.answers(questions, label, range(len(questions))):
+            texts[place] = answer.text
+        return texts
 
 
 def load_examinee(folder: Path, config: Config) -> Examinee:

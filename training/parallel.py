@@ -24,8 +24,6 @@ from common.errors import InputError
 from common.program import Stopped
 from grpo.rollout import Rollout
 
-from .step import Verdicts
-
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another. The longest legitimate wait is for a checkpoint's copy."""
 
@@ -119,7 +117,9 @@ class Ranks:
                         f"rank {self.rank} has different {name} than rank 0: give all the same"
                     )
 
-    def whole(self, rollout: Rollout, verdicts_NG: Verdicts) -> tuple[Rollout, Verdicts]:
+    def whole(
+        self, rollout: Rollout, verdicts_NG: Sequence[Value]
+    ) -> tuple[Rollout, Sequence[Value]]:
         """The rollouts and verdicts of all ranks as one; its `own` groups are this rank's."""
         if self.count == 1:
             return rollout, verdicts_NG

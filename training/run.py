@@ -86,7 +86,7 @@ class Run:
         # Closed however the loop ends, so that later output appears below the bar.
         with bar:
             for number in numbers:
-                step = Step(number, (), config.device)
+                step = Step(number, (), config.device, ranks=self.ranks)
                 with step.phase("prompts"):
                     prompts = next(prompts_of)
                     step.places, step.prompts = list(prompts), list(prompts.values())
@@ -143,8 +143,12 @@ class Run:
     def answers(self, questions: Sequence[Question], label: str) -> list[str]:
         """The current policy's greedy answers; `label` is for the progress bar."""
         examinee = Examinee(self.policy, self.vocabulary, self.encoder, self.config, self.watch)
-        every = slice(self.ranks.rank, None, self.ranks.count)
-        own = examinee.greedy_texts(questions, label, every)
+        share = slice(self.ranks.rank, None, self.ranks.count)
+        own = {}
+        for place, (answer,) in examinee.answers(
+            questions, label, range(len(questions)), share=share
+        ):
+            own[place] = answer.text
         texts = {place: text for part in self.ranks.gather(own) for place, text in part.items()}
         return [texts[place] for place in range(len(questions))]
 

@@ -9,15 +9,12 @@ from common.config import Config
 from grpo.rollout import Rollout, informative_groups
 from rewards import score
 
-from .parallel import Ranks
 from .step import Step, Verdicts
 
 
-def score_rollout(
-    ranks: Ranks, step: Step, rollout: Rollout, config: Config
-) -> tuple[Rollout, Verdicts, Tensor]:
-    """The rollout's groups with the rules' verdicts and the rewards (N, G); from here on, those of
-    all ranks.
+def score_rollout(step: Step, rollout: Rollout, config: Config) -> tuple[Rollout, Verdicts, Tensor]:
+    """The rollout's groups with the rules' verdicts and the rewards (N, G), from here on those of
+    all processes.
 
     If the step has spare groups, N of its groups are kept. Metrics: "replaced_groups", the number
     of spare ones among them, and "frac_kept_zero_std", the share whose scores are all equal.
@@ -25,7 +22,7 @@ def score_rollout(
     own_verdicts = []
     for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
         own_verdicts.append([score(text, prompt.question.answer) for text in texts])
-    rollout, verdicts_NG = ranks.whole(rollout, own_verdicts)
+    rollout, verdicts_NG = step.ranks.whole(rollout, own_verdicts)
     scores_NG = rewards_NG = weighted_sum(verdicts_NG, config)
     if config.length_penalty:
         lengths_NG, limit = rollout.mask_NGT.sum(-1), config.max_new_tokens

@@ -12,6 +12,8 @@ from data import Prompt
 from grpo.rollout import Rollout
 from rewards import Verdict
 
+from .parallel import ALONE, Ranks
+
 Verdicts = Sequence[Sequence[tuple[Verdict, ...]]]
 """For each of N groups of G completions, the verdicts of all rules, in the order of the rules."""
 TENSORS = ("rewards_NG", "advantages_NG", "old_NGT", "ref_NGT")
@@ -35,6 +37,7 @@ class Step:
     prompts: Sequence[Prompt]
     device: str
     places: Sequence[int] = ()
+    ranks: Ranks = ALONE
     seconds: dict[str, float] = field(default_factory=dict)
     stats: dict[str, Tensor | float] = field(default_factory=dict)
     finite: bool = True
