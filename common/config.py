@@ -231,6 +231,9 @@ class Machine:
     gradient"""
     activation_checkpointing: bool = plain(False, may_change=True)
     """recompute activations within a block in the backward pass: less memory, more time"""
+    shard: bool = plain(False, may_change=True)
+    """with several processes, let each keep and update only its share of the fp32 weights, their
+    gradients and AdamW's moments"""
     offload_optimizer: bool = plain(False, may_change=True)
     """keep the fp32 weights, their gradients and AdamW's moments in host memory and update them
     there, not on the GPU"""

@@ -6,6 +6,7 @@ optimiser keeps fp32 copies, the masters, updates those, and rounds them into th
 model itself is fp32, its parameters are the masters and nothing is copied.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,19 +26,48 @@ class Weight(NamedTuple):
     master: Tensor
 
 
+class Whole:
+    """How masters and moments are spread over processes: not at all."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """This process's part of a master or a moment."""
+        return x
+
+    def gradients(self, params: Sequence[Tensor]) -> Iterator[Tensor | None]:
+        """This process's part of each gradient, summed over processes; None without a gradient."""
+        return (param.grad for param in params)
+
+    def full(self, x: Tensor) -> Tensor:
+        """The whole of a master, a moment or a norm, from its parts."""
+        return x
+
+    def local(self, x: Tensor) -> Tensor:
+        """This process's part, as a plain tensor."""
+        return x.detach()
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the processes' numbers."""
+        return x
+
+
 class MasterAdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for a model of any floating-point type.
 
     Call `accumulate` after each micro-batch's backward pass, and `step` once per update. With
     `config.offload_optimizer` masters, moments and accumulated gradients are kept in host memory,
-    and the GPU holds only the model and the gradients of one micro-batch.
+    and the GPU holds only the model and the gradients of one micro-batch. With several processes,
+    each may hold only its `spread.part` of them.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, spread: Whole | None = None) -> None:
+        self.spread = spread or Whole()
         self.weights: list[Weight] = []
         for name, param in model.named_parameters():
             if param.requires_grad:
-                self.weights.append(Weight(name, param, _master(param, config.offload_optimizer)))
+                master = _master(param, config.offload_optimizer)
+                if spread:
+                    master = spread.part(master.detach()).requires_grad_()
+                self.weights.append(Weight(name, param, master))
         self.masters = [weight.master for weight in self.weights]
         self.max_grad_norm = config.max_grad_norm
         self.adamw = torch.optim.AdamW(
@@ -49,10 +79,11 @@ class MasterAdamW:
 
     def accumulate(self) -> None:
         """Add the model's gradients to those of the masters: a long sum in bf16 would lose bits."""
-        for _, param, master in self.weights:
-            if master is not param and param.grad is not None:
+        gradients = self.spread.gradients([weight.param for weight in self.weights])
+        for (_, param, master), grad in zip(self.weights, gradients, strict=True):
+            if master is not param and grad is not None:
                 # Convert to fp32 after the move: bf16 is half the bytes to copy to the host.
-                grad = param.grad.to(master.device)
+                grad = grad.to(master.device)
                 master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
@@ -71,7 +102,7 @@ class MasterAdamW:
             share of changed weights that would not have changed in bf16, because rounding would
             have undone the update (estimated from a sample; each tensor counts by its size).
         """
-        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        norm = self.spread.full(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
         stats = {"grad_norm": norm}
         if torch.isfinite(norm):
             self.adamw.param_groups[0]["lr"] = learning_rate
@@ -81,13 +112,14 @@ class MasterAdamW:
             with torch.no_grad():
                 for _, param, master in self.weights:
                     if master is not param:
-                        param.copy_(master)
+                        param.copy_(self.spread.full(master))
         self.forget_gradients()
         return stats
 
     def _sample(self) -> Tensor:
         """A sample of every master's weights, fp32 (n,)."""
-        return torch.cat([master.detach().flatten()[:: _stride(master)] for master in self.masters])
+        parts = [self.spread.local(master) for master in self.masters]
+        return torch.cat([part.flatten()[:: _stride(part)] for part in parts])
 
     def _lost_in_bf16(self, before: Tensor) -> Tensor:
         update = self._sample() - before
@@ -95,29 +127,32 @@ class MasterAdamW:
         lost = (rounded.float() + update).bfloat16() == rounded
         # A sampled weight stands for as many weights as its tensor's stride.
         counts = []
-        for master in self.masters:
+        for master in map(self.spread.local, self.masters):
             stride = _stride(master)
             sampled = -(-master.numel() // stride)
             counts.append(torch.full((sampled,), stride, device=master.device))
         changed = (update != 0) * torch.cat(counts)
-        return (lost * changed).sum() / changed.sum().clamp(min=1)
+        lost, changed = self.spread.total(torch.stack(((lost * changed).sum(), changed.sum())))
+        return lost / changed.clamp(min=1)
 
-    def state(self) -> dict[str, Tensor]:
-        """The tensors a resumed run needs, by parameter name: moments, step count, masters.
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that a resumed run needs, by name: moments, step count, masters.
 
-        A parameter that is its own master is saved with the model instead.
+        The masters of an fp32 model are saved with the model. One by one, because all of them
+        together may be more than one process can hold.
         """
-        tensors = {}
         for name, param, master in self.weights:
             for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}.{name}"] = value.detach()
-            if master is not param:
-                tensors[f"master.{name}"] = master.detach()
-        return tensors
+                yield f"{key}.{name}", self.spread.full(value.detach())
+            if param.dtype != torch.float32:
+                yield f"master.{name}", self.spread.full(master.detach())
 
     def state_bytes(self) -> int:
         """Size of `state` after the first update: two moments per weight, and separate masters."""
-        return sum(master.nbytes * (2 + (master is not param)) for _, param, master in self.weights)
+        size = 0
+        for _, param, _ in self.weights:
+            size += 4 * param.numel() * (2 + (param.dtype != torch.float32))
+        return size
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -138,12 +173,13 @@ class MasterAdamW:
                     # Without this check AdamW would broadcast, and use another weight's moments.
                     if value.shape != (() if key == "step" else master.shape):
                         raise ValueError(f"the moments of {name} have the wrong shape")
-                    moments[key] = value.to(master.device).float()
+                    value = value.to(master.device).float()
+                    moments[key] = value if key == "step" else self.spread.part(value)
                 self.adamw.state[master] = moments
-            own_master = param.dtype == torch.float32 and f"master.{name}" not in tensors
-            if master is not param and not own_master:
-                # The model was loaded from the same checkpoint: it is already the rounded master.
-                master.copy_(tensors[f"master.{name}"])
+            # The model was loaded from the same checkpoint: it is already the rounded master.
+            if param.dtype != torch.float32:
+                whole = tensors[f"master.{name}"].to(master.device)
+                master.copy_(self.spread.part(whole))
 
 
 def _master(param: Tensor, offload: bool) -> Tensor:

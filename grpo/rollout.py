@@ -144,6 +144,10 @@ class Rollout:
                 self.mask_NGT[groups, :, :longest],
             )
 
+    def micro_batch_count(self, tokens_each: int) -> int:
+        """How many `micro_batches` there are."""
+        return len(self._slices(tokens_each))
+
     def smaller_micro_batches(self, tokens_each: int) -> int:
         """The budget, halved until it splits the rollout differently.
 

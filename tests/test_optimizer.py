@@ -155,7 +155,7 @@ def test_state_restores_a_run_bit_for_bit(dtype):
 
     straight = linear(dtype)
     steps(straight, optimizer := MasterAdamW(straight, SETTINGS), 3)
-    saved = {name: value.clone() for name, value in optimizer.state().items()}
+    saved = {name: value.clone() for name, value in optimizer.state()}
     weights = {name: value.clone() for name, value in straight.state_dict().items()}
     steps(straight, optimizer, 3)
     resumed = linear(dtype)
@@ -176,7 +176,7 @@ def test_an_fp32_run_can_resume_with_its_optimizer_in_host_memory(
     optimizer.step(1e-2)
     monkeypatch.setattr("grpo.optimizer._master", copied)
     again = MasterAdamW(model, SETTINGS)
-    again.load_state({name: value.clone() for name, value in optimizer.state().items()})
+    again.load_state({name: value.clone() for name, value in optimizer.state()})
     for one in (again, optimizer):
         backward(model)
         one.accumulate()
@@ -189,7 +189,7 @@ def test_moments_of_the_wrong_shape_are_refused_before_they_are_used(shape):
     optimizer = MasterAdamW(model := linear(), SETTINGS)
     backward(model)
     optimizer.step(1e-2)
-    state = optimizer.state() | {"exp_avg.weight": torch.zeros(shape)}
+    state = dict(optimizer.state()) | {"exp_avg.weight": torch.zeros(shape)}
     with pytest.raises(ValueError, match="wrong shape"):
         MasterAdamW(linear(), SETTINGS).load_state(state)
 

@@ -26,8 +26,10 @@ SETTINGS = {
         importance_cap=2.0,
     ),
     "sft": dict(method="sft", sft_answer="named"),
+    "shards": dict(shard=True, inner_updates=2, micro_batch_tokens=1, weight_decay=0.1),
+    "bf16": dict(shard=True, dtype="bfloat16"),
 }
-COUNTS = {"plain": (1, 2, 4), "knobs": (1, 2), "sft": (1, 2)}
+COUNTS = {"plain": (1, 2, 4), "knobs": (1, 2), "sft": (1, 2), "shards": (1, 2, 4), "bf16": (1, 2)}
 """With three prompts per step, two processes have unequal shares, and one of four has none."""
 
 
@@ -74,7 +76,11 @@ def test_several_processes_take_the_steps_of_one(runs, name, count):
     assert all(code == 0 for code, _ in results[name, count]), results[name, count]
     one, several = folders[name, 1], folders[name, count]
     for ours, theirs in zip(metrics(several), metrics(one), strict=True):
+        # An estimate from a sample of each process's own weights.
+        assert ours.pop("bf16_lost") == pytest.approx(theirs.pop("bf16_lost"), rel=0.1)
         assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-6)
+        if name == "bf16":  # a gradient summed in another order may round a weight to its neighbour
+            return
     for file in ("completions.jsonl", "validation.jsonl"):
         texts = [row.get("completion", row.get("right")) for row in rows(several / "run" / file)]
         assert texts == [

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from common.config import Config
 from common.errors import InputError
 from common.program import Stopped
+from grpo.optimizer import Whole
 from grpo.rollout import Rollout
 
 TIMEOUT = timedelta(minutes=30)
@@ -149,6 +150,51 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class Shards(Whole):
+    """Each rank has a slice of every master and moment (ZeRO, arXiv 1910.02054, stage 2).
+
+    The model's own weights stay whole on every rank, because the rollout needs them. So nothing has
+    to be gathered for a forward or backward pass: a micro-batch's gradient is summed and
+    scattered, and after each update the new weights are gathered once.
+    """
+
+    def __init__(self, ranks: Ranks, device: str) -> None:
+        # A second to import, and of no use to a single process.
+        from torch.distributed import tensor
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._ranks, self._tensor = ranks, tensor
+        self._mesh = init_device_mesh(device.partition(":")[0], (ranks.count,))
+
+    def part(self, x: Tensor) -> Tensor:
+        sliced = [self._tensor.Shard(0)]
+        return self._tensor.distribute_tensor(x, self._mesh, sliced, src_data_rank=None)
+
+    def gradients(self, params: Sequence[Tensor]) -> Iterator[Tensor | None]:
+        present = torch.tensor([param.grad is not None for param in params], dtype=torch.int32)
+        self._ranks.add([present])
+        for param, ranks in zip(params, present.tolist(), strict=True):
+            if not ranks:
+                yield None
+                continue
+            grad = torch.zeros_like(param) if param.grad is None else param.grad
+            param.grad = None
+            own = self._tensor.DTensor.from_local(
+                grad.float(), self._mesh, [self._tensor.Partial()], run_check=False
+            )
+            with _lost_ranks_named():
+                yield own.redistribute(placements=[self._tensor.Shard(0)])
+
+    def full(self, x: Tensor) -> Tensor:
+        return x.full_tensor() if isinstance(x, self._tensor.DTensor) else x
+
+    def local(self, x: Tensor) -> Tensor:
+        return x.detach().to_local()  # type: ignore[attr-defined]
+
+    def total(self, x: Tensor) -> Tensor:
+        return self._ranks.total(x)
 
 
 def _boundary(sizes: Sequence[int], share: float) -> int:

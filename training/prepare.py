@@ -25,7 +25,7 @@ from .folder import (
     write_config,
 )
 from .log import RunLog, SilentLog
-from .parallel import ALONE, Ranks, of_this_rank
+from .parallel import ALONE, Ranks, Shards, of_this_rank
 from .run import Run
 from .saving import Checkpoints, warn_of_a_small_disk
 from .stop import StopRequest
@@ -56,7 +56,8 @@ def prepared(config: Config, ranks: Ranks = ALONE) -> Iterator[Run]:
             encoder = prompt_encoder(vocabulary, policy.config, config)
             questions, too_long, unreadable = fitting_questions(encoder, config, questions)
             _print_counts(questions, too_long, unreadable)
-            optimizer = MasterAdamW(policy, config)
+            spread = Shards(ranks, config.device) if config.shard and ranks.count > 1 else None
+            optimizer = MasterAdamW(policy, config, spread)
             progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
             contents = {
                 "base weights": weights_digest(folder),
@@ -84,7 +85,7 @@ def prepared(config: Config, ranks: Ranks = ALONE) -> Iterator[Run]:
             encoder=encoder,
             optimizer=optimizer,
             progress=progress,
-            checkpoints=Checkpoints(config, saver),
+            checkpoints=Checkpoints(config, saver, writes=ranks.leads),
             log=log,
             micro_batch_tokens=config.micro_batch_tokens,
             stop=StopRequest(alone=ranks.count == 1),

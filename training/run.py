@@ -114,9 +114,16 @@ class Run:
 
     def micro_batches(self, rollout: Rollout) -> Iterator[MicroBatch]:
         """Yields whole groups, up to `micro_batch_tokens` at once; may stop the run in between."""
+        missing = 0
+        if self.config.shard and torch.is_grad_enabled():
+            # All processes have to take part in the addition of each micro-batch's gradient.
+            count = rollout.micro_batch_count(self.micro_batch_tokens)
+            missing = max(self.ranks.gather(count)) - count
         for batch in rollout.micro_batches(self.micro_batch_tokens):
             self.stop.check()
             yield batch
+        for _ in range(missing):
+            self.optimizer.accumulate()
 
     def watch(self, tokens: Tensor) -> None:
         """Called after each token of a rollout or an answer; may stop the run."""
@@ -128,7 +135,8 @@ class Run:
         Returns False, and changes no weight, if the loss or gradient is not finite. From here on,
         the run may not stop until the step has been logged (`_end`).
         """
-        self.ranks.add_gradients(self.optimizer.masters)
+        if not self.config.shard:  # with it, they were added in `accumulate`
+            self.ranks.add_gradients(self.optimizer.masters)
         self.stop.deferred = True
         rate = scheduled_rate(step.number, self.config)
         if torch.isfinite(stats["loss"]):
@@ -202,8 +210,7 @@ class Run:
         return True
 
     def _save(self) -> None:
-        if self.ranks.leads:
-            self.checkpoints.save(self.policy, self.optimizer, self.progress)
+        self.checkpoints.save(self.policy, self.optimizer, self.progress)
         self.saved_step = self.progress.step
 
     def save_last_whole_step(self, error: BaseException) -> None:
@@ -237,6 +244,8 @@ def smaller_if_memory_is_full(
                 result = work(run, rollout, *rest)
                 break
             except torch.OutOfMemoryError:
+                if run.config.shard and run.ranks.count > 1:
+                    raise  # the others would wait for its gradients
                 pass  # retried outside of this block: the error keeps tensors alive
             run.optimizer.forget_gradients()
             torch.cuda.empty_cache()

@@ -24,12 +24,13 @@ class Checkpoints:
     """Saves the checkpoints of a run, in the background if there is enough memory for a copy.
 
     Keeps the newest `config.keep_checkpoints` and the best on validation. `thread` must have a
-    single worker.
+    single worker. Of several processes all have to call `save`, and one `writes`.
     """
 
-    def __init__(self, config: Config, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, config: Config, thread: ThreadPoolExecutor, writes: bool = True) -> None:
         self.folder = Path(config.run_dir) / "checkpoints"
         self.kept = config.keep_checkpoints
+        self.writes = writes
         self._thread = thread
         self._saving: Future[None] | None = None
 
@@ -45,12 +46,17 @@ class Checkpoints:
         self.finish()
         self._refuse_diverged(model)
         final = self.folder / f"step-{progress.step:06d}"
-        weights, state = None, optimizer.state()
-        size = sum(tensor.nbytes for tensor in (*model.parameters(), *state.values()))
+        weights = None
+        size = sum(param.nbytes for param in model.parameters()) + optimizer.state_bytes()
         room = available_memory() >= 2 * size  # the copy, and as much again for the run
         if room:
             weights = published_tensors(model)
-            state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        state = {}
+        for name, tensor in optimizer.state():
+            if self.writes:
+                state[name] = tensor.to("cpu", copy=True) if room else tensor
+        if not self.writes:
+            return final
         now = replace(progress)  # also a copy, because the run updates its own
         self._saving = self._thread.submit(self._write, final, model, weights, state, now)
         if not room:
