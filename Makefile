@@ -4,11 +4,12 @@ BIN := .venv/bin
 CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
 BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
+TRAIN = $(BIN)/$(if $(GPUS),torchrun --nproc-per-node $(GPUS),python)
 
 .PHONY: help setup train sft blind eval study lesson bench test check questions base tensorboard clean
 
 help:
-	@echo "make train        GRPO on the miniature, a few minutes on 2 CPU cores (CONFIG=... for others)"
+	@echo "make train        GRPO on the miniature, a few minutes on 2 CPU cores (CONFIG=... for others, GPUS=... for several)"
 	@echo "make sft          the baseline: supervised fine-tuning on the same questions (SFT_CONFIG=...)"
 	@echo "make blind        the control: GRPO without its images (BLIND_CONFIG=...)"
 	@echo "make eval         the table, audits and report of base, SFT and GRPO (trains SFT first if missing)"
@@ -33,13 +34,13 @@ questions: setup
 	$(BIN)/python -m miniature.questions --out build/miniature
 
 train: questions
-	$(BIN)/python train.py --config $(CONFIG)
+	$(TRAIN) train.py --config $(CONFIG)
 
 sft: questions
-	$(BIN)/python train.py --config $(SFT_CONFIG)
+	$(TRAIN) train.py --config $(SFT_CONFIG)
 
 blind: questions
-	$(BIN)/python train.py --config $(BLIND_CONFIG)
+	$(TRAIN) train.py --config $(BLIND_CONFIG)
 
 # A finished run is not trained further: this only measures it again, in seconds.
 eval: sft

@@ -235,9 +235,13 @@ def joined_ranks() -> Iterator[Ranks]:
     if not dist.is_torchelastic_launched():
         yield Ranks()
         return
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    store, rank, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    # torchrun keeps the store when it restarts the processes. Under the same keys these would find
+    # the addresses of those that have died, and wait for them.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, None, TIMEOUT, count, rank, store)
+    ranks = Ranks(rank, count)
     try:
         if ranks.leads:
             yield ranks
