@@ -28,6 +28,7 @@ class Command:
         flags_of: rank (as text) -> flags for that rank alone.
         back_to: before the run, all later checkpoints and the model are deleted.
         signal_in: (rank, step): where SIGTERM arrives during an update.
+        bad_steps: of which the loss is not finite.
         killed_in: (rank, step): where a process dies during an update. No command may follow.
     """
 
@@ -37,6 +38,7 @@ class Command:
     flags_of: dict[str, list[str]] = field(default_factory=dict)
     back_to: int | None = None
     signal_in: tuple[int, int] | None = None
+    bad_steps: list[int] = field(default_factory=list)
     killed_in: tuple[int, int] | None = None
     port: int = 0
 
@@ -87,6 +89,8 @@ def work(rank: int, commands: list[Command]) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             if command.killed_in == [rank, step.number]:
                 os._exit(9)
+            if step.number in command.bad_steps:
+                stats = stats | {"loss": torch.tensor(float("nan"))}
             return apply_gradient(run, step, stats)
 
         Run.apply_gradient = disturbed

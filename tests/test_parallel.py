@@ -13,6 +13,7 @@ from test_session import untimed
 from test_train import rows
 from tiny_run import write_run
 
+from training.incidents import replay
 from training.parallel import ALONE, Ranks
 
 SETTINGS = {
@@ -54,6 +55,9 @@ def runs(tmp_path_factory):
     for step, count in enumerate((2, 1, 2), start=1):
         commands["moved", step] = Command(count, moving.config, back_to=step)
     add("stopped", 2, save_every=100).signal_in = (1, 1)
+    add("stopped shards", 2, save_every=100, shard=True).signal_in = (1, 1)
+    add("incident", 2).bad_steps = [1]
+    add("diverged", 2, max_bad_steps=2, shard=True).bad_steps = [0, 1]
     add("other config", 2).flags_of = {"1": ["--learning_rate", "0.5"]}
     add("bad file", 2).flags = ["--train_questions", "gone.json"]
     add("killed", 2, save_every=1).killed_in = (1, 2)
@@ -113,13 +117,26 @@ def test_a_run_moves_between_numbers_of_processes(runs):
         assert moved == pytest.approx(stayed, rel=1e-4, abs=2e-6)
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(runs):
+@pytest.mark.parametrize("name", ["stopped", "stopped shards"])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(runs, name):
     folders, results = runs
-    (code, lead), (other_code, other) = results["stopped"]
+    (code, lead), (other_code, other) = results[name]
     assert code == other_code == 143
     assert "the same command resumes from" in lead and "step-000002" in lead
     assert "resumes" not in other
-    assert len(metrics(folders["stopped"])) == 2
+    assert len(metrics(folders[name])) == 2
+
+
+def test_an_incident_holds_the_whole_step_and_a_run_that_diverged_ends_with_one_line(runs):
+    folders, results = runs
+    assert [code for code, _ in results["incident"]] == [0, 0]
+    (incident,) = (folders["incident"] / "run" / "incidents").glob("step-*")
+    assert incident.name == "step-000001"
+    lines = replay(incident)
+    assert len(lines) == 4 and all("gradient finite" in line for line in lines[1:])
+    (code, lead), (other_code, other) = results["diverged"]
+    assert code == other_code == 2
+    assert "not finite in 2 consecutive steps" in lead and "consecutive" not in other
 
 
 def test_what_differs_between_processes_and_what_all_find_bad_is_one_line(runs):

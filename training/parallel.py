@@ -148,6 +148,13 @@ class Ranks:
         )
         return whole, [verdicts for _, of_rank in parts for verdicts in of_rank]
 
+    def with_images(self, rollout: Rollout) -> Rollout:
+        """The rollout with the images of all its prompts, also those of other ranks."""
+        if self.count == 1:
+            return rollout
+        parts = self.gather(rollout.prompts[rollout.own])
+        return replace(rollout, prompts=[prompt for part in parts for prompt in part])
+
 
 ALONE = Ranks()
 

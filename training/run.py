@@ -178,11 +178,12 @@ class Run:
         validated = self._validate_if_due()
         if progress.bad_steps >= config.max_bad_steps:
             progress.bad_steps = 0  # a resumed run may fail as many times again
-            raise InputError(
-                f"{config.run_dir}: loss or gradient was not finite in {config.max_bad_steps} "
-                f"consecutive steps; `python -m training.incidents {config.run_dir}` shows "
-                "details; start again in another --run_dir with a lower learning_rate"
-            )
+            with self.ranks.together():
+                raise InputError(
+                    f"{config.run_dir}: loss or gradient was not finite in {config.max_bad_steps} "
+                    f"consecutive steps; `python -m training.incidents {config.run_dir}` shows "
+                    "details; start again in another --run_dir with a lower learning_rate"
+                )
         last = progress.step == config.steps
         if validated or last or progress.step % config.save_every == 0:
             self._save()
@@ -190,6 +191,10 @@ class Run:
 
     def _record_incident(self, step: Step) -> None:
         line = "loss or gradient is not finite: update skipped"
+        assert step.rollout is not None  # a step without prompts has no loss
+        step.rollout = self.ranks.with_images(step.rollout)
+        if not self.ranks.leads:
+            return
         folder = write_incident(self.config, step, self.policy)
         if folder:
             line += f"; details in {folder}"
@@ -217,7 +222,9 @@ class Run:
         """Save the last finished step if that is still to do; `InputError`s are only printed."""
         self.optimizer.forget_gradients()
         works = [self.checkpoints.finish]
-        if not self.stop.deferred and self.progress.step > self.saved_step:
+        # To gather shards takes all processes, and they have only agreed to stop, not to fail.
+        alone = self.config.shard and self.ranks.count > 1 and not isinstance(error, Stopped)
+        if not self.stop.deferred and not alone and self.progress.step > self.saved_step:
             works += [self._save, self.checkpoints.finish]
         for work in works:
             try:
