@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/miniature.toml
 SFT_CONFIG ?= $(CONFIG:.toml=_sft.toml)
 BLIND_CONFIG ?= $(CONFIG:.toml=_blind.toml)
-TRAIN = $(BIN)/$(if $(GPUS),torchrun --nproc-per-node $(GPUS),python)
+TRAIN = $(BIN)/$(if $(GPUS),torchrun --nproc-per-node $(GPUS) --shutdown-timeout 600,python)
 
 .PHONY: help setup train sft blind eval study lesson bench test check questions base tensorboard clean
 

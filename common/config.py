@@ -283,6 +283,11 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             self.dual_clip == 0 or self.ratio != "detached",
             "0 with ratio = detached, which has no surrogate to bound",
         )
+        self._require(
+            "offload_optimizer",
+            not (self.offload_optimizer and self.shard),
+            "false with shard, which keeps the fp32 weights on the GPUs",
+        )
         device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
         self._require("device", device, "cpu or cuda")
 

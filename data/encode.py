@@ -57,7 +57,9 @@ class Prompt:
 
     def without_images(self) -> Prompt:
         """The prompt for a process that only reads about it."""
-        return replace(self, patches_SC=self.patches_SC[:0], features_ID=None)
+        # Not a slice, which would be sent with all the memory that it is a view of.
+        no_patches = self.patches_SC.new_empty(0, self.patches_SC.shape[1])
+        return replace(self, patches_SC=no_patches, features_ID=None)
 
     def continued(self, ids: Sequence[int]) -> Prompt:
         """The prompt followed by the beginning of a completion, for the model to continue."""

@@ -52,7 +52,7 @@ def prompts_of_steps(
     seed: int,
     unreadable: Callable[[InputError], None] | None = None,
     load: LoadImage = load_image,
-    share: Callable[[Sequence[Question]], slice] = lambda questions: slice(0, len(questions)),
+    share: Callable[[int], slice] = lambda count: slice(0, count),
 ) -> Iterator[dict[int, Prompt]]:
     """Yield the prompts of each step in turn, by their places in the step, while threads decode the
     images of the next step.
@@ -61,7 +61,7 @@ def prompts_of_steps(
         unreadable: called with the error if a question has an image that can't be used; the
             question is left out of its step.
         load: reads an image file.
-        share: which of a step's questions this process encodes.
+        share: which of a step's questions, given their number, this process encodes.
 
     Raises:
         InputError: an image of the step can't be used and `unreadable` is None.
@@ -69,7 +69,7 @@ def prompts_of_steps(
     pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
     chosen = (questions_of_step(questions, step, prompts_per_step, seed) for step in steps)
     pending = (
-        _start_decoding(pool, encoder, batch, load, share(batch)) for batch in chosen
+        _start_decoding(pool, encoder, batch, load, share(len(batch))) for batch in chosen
     )  # lazy
     try:
         following = next(pending, None)

@@ -29,6 +29,8 @@ class Weight(NamedTuple):
 class Whole:
     """How masters and moments are spread over processes: not at all."""
 
+    gathers = False  # whether `full` makes a new tensor
+
     def part(self, x: Tensor) -> Tensor:
         """This process's part of a master or a moment."""
         return x

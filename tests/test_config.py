@@ -112,6 +112,7 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("advantage_baseline = 'median'", "one of mean, leave_one_out, none"),
         ("advantage_scale = 'max'", "one of std, batch_std, none"),
         ("advantage_baseline = 'none'", "teaches something but has no standard deviation"),
+        ("shard = true\noffload_optimizer = true", "it must be false with shard"),
         ("dual_clip = 1", "dual_clip is 1.0; it must be 0 or above 1"),
         ("dual_clip = 0.5", "dual_clip is 0.5; it must be 0 or above 1"),
         ("dual_clip = 3\nratio = 'detached'", "detached, which has no surrogate to bound"),

@@ -3,6 +3,8 @@ that end all of them.
 """
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,12 @@ from test_session import untimed
 from test_train import rows
 from tiny_run import write_run
 
+from common.config import load_config
+from common.errors import InputError
+from common.program import Stopped
 from training.incidents import replay
-from training.parallel import ALONE, Ranks
+from training.parallel import ALONE, Ranks, of_this_rank
+from training.stop import StopRequest
 
 SETTINGS = {
     "plain": {},
@@ -28,7 +34,8 @@ SETTINGS = {
     ),
     "sft": dict(method="sft", sft_answer="named"),
     "shards": dict(shard=True, inner_updates=2, micro_batch_tokens=1, weight_decay=0.1),
-    "bf16": dict(shard=True, dtype="bfloat16"),
+    # Without sampling, where rounding in another batch may decide for another token.
+    "bf16": dict(shard=True, dtype="bfloat16", method="sft"),
 }
 COUNTS = {"plain": (1, 2, 4), "knobs": (1, 2), "sft": (1, 2), "shards": (1, 2, 4), "bf16": (1, 2)}
 """With three prompts per step, two processes have unequal shares, and one of four has none."""
@@ -51,16 +58,17 @@ def runs(tmp_path_factory):
         for count in counts:
             add((name, count), count, **SETTINGS[name])
     add("again", 2)
-    moving = add(("moved", 4), 4, save_every=1)
-    for step, count in enumerate((2, 1, 2), start=1):
-        commands["moved", step] = Command(count, moving.config, back_to=step)
+    for name, fields in (("moved", {}), ("moved shards", {"shard": True})):
+        moving = add((name, 4), 4, save_every=1, **fields)
+        for step, count in enumerate((2, 1, 2), start=1):
+            commands[name, step] = Command(count, moving.config, back_to=step)
     add("stopped", 2, save_every=100).signal_in = (1, 1)
     add("stopped shards", 2, save_every=100, shard=True).signal_in = (1, 1)
     add("incident", 2).bad_steps = [1]
     add("diverged", 2, max_bad_steps=2, shard=True).bad_steps = [0, 1]
     add("other config", 2).flags_of = {"1": ["--learning_rate", "0.5"]}
     add("bad file", 2).flags = ["--train_questions", "gone.json"]
-    add("killed", 2, save_every=1).killed_in = (1, 2)
+    add("killed", 2, save_every=100).killed_in = (1, 2)
     results = run_commands(list(commands.values()))
     folders = {key: Path(command.config).parent for key, command in commands.items()}
     return folders, dict(zip(commands, results, strict=True))
@@ -82,9 +90,8 @@ def test_several_processes_take_the_steps_of_one(runs, name, count):
     for ours, theirs in zip(metrics(several), metrics(one), strict=True):
         # An estimate from a sample of each process's own weights.
         assert ours.pop("bf16_lost") == pytest.approx(theirs.pop("bf16_lost"), rel=0.1)
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-6)
-        if name == "bf16":  # a gradient summed in another order may round a weight to its neighbour
-            return
+        # In bf16, a gradient summed in another order may round a weight to its neighbour.
+        assert ours == pytest.approx(theirs, rel=3e-2 if name == "bf16" else 1e-4, abs=2e-6)
     for file in ("completions.jsonl", "validation.jsonl"):
         texts = [row.get("completion", row.get("right")) for row in rows(several / "run" / file)]
         assert texts == [
@@ -95,7 +102,7 @@ def test_several_processes_take_the_steps_of_one(runs, name, count):
     for key, start in base.items():
         moved += (of_one[key] - start).abs().sum()
         distance += (of_several[key] - of_one[key]).abs().sum()
-    assert moved > 0 and distance < 0.01 * moved
+    assert moved > 0 and distance < (0.05 if name == "bf16" else 0.01) * moved
     before, after = (json.loads((f / "run" / "summary.json").read_text()) for f in (one, several))
     assert before["after"] == after["after"] and before["questions"] == after["questions"]
 
@@ -109,11 +116,12 @@ def test_two_runs_on_as_many_processes_are_equal_byte_for_byte(runs):
     assert metrics(folders["plain", 2]) == metrics(folders["again"])
 
 
-def test_a_run_moves_between_numbers_of_processes(runs):
+@pytest.mark.parametrize("name", ["moved", "moved shards"])
+def test_a_run_moves_between_numbers_of_processes(runs, name):
     folders, results = runs
-    assert all(code == 0 for step in (1, 2, 3) for code, _ in results["moved", step])
-    folder, still = folders["moved", 4], folders["plain", 1]
-    for moved, stayed in zip(metrics(folder), metrics(still), strict=True):
+    assert all(code == 0 for step in (1, 2, 3) for code, _ in results[name, step])
+    for moved, stayed in zip(metrics(folders[name, 4]), metrics(folders["plain", 1]), strict=True):
+        assert moved.pop("bf16_lost") == pytest.approx(stayed.pop("bf16_lost"), rel=0.1)
         assert moved == pytest.approx(stayed, rel=1e-4, abs=2e-6)
 
 
@@ -162,11 +170,38 @@ def test_a_process_that_dies_ends_the_others_with_the_steps_saved(runs):
     assert saved[-1].name == "step-000002"
 
 
-def test_shares_are_neighbours_of_about_equal_size():
-    sizes = [9, 1, 1, 1, 9, 3, 3, 3]
-    shares = [Ranks(rank, 3).share(sizes, lambda size: size) for rank in range(3)]
-    assert [place for share in shares for place in range(len(sizes))[share]] == list(range(8))
-    assert [sum(sizes[share]) for share in shares] == [10, 11, 9]
-    assert ALONE.share(sizes, lambda size: size) == slice(0, 8)
-    alone = [Ranks(rank, 4).share([5], lambda size: size) for rank in range(4)]
-    assert sum(len([5][share]) for share in alone) == 1
+def test_shares_are_neighbours_and_differ_by_one_at_most():
+    for groups, count in ((8, 3), (2, 4), (4, 4), (7, 1)):
+        shares = [range(groups)[Ranks(rank, count).share(groups)] for rank in range(count)]
+        assert [place for share in shares for place in share] == list(range(groups))
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_each_process_has_its_own_gpu_and_the_run_folder_says_cuda(tmp_path, monkeypatch):
+    config = load_config(write_run(tmp_path), {"device": "cuda"})
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert of_this_rank(config, Ranks(rank, 2)).device == f"cuda:{rank}"
+    assert of_this_rank(config, ALONE) == config
+    with pytest.raises(InputError, match="device is cuda:1: with several processes"):
+        of_this_rank(replace(config, device="cuda:1"), Ranks(0, 2))
+
+
+def test_what_is_sent_of_a_prompt_leaves_its_image_behind(prompts):
+    prompt = max(prompts, key=lambda one: len(one.patches_SC))
+    whole, sent = len(pickle.dumps(prompt)), len(pickle.dumps(prompt.without_images()))
+    assert sent < whole - prompt.patches_SC.nbytes + 1000
+
+
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost():
+    stop = StopRequest(alone=False)
+
+    def gather(signal):
+        stop.signal = 15  # now, too late for this round
+        return [signal, 0]
+
+    stop.agree(gather)
+    with pytest.raises(Stopped) as stopped:
+        stop.agree(lambda signal: [signal, 0])
+    assert stopped.value.signal == 15 and stop.agreed

@@ -8,7 +8,7 @@ No other module knows how many processes there are. A single one exchanges nothi
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,15 +20,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from common.config import Config
-from common.errors import InputError
+from common.errors import InputError, reason
 from common.program import Stopped
 from grpo.optimizer import Whole
 from grpo.rollout import Rollout
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another. The longest legitimate wait is for a checkpoint's copy."""
+"""How long a rank waits for another, which may be writing a checkpoint or answering questions."""
 
-Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
@@ -44,13 +43,12 @@ class Ranks:
         """Whether this is the rank that writes the run folder and the terminal."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item], size: Callable[[Item], int]) -> slice:
-        """This rank's share of a step's groups: neighbours, of about equal total size."""
-        if self.count == 1:
-            return slice(0, len(items))
-        sizes = [size(item) for item in items]
-        begin, stop = (_boundary(sizes, rank / self.count) for rank in (self.rank, self.rank + 1))
-        return slice(begin, stop)
+    def share(self, count: int) -> slice:
+        """This rank's share of `count` groups: neighbours, as many as any other's or one more.
+
+        By number and not by length: the rollout's buffers and graphs fit a number of groups.
+        """
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all ranks, in their order. Not for large tensors."""
@@ -68,16 +66,16 @@ class Ranks:
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
-    def total(self, result: Value) -> Value:
+    def total(self, result: Value, device: str) -> Value:
         """The sum over the ranks of a tensor, or of each tensor in a tuple or in a dict.
 
-        A dict may be empty on a rank that had nothing to do.
+        A dict may be empty on a rank that had nothing to do; `device` is where its zeros belong.
         """
         if self.count == 1:
             return result
         if isinstance(result, dict):
             names = max(self.gather(list(result)), key=len)
-            result = {name: result.get(name, torch.zeros(())) for name in names}  # type: ignore
+            result = {name: result.get(name, torch.zeros((), device=device)) for name in names}  # type: ignore
         tensors = result.values() if isinstance(result, dict) else result
         self.add([tensors] if isinstance(tensors, Tensor) else list(tensors))  # type: ignore
         return result
@@ -152,8 +150,9 @@ class Ranks:
         """The rollout with the images of all its prompts, also those of other ranks."""
         if self.count == 1:
             return rollout
-        parts = self.gather(rollout.prompts[rollout.own])
-        return replace(rollout, prompts=[prompt for part in parts for prompt in part])
+        # The features of a frozen vision tower are not needed, and belong to one GPU.
+        own = [replace(prompt, features_ID=None) for prompt in rollout.prompts[rollout.own]]
+        return replace(rollout, prompts=[prompt for part in self.gather(own) for prompt in part])
 
 
 ALONE = Ranks()
@@ -166,6 +165,8 @@ class Shards(Whole):
     to be gathered for a forward or backward pass: a micro-batch's gradient is summed and
     scattered, and after each update the new weights are gathered once.
     """
+
+    gathers = True
 
     def __init__(self, ranks: Ranks, device: str) -> None:
         # A second to import, and of no use to a single process.
@@ -201,29 +202,20 @@ class Shards(Whole):
         return x.detach().to_local()  # type: ignore[attr-defined]
 
     def total(self, x: Tensor) -> Tensor:
-        return self._ranks.total(x)
-
-
-def _boundary(sizes: Sequence[int], share: float) -> int:
-    """How many of the groups have their middle before this share of the total size."""
-    total, before, count = sum(sizes), 0, 0
-    for size in sizes:
-        if before + size / 2 < share * total:
-            count += 1
-        before += size
-    return count if share < 1 else len(sizes)
+        return self._ranks.total(x, str(x.device))
 
 
 @contextmanager
 def _lost_ranks_named() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # torch has no class for it that all backends raise
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"the exchange with another process failed ({reason}): its own message is above, or in "
-            "the other machine's log; the same command resumes from the newest checkpoint"
-        ) from None
+            f"the exchange with another process failed ({reason(error)}): its message is above, or "
+            "in the other machine's log; the same command resumes from the newest checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -264,7 +256,9 @@ def joined_ranks() -> Iterator[Ranks]:
 
 
 def of_this_rank(config: Config, ranks: Ranks) -> Config:
-    """The config with this rank's own GPU."""
-    if ranks.count > 1 and config.device == "cuda":
-        return replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-    return config
+    """The config with this rank's own GPU. InputError if it names one for all."""
+    if ranks.count == 1 or config.device == "cpu":
+        return config
+    if config.device != "cuda":
+        raise InputError(f"device is {config.device}: with several processes, give cuda or cpu")
+    return replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")

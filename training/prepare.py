@@ -38,10 +38,11 @@ def prepared(config: Config, ranks: Ranks = ALONE) -> Iterator[Run]:
     The run folder stays locked until the context is left. InputError for bad input.
     """
     keep_freed_memory()
-    config = of_this_rank(config, ranks)
+    given = config
     with ExitStack() as held:
         checkpoint = None
         with ranks.together():
+            config = of_this_rank(given, ranks)
             use_device(config)
             questions = load_questions(config)
             refuse_overlap(questions)
@@ -67,9 +68,9 @@ def prepared(config: Config, ranks: Ranks = ALONE) -> Iterator[Run]:
             }
             refuse_other_contents(config, progress.contents or contents, contents)
             progress.contents = contents
-        ranks.refuse_differences(contents | {"config": config_toml(config)})
+        ranks.refuse_differences(contents | {"config": config_toml(given)})
         if ranks.leads:
-            write_config(config)
+            write_config(given)
             weights = sum(param.nbytes for param in policy.parameters())
             warn_of_a_small_disk(config, weights + optimizer.state_bytes(), weights)
         if checkpoint:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TypeVar, TypeVarTuple
@@ -72,7 +72,7 @@ class Run:
             config.seed,
             self._leave_out if config.bad_images == "skip" else None,
             LOADERS[config.images],
-            self._share,
+            self.ranks.share,
         )
         if self._validate_if_due():  # the run was stopped before this validation
             self._save()
@@ -98,16 +98,6 @@ class Run:
                 bar.set_postfix(self.log.step(step), refresh=False)
                 bar.update()
                 self._end(step)
-
-    def _share(self, questions: Sequence[Question]) -> slice:
-        """The questions of a step that this process encodes, samples and trains on."""
-        return self.ranks.share(questions, self._size)
-
-    def _size(self, question: Question) -> int:
-        """The number of tokens that a group of completions takes, as far as can be known before."""
-        with suppress(InputError):  # for now: it is raised again when the image is read
-            return self.encoder.count_tokens(question)
-        return 0
 
     def _leave_out(self, error: InputError) -> None:
         self.log.incident(self.progress.step, "image", f"question skipped: {error}")
@@ -223,7 +213,7 @@ class Run:
         self.optimizer.forget_gradients()
         works = [self.checkpoints.finish]
         # To gather shards takes all processes, and they have only agreed to stop, not to fail.
-        alone = self.config.shard and self.ranks.count > 1 and not isinstance(error, Stopped)
+        alone = self.config.shard and self.ranks.count > 1 and not self.stop.agreed
         if not self.stop.deferred and not alone and self.progress.step > self.saved_step:
             works += [self._save, self.checkpoints.finish]
         for work in works:
@@ -261,7 +251,7 @@ def smaller_if_memory_is_full(
             line = f"out of memory with micro_batch_tokens = {before}"
             line += f"; continuing with {run.micro_batch_tokens}"
             run.log.incident(run.progress.step, "memory", line)
-        return run.ranks.total(result)
+        return run.ranks.total(result, run.config.device)
 
     return fitted
 
@@ -291,6 +281,8 @@ def saving_at_the_end(run: Run) -> Iterator[None]:
             run.stop.agree(run.ranks.gather)  # a signal may have come during the last save
         except (Exception, Stopped) as error:
             run.save_last_whole_step(error)
+            if run.stop.agreed:
+                run.ranks.gather(None)  # no process ends before the checkpoint is written
             if isinstance(error, OSError):  # it gives the cause, but not always the file
                 error.filename = error.filename or run.config.run_dir
             if isinstance(error, Stopped):  # only now is the newest checkpoint known

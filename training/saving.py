@@ -49,14 +49,15 @@ class Checkpoints:
         weights = None
         size = sum(param.nbytes for param in model.parameters()) + optimizer.state_bytes()
         room = available_memory() >= 2 * size  # the copy, and as much again for the run
-        if room:
-            weights = published_tensors(model)
         state = {}
         for name, tensor in optimizer.state():
             if self.writes:
-                state[name] = tensor.to("cpu", copy=True) if room else tensor
+                copied = room or optimizer.spread.gathers
+                state[name] = tensor.to("cpu", copy=True) if copied else tensor
         if not self.writes:
             return final
+        if room:
+            weights = published_tensors(model)
         now = replace(progress)  # also a copy, because the run updates its own
         self._saving = self._thread.submit(self._write, final, model, weights, state, now)
         if not room:

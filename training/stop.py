@@ -22,6 +22,7 @@ class StopRequest:
     def __init__(self, alone: bool = True) -> None:
         self.alone = alone
         self.signal = 0  # none so far
+        self.agreed = False  # whether all processes have stopped, after the same step
         # Until its first update, a step changes only gradients: it can be abandoned, and repeated
         # when the run is resumed. After that, it must be finished first.
         self.deferred = False
@@ -46,9 +47,10 @@ class StopRequest:
 
     def agree(self, gather: Callable[[int], Sequence[int]]) -> None:
         """Raise Stopped in all processes if one of them was requested to stop."""
-        self.signal = max(gather(self.signal))
-        if self.signal:
-            raise Stopped(self.signal, "stopped")
+        signal = max(gather(self.signal))  # not kept: one may arrive meanwhile
+        if signal:
+            self.agreed = True
+            raise Stopped(signal, "stopped")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
