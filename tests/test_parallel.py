@@ -37,7 +37,7 @@ SETTINGS = {
     # Without sampling, where rounding in another batch may decide for another token.
     "bf16": dict(shard=True, dtype="bfloat16", method="sft"),
 }
-COUNTS = {"plain": (1, 2, 4), "knobs": (1, 2), "sft": (1, 2), "shards": (1, 2, 4), "bf16": (1, 2)}
+COUNTS = {"plain": (1, 2, 4), "knobs": (1, 2), "sft": (1, 2), "shards": (1, 2), "bf16": (1, 2)}
 """With three prompts per step, two processes have unequal shares, and one of four has none."""
 
 
