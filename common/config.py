@@ -256,6 +256,12 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
         weights = [one.name for one in fields(Rewards) if one.name.endswith("_weight")]
         rewarded = any(getattr(self, name) for name in weights)
         self._require("accuracy_weight", rewarded, "above 0, because all other weights are 0")
+        device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
+        self._require("device", device, "cpu or cuda")
+        self._refuse_combinations()
+
+    def _refuse_combinations(self) -> None:
+        """Refuse settings that are valid alone and make no sense together."""
         self._require(
             "advantage_scale",
             self.advantage_baseline != "none" or self.advantage_scale != "std",
@@ -288,8 +294,6 @@ class Config(Machine, Optimizer, Loss, Rewards, Rollout, Measurement, Questions,
             not (self.offload_optimizer and self.shard),
             "false with shard, which keeps the fp32 weights on the GPUs",
         )
-        device = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
-        self._require("device", device, "cpu or cuda")
 
     @property
     def questions_per_step(self) -> int:

@@ -75,7 +75,8 @@ class Ranks:
             return result
         if isinstance(result, dict):
             names = max(self.gather(list(result)), key=len)
-            result = {name: result.get(name, torch.zeros((), device=device)) for name in names}  # type: ignore
+            zero = torch.zeros((), device=device)
+            result = {name: result.get(name, zero.clone()) for name in names}  # type: ignore
         tensors = result.values() if isinstance(result, dict) else result
         self.add([tensors] if isinstance(tensors, Tensor) else list(tensors))  # type: ignore
         return result

@@ -51,48 +51,57 @@ def prepared(config: Config, ranks: Ranks = ALONE) -> Iterator[Run]:
                 checkpoint = find_checkpoint(config)
         checkpoint = ranks.gather(checkpoint)[0]
         with ranks.together():
-            folder = model_folder(config.model)
-            policy, reference = _models(config, folder, checkpoint)
-            vocabulary = load_vocabulary(folder, policy.config, config.device)
-            encoder = prompt_encoder(vocabulary, policy.config, config)
-            questions, too_long, unreadable = fitting_questions(encoder, config, questions)
-            _print_counts(questions, too_long, unreadable)
-            spread = Shards(ranks, config.device) if config.shard and ranks.count > 1 else None
-            optimizer = MasterAdamW(policy, config, spread)
-            progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
-            contents = {
-                "base weights": weights_digest(folder),
-                "training questions": questions_digest(questions.train),
-                "validation questions": questions_digest(questions.validation),
-                "test questions": questions_digest(questions.test),
-            }
-            refuse_other_contents(config, progress.contents or contents, contents)
-            progress.contents = contents
-        ranks.refuse_differences(contents | {"config": config_toml(given)})
+            saver = held.enter_context(ThreadPoolExecutor(1, "checkpoint"))
+            run = _loaded(config, ranks, questions, checkpoint, saver)
+        ranks.refuse_differences(run.progress.contents | {"config": config_toml(given)})
         if ranks.leads:
             write_config(given)
-            weights = sum(param.nbytes for param in policy.parameters())
-            warn_of_a_small_disk(config, weights + optimizer.state_bytes(), weights)
+            weights = sum(param.nbytes for param in run.policy.parameters())
+            warn_of_a_small_disk(config, weights + run.optimizer.state_bytes(), weights)
+            run.log = held.enter_context(RunLog(config, run.progress.step))
         if checkpoint:
             print(f"resuming from {checkpoint}")
-        saver = held.enter_context(ThreadPoolExecutor(1, "checkpoint"))
-        log = held.enter_context(RunLog(config, progress.step)) if ranks.leads else SilentLog()
-        yield Run(
-            config=config,
-            questions=questions,
-            policy=policy,
-            reference=reference,
-            vocabulary=vocabulary,
-            encoder=encoder,
-            optimizer=optimizer,
-            progress=progress,
-            checkpoints=Checkpoints(config, saver, writes=ranks.leads),
-            log=log,
-            micro_batch_tokens=config.micro_batch_tokens,
-            stop=StopRequest(alone=ranks.count == 1),
-            saved_step=progress.step,
-            ranks=ranks,
-        )
+        yield run
+
+
+def _loaded(
+    config: Config,
+    ranks: Ranks,
+    questions: Questions,
+    checkpoint: Path | None,
+    saver: ThreadPoolExecutor,
+) -> Run:
+    """The parts of the run, loaded; its log is silent."""
+    folder = model_folder(config.model)
+    policy, reference = _models(config, folder, checkpoint)
+    vocabulary = load_vocabulary(folder, policy.config, config.device)
+    encoder = prompt_encoder(vocabulary, policy.config, config)
+    questions, too_long, unreadable = fitting_questions(encoder, config, questions)
+    _print_counts(questions, too_long, unreadable)
+    spread = Shards(ranks, config.device) if config.shard and ranks.count > 1 else None
+    optimizer = MasterAdamW(policy, config, spread)
+    progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
+    contents = {"base weights": weights_digest(folder)}
+    for name, chosen in zip(("training", "validation", "test"), questions, strict=True):
+        contents[f"{name} questions"] = questions_digest(chosen)
+    refuse_other_contents(config, progress.contents or contents, contents)
+    progress.contents = contents
+    return Run(
+        config=config,
+        questions=questions,
+        policy=policy,
+        reference=reference,
+        vocabulary=vocabulary,
+        encoder=encoder,
+        optimizer=optimizer,
+        progress=progress,
+        checkpoints=Checkpoints(config, saver, writes=ranks.leads),
+        log=SilentLog(),
+        micro_batch_tokens=config.micro_batch_tokens,
+        stop=StopRequest(alone=ranks.count == 1),
+        saved_step=progress.step,
+        ranks=ranks,
+    )
 
 
 def _models(
